@@ -74,6 +74,11 @@ class InferOptions(OnDevice, Limited, Pictured, Announcing):
         "Resample linearly where the recipe says cubic: faster, slightly less accurate.",
         default=False,
     )
+    probabilities: bool = option(
+        "Also write the probability of each label as probabilities/label_<value>/<case>.nii.gz, "
+        "uint8 scaled to 0 to 1, before post-processing.",
+        default=False,
+    )
     accept_mismatch: bool = option(
         "Also segment scans of another modality than the model's training scans, without density "
         "or class.",

@@ -50,7 +50,7 @@ def viewer_html(
     n_lesions = max(case.n_lesions or 0, len(lesions))
     return render_page(
         "viewer.html.jinja",
-        scripts=("table.js", "review.js", "surface.js", "viewer.js"),
+        scripts=("table.js", "review.js", "slices.js", "surface.js", "viewer.js"),
         allowed=(asset("vendor", NIIVUE, is_packed=True),),
         case=case,
         facts=_facts(case, has_lesions=bool(lesions)),

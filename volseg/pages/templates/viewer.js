@@ -1,17 +1,8 @@
 // The viewer page of a scan: slices, lesions and their numbers.
 
-const AXIAL = 0, CORONAL = 1, SAGITTAL = 2;
 const BORDER = 0.35; // extra opacity of a lesion's border
 const HARDLY = 0.001; // opacity; NiiVue does not draw a layer with opacity 0
-const BARS_MM = [1, 2, 5, 10, 20, 50, 100, 200];
-const THREE_PLANES = [
-  { sliceType: AXIAL, position: [0, 0, 0.6, 1] },
-  { sliceType: CORONAL, position: [0.6, 0, 0.4, 0.5] },
-  { sliceType: SAGITTAL, position: [0.6, 0.5, 0.4, 0.5] },
-];
-
 const content = island("content");
-const at = (id) => document.getElementById(id);
 const reviews = new Reviews(new URL("../", location.href).pathname);
 let viewer = null;
 let selected = null;
@@ -69,12 +60,6 @@ function chooseFirst() {
   if (rowOf(asked)) choose(asked);
   else if (asked) say(`Lesion ${asked} is not listed on this page; lesions.csv lists all lesions.`);
   else if (content.table.rows.length) choose(table.value(content.table.rows[0], "lesion_id"));
-}
-
-// Convert mm to fractions (0 to 1) along the volume's axes. Without the last argument NiiVue treats
-// an oblique grid as aligned with the world axes.
-function fractionOf(nv, point) {
-  return nv.mm2frac(point, 0, true);
 }
 
 function showNumbers(row) {
@@ -216,15 +201,6 @@ function controlReview() {
 }
 
 // ---- the slices
-
-async function inflated(id) {
-  const bytes = Uint8Array.from(atob(at(id).textContent), (character) => character.charCodeAt(0));
-  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
-}
-
-function hasWebGL() {
-  try { return at("lines").ownerDocument.createElement("canvas").getContext("webgl2") !== null; } catch { return false; }
-}
 
 async function start() {
   if (!hasWebGL()) {
@@ -439,49 +415,6 @@ function drawLines(nv) {
     });
   }
   canvas.dataset.drawn = String(drawn);
-}
-
-// Draw R, L, A, P, S and I at the edges of a slice, beside the crosshair where it would cross them.
-function drawLetters(nv, pen, slice, scale) {
-  const [start, top, signed, height] = slice.leftTopWidthHeight, width = Math.abs(signed), left = Math.min(start, start + signed);
-  const cross = nv.frac2canvasPosWithTile([...nv.scene.crosshairPos], slice.axCorSag)?.pos ?? [left, top];
-  const [west, east] = slice.axCorSag === SAGITTAL ? ["A", "P"] : nv.opts.isRadiologicalConvention ? ["R", "L"] : ["L", "R"];
-  const [north, south] = slice.axCorSag === AXIAL ? ["A", "P"] : ["S", "I"];
-  const gap = 22 * scale, beside = (middle, line) => (Math.abs(middle - line) < gap ? line + (line < middle ? 1 : -1) * 1.4 * gap : middle);
-  const x = beside(left + width / 2, cross[0]), y = beside(top + height / 2, cross[1]), edge = 12 * scale;
-  pen.textAlign = "center";
-  pen.textBaseline = "middle";
-  for (const [letter, h, v] of [[west, left + edge, y], [east, left + width - edge, y], [north, x, top + edge], [south, x, top + height - edge]]) {
-    write(pen, letter, h, v, scale, "#ffd24d");
-  }
-  pen.textAlign = "start";
-  pen.textBaseline = "alphabetic";
-}
-
-function drawBar(pen, slice, scale) {
-  const [left, top, width, height] = slice.leftTopWidthHeight;
-  const perMm = Math.abs(width) / Math.abs(slice.fovMM[0]);
-  const mm = BARS_MM.filter((bar) => bar * perMm < Math.abs(width) / 3).pop();
-  if (!mm || !Number.isFinite(perMm)) return;
-  const x = Math.min(left, left + width) + 10 * scale, y = top + height - 10 * scale;
-  pen.fillStyle = "#000000";
-  pen.fillRect(x - scale, y - scale, mm * perMm + 2 * scale, 4 * scale);
-  pen.fillStyle = "#ffffff";
-  pen.fillRect(x, y, mm * perMm, 2 * scale);
-  write(pen, `${mm} mm`, x, y - 5 * scale, scale);
-}
-
-function write(pen, text, x, y, scale, colour = "#ffffff") {
-  pen.lineWidth = 3 * scale;
-  pen.strokeStyle = "#000000";
-  pen.fillStyle = colour;
-  pen.strokeText(text, x, y);
-  pen.fillText(text, x, y);
-}
-
-function say(text) {
-  at("message").textContent = [at("message").textContent, text].filter(Boolean).join(" ");
-  at("message").hidden = false;
 }
 
 function withoutViewer(state, text) {
