@@ -11,7 +11,7 @@ from typing import Any
 from volseg.columns import json_values
 from volseg.commands.batch import damaged_warnings, run_description, without_damaged
 from volseg.commands.jobs import Tally
-from volseg.commands.patient_comparison import PatientComparison
+from volseg.commands.patient_comparison import PatientComparison, page_name
 from volseg.commands.patients import Patient, TimePoints, read_pairs, same_ids
 from volseg.commands.time_points import TimePoint
 from volseg.comparison.response import PatientResponse
@@ -31,7 +31,7 @@ from volseg.words import format_count
 STAGE = "Comparing"
 OUTPUTS = ("comparison.csv", "response.csv", "report.html", "run.json")
 # Settings that run.json repeats.
-RESULT_SETTINGS = ("registration", "max_distance_mm", "lymph_nodes", "figures")
+RESULT_SETTINGS = ("registration", "max_distance_mm", "lymph_nodes", "figures", "pages")
 RESULT_SETTINGS += ("baseline_scans", "followup_scans", "baseline", "followup", "pairs")
 RESULT_SETTINGS += ("baseline_review", "followup_review")
 
@@ -127,6 +127,7 @@ def _compare_patients(
     jobs, refusals = _comparisons(patients, times, settings)
     kept, todo = _split(jobs, results)
     pictures = [job.picture for job in todo] if settings.figures else []
+    pictures += [job.page for job in todo if job.has_page]
     results.check_overwrites([*OUTPUTS, *pictures])
     for name in kept:
         results.clear_failure(name)
@@ -214,7 +215,9 @@ def _write_tables(results: ComparisonFolder, unreached: Sequence[Patient]) -> li
     pending = [patient.row("pending", "not reached yet") for patient in unreached]
     rows = results.write_tables(pending)
     lesions = results.lesion_rows(rows, set())
-    results.write("report.html", comparison_html(About.now("compare"), rows, lesions))
+    pages = [row.patient for row in rows if (results.path / page_name(row.patient)).is_file()]
+    page = comparison_html(About.now("compare"), rows, lesions, pages=pages)
+    results.write("report.html", page)
     return rows
 
 

@@ -32,9 +32,11 @@ from volseg.io.header import ScanHeader
 from volseg.io.volumes import read_header
 from volseg.measurement.sections import axial_normal
 from volseg.options import CompareOptions
+from volseg.pages.change_page import page_bytes
 from volseg.preprocessing.register import register, registering_bytes
 from volseg.store.comparisons import ComparisonFolder, PatientRecord
 from volseg.store.records import LESION_IDS, path_of, read_record
+from volseg.store.results import VIEWERS
 
 PICTURE_BYTES = 22  # per voxel of a drawn scan, including scaling
 GRID_RATIO = 1.5  # of voxel sizes; above it, sizes of small lesions differ by the grid alone
@@ -63,9 +65,18 @@ class PatientComparison:
         return f"figures/{self.name}.png"
 
     @property
+    def page(self) -> str:
+        """Name of the file of the page."""
+        return page_name(self.name)
+
+    @property
+    def has_page(self) -> bool:
+        return self.options.pages and self.options.registration
+
+    @property
     def key(self) -> str:
         """Hash of everything on which the rows of the patient depend."""
-        names = ("registration", "max_distance_mm", "figures", "lymph_nodes")
+        names = ("registration", "max_distance_mm", "figures", "pages", "lymph_nodes")
         options = {name: getattr(self.options, name) for name in names}
         options |= {"patient": self.name, "scans": self.patient.scans}
         options |= {"rejected": rejected} if (rejected := self._rejected) else {}
@@ -118,6 +129,8 @@ class PatientComparison:
             work["registration"] = registering_bytes(scans[0].geometry, scans[1].geometry)
         if len(scans) == 2 and self.options.figures:
             work["figure"] = PICTURE_BYTES * math.prod(scans[1].geometry.shape)
+        if len(scans) == 2 and self.has_page:
+            work["page"] = page_bytes(*(math.prod(scan.geometry.shape) for scan in scans))
         largest = max(work, key=lambda name: work[name])
         # Reading a mask copies it.
         mask_bytes = sum(mask.mask_bytes for mask in masks) + max(mask.n_bytes for mask in masks)
@@ -159,6 +172,8 @@ class PatientComparison:
                 from volseg.pages.comparison_figures import stack_pngs
 
                 commit.write(self.picture, stack_pngs(pictures))
+            if page := next((scans.page for scans in compared if scans.page), ""):
+                commit.write(self.page, page)
             rows = self._changes(pairs)
             record = PatientRecord(
                 response=response, lesions=rows, key=self.key, inputs=self.inputs
@@ -201,7 +216,8 @@ class PatientComparison:
                 raise
             picture = None
             warnings.append(f"W_FIGURE: no picture: {error.problem}")
-        return _Compared(pair, placed.columns, warnings, picture)
+        page = self._page(before, after, placed, pair) if self.has_page else ""
+        return _Compared(pair, placed.columns, warnings, picture, page)
 
     def _read(self, cases: Cases) -> tuple[CaseAtTime | None, CaseAtTime | None]:
         """Read both cases; a label without a name has that of the other time, else of any scan."""
@@ -240,15 +256,36 @@ class PatientComparison:
         scans, ids = (before.scan, after.scan), (before.ids.array, after.ids.array)
         return change_png(scans, ids, placed.transform, self._changes([pair]), title=title)
 
+    def _page(
+        self, before: CaseAtTime, after: CaseAtTime, placed: Placement, pair: ScanPair
+    ) -> str:
+        from volseg.pages.change_page import TwoScans, change_page_html
+
+        units = {lesion.intensity_unit for side in (before, after) for lesion in side.lesions}
+        is_doubted = before.unit_doubt or after.unit_doubt
+        two = TwoScans(
+            names=(before.record.case.case_id, after.record.case.case_id),
+            scans=(before.scan, after.scan),
+            ids=(before.ids.array, after.ids.array),
+            transform=placed.transform,
+            unit=(units.pop() or "") if len(units) == 1 and not is_doubted else "",
+        )
+        return change_page_html(two, self._changes([pair]), patient=self.name)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Compared:
-    """Comparison of two scans: their pair, registration `columns`, warnings and PNG `picture`."""
+    """Comparison of two scans: pair, registration `columns`, warnings, PNG `picture` and page."""
 
     pair: ScanPair
     columns: Mapping[str, Any]
     warnings: Sequence[str]
     picture: bytes | None = None
+    page: str = ""
+
+
+def page_name(patient: str) -> str:
+    return f"{VIEWERS}/{patient}.html"
 
 
 def _scan_bytes(scans: Sequence[ScanHeader]) -> int:

@@ -186,6 +186,11 @@ class CompareOptions(Limited, Announcing):
         converter=optional_names,
         flag="--lymph-node",
     )
+    pages: bool = option(
+        "Write a page per patient that shows both scans side by side; only with registration.",
+        default=True,
+        flag="--pages/--no-pages",
+    )
     figures: bool = option(
         "Also write a PNG per patient: the lesion that changed most, at both times.", default=False
     )

@@ -154,6 +154,11 @@ CHANGES = Layout(
 )
 
 
+CHANGES_OF_A_PATIENT = replace(
+    CHANGES, shown=tuple(name for name in CHANGE_COLUMNS if name != "patient")
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PageTable:
     """A table of a page; its script reads `content`: name, caption, hint, columns and rows."""

@@ -64,7 +64,7 @@ def viewer_html(
         montage=as_base64(montage),
         image=as_base64(preview.packed_image),
         ids=as_base64(preview.packed_ids),
-        niivue=_packed_niivue(),
+        niivue=packed_niivue(),
         licences=Markup(asset("vendor", NIIVUE_LICENCE)),  # noqa: S704 a package file
     )
 
@@ -119,7 +119,7 @@ def image_budget(lesions: Sequence[LesionMeasurement]) -> int:
     """Return how many compressed bytes of image and lesion ids fit into the viewer page."""
     rows = lesions[:MAX_VIEWER_ROWS]
     table = json_size(page_table(LESIONS, rows).content) + POINTS_BYTES * len(rows)
-    left = CONTENT_BYTES - len(_packed_niivue()) - table
+    left = CONTENT_BYTES - len(packed_niivue()) - table
     return int(left * 0.74)  # base64 turns 3 bytes into 4
 
 
@@ -144,6 +144,6 @@ def _shown_part(preview: Preview) -> str:
 
 
 @cache
-def _packed_niivue() -> str:
+def packed_niivue() -> str:
     """Compress NiiVue to base64 gzip, which saves 1 MB per page."""
     return as_base64(gzip.compress(asset("vendor", NIIVUE, is_packed=True).encode(), 9, mtime=0))

@@ -13,7 +13,7 @@ reviews.scans = pageNames;
 reviews.store();
 
 function pageOf(table, row) {
-  const name = table.value(row, "case_id");
+  const name = table.value(row, "case_id") ?? table.value(row, "patient");
   return pages.has(name) ? `viewer/${encodeURIComponent(name)}.html` : null;
 }
 
@@ -29,7 +29,7 @@ function follow(link) {
 }
 
 function reportCell(column, row, table) {
-  if (column.name === "case_id" || column.name === "lesion_id") {
+  if (["case_id", "lesion_id", "patient"].includes(column.name)) {
     const page = pageOf(table, row);
     const value = table.value(row, column.name);
     if (!page || value === null) return null;
@@ -162,7 +162,7 @@ class Review {
 
 // The arrow keys move from dot to dot, Enter opens one.
 function controlStrip(strip) {
-  const dots = [...strip.querySelectorAll("a")].sort((a, b) => a.firstChild.cx.baseVal.value - b.firstChild.cx.baseVal.value);
+  const dots = [...strip.querySelectorAll("a")];
   for (const dot of dots) {
     dot.append(Object.assign(document.createElementNS("http://www.w3.org/2000/svg", "title"), { textContent: dot.getAttribute("aria-label") }));
     if (dot.hasAttribute("href")) follow(dot);

@@ -90,15 +90,3 @@ function csvCell(value) {
   const text = value === null ? "" : /^[=+\-@\t\r]/.test(String(value)) && typeof value === "string" ? `'${value}` : String(value);
   return /[",\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
 }
-
-// Call an action for a key that is pressed alone, unless the reader is typing or turned keys off.
-function onKeys(actions, isOn) {
-  document.addEventListener("keydown", (event) => {
-    const isTyping = /^(INPUT|TEXTAREA|SELECT)$/.test(event.target.tagName) && !/^(range|checkbox|button)$/.test(event.target.type);
-    const action = actions[event.key];
-    if (!action || isTyping || event.ctrlKey || event.altKey || event.metaKey || !isOn()) return;
-    event.preventDefault();
-    event.stopPropagation(); // NiiVue has keys of its own
-    action();
-  }, { capture: true });
-}

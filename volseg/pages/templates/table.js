@@ -209,3 +209,15 @@ function followTheme() {
   });
   label();
 }
+
+// Call an action for a key that is pressed alone, unless the reader is typing or turned keys off.
+function onKeys(actions, isOn) {
+  document.addEventListener("keydown", (event) => {
+    const isTyping = /^(INPUT|TEXTAREA|SELECT)$/.test(event.target.tagName) && !/^(range|checkbox|button)$/.test(event.target.type);
+    const action = actions[event.key];
+    if (!action || isTyping || event.ctrlKey || event.altKey || event.metaKey || !isOn()) return;
+    event.preventDefault();
+    event.stopPropagation(); // NiiVue has keys of its own
+    action();
+  }, { capture: true });
+}
