@@ -93,12 +93,14 @@ def test_compare_leaves_a_rejected_lesion_out_and_keeps_the_numbers_of_the_other
     )
     expected = volseg.compare(bare, followup, out=tmp_path / "expected", **given)
     assert "W_REVIEW: 1 lesion at baseline left out" in reviewed.warnings[0]
-    found, wanted = (rows_of(report.out / "comparison.csv") for report in (reviewed, expected))
-    numbers = [row["baseline_lesion_id"] for row in found]
+    reviewed_rows, expected_rows = (
+        rows_of(report.out / "comparison.csv") for report in (reviewed, expected)
+    )
+    numbers = [row["baseline_lesion_id"] for row in reviewed_rows]
     assert str(number) not in numbers and len(set(numbers) - {""}) == 3
     renumbered = {"": ""} | {str(n): str(n + (n >= number)) for n in (1, 2, 3)}
-    assert {renumbered[row["baseline_lesion_id"]] for row in wanted} == set(numbers)
-    for row in wanted:
+    assert {renumbered[row["baseline_lesion_id"]] for row in expected_rows} == set(numbers)
+    for row in expected_rows:
         row["baseline_lesion_id"] = renumbered[row["baseline_lesion_id"]]
 
     def key(row):
@@ -111,7 +113,9 @@ def test_compare_leaves_a_rejected_lesion_out_and_keeps_the_numbers_of_the_other
         "is_target",
         "followup_volume_ml",
     )
-    for one, other in zip(sorted(found, key=key), sorted(wanted, key=key), strict=True):
+    for one, other in zip(
+        sorted(reviewed_rows, key=key), sorted(expected_rows, key=key), strict=True
+    ):
         assert {name: one[name] for name in columns} == {name: other[name] for name in columns}
     again = volseg.compare(
         baseline, followup, out=tmp_path / "reviewed", baseline_review=file, **given

@@ -115,8 +115,8 @@ def test_reviews_go_with_the_reader_from_page_to_page(browser, tmp_path):
     with page.expect_navigation():
         page.click("#report")
     page.wait_for_selector("html[data-ready]", state="attached")
-    found = verdicts(read_reviews(downloaded(page, tmp_path)))
-    assert found == {("first/one", 1): ("accepted", ""), ("second", 2): ("rejected", "")}
+    saved = verdicts(read_reviews(downloaded(page, tmp_path)))
+    assert saved == {("first/one", 1): ("accepted", ""), ("second", 2): ("rejected", "")}
     assert visit.trouble == []
 
 
@@ -156,8 +156,8 @@ def test_the_keys_of_the_viewer_step_judge_and_change_the_window(browser, tmp_pa
     page.focus("#canvas")
     page.keyboard.press("a")  # the keys are off
     page.evaluate("at('keys').checked = true")
-    found = verdicts(read_reviews(downloaded(page, tmp_path)))
-    assert list(found.values()) == [("rejected", "near n, p and a")]
+    saved = verdicts(read_reviews(downloaded(page, tmp_path)))
+    assert list(saved.values()) == [("rejected", "near n, p and a")]
     visit.end()
 
 

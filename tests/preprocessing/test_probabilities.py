@@ -61,8 +61,8 @@ def test_the_mask_is_the_likeliest_label_and_the_confidence_its_probability(grid
     is_clear = ranked[-1] - ranked[-2] > 6
     np.testing.assert_array_equal(by_class.argmax(axis=0)[is_clear], mask[is_clear])
     inside = mask > 0
-    own = np.take_along_axis(by_class, mask[None].astype(int), axis=0)[0]
-    assert np.abs(own - confidence)[inside].max() <= 2
+    of_label = np.take_along_axis(by_class, mask[None].astype(int), axis=0)[0]
+    assert np.abs(of_label - confidence)[inside].max() <= 2
     assert (maps[:, ~inside] > 0).any()  # a label that lost has its probability too
 
 

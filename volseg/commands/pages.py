@@ -189,7 +189,7 @@ def write_report(
     pages = [name for name in names if has_page(results, name)]
     pictures = _Pictures(results.path / THUMBNAILS, names)
     digest = _digest(
-        [__version__, pages, list(pictures), notes.reviews.sha256 if notes.reviews else ""],
+        [__version__, pages, list(pictures), notes.review_sha256],
         map(json_values, cases),
         notes.remarks,
         hashes,
@@ -197,14 +197,7 @@ def write_report(
     )
     if _made_from(results.path / REPORT) != digest:
         about = replace(about, boxes=tuple(boxes))
-        page = run_page(
-            about,
-            cases,
-            lesions,
-            montages=pictures,
-            pages=pages,
-            notes=notes,
-        )
+        page = run_page(about, cases, lesions, montages=pictures, pages=pages, notes=notes)
         results.write(REPORT, replace(page, digest=digest).html())
     return missing
 

@@ -35,6 +35,7 @@ from volseg.options import CompareOptions
 from volseg.pages.change_page import page_bytes
 from volseg.preprocessing.register import register, registering_bytes
 from volseg.store.comparisons import ComparisonFolder, PatientRecord
+from volseg.store.outputs import Commit
 from volseg.store.records import LESION_IDS, path_of, read_record
 from volseg.store.results import VIEWERS
 
@@ -125,17 +126,24 @@ class PatientComparison:
             path = time_point.scan_path(record) if self._needs_scans else None
             scans += [] if path is None else [read_header(path)]
         work = {"lesions": pairing_bytes([mask.geometry.shape for mask in masks], n_lesions)}
-        if len(scans) == 2 and self.options.registration:
-            work["registration"] = registering_bytes(scans[0].geometry, scans[1].geometry)
-        if len(scans) == 2 and self.options.figures:
-            work["figure"] = PICTURE_BYTES * math.prod(scans[1].geometry.shape)
-        if len(scans) == 2 and self.has_page:
-            work["page"] = page_bytes(*(math.prod(scan.geometry.shape) for scan in scans))
+        work |= self._work_on(scans) if len(scans) == 2 else {}
         largest = max(work, key=lambda name: work[name])
         # Reading a mask copies it.
         mask_bytes = sum(mask.mask_bytes for mask in masks) + max(mask.n_bytes for mask in masks)
         parts = {"process": process, "scans": _scan_bytes(scans), "masks": mask_bytes}
         return Peak(parts | {largest: work[largest]})
+
+    def _work_on(self, scans: Sequence[ScanHeader]) -> dict[str, int]:
+        """Return the bytes that each step takes that needs both scans."""
+        n_before, n_after = (math.prod(scan.geometry.shape) for scan in scans)
+        work = {}
+        if self.options.registration:
+            work["registration"] = registering_bytes(scans[0].geometry, scans[1].geometry)
+        if self.options.figures:
+            work["figure"] = PICTURE_BYTES * n_after
+        if self.has_page:
+            work["page"] = page_bytes(n_before, n_after)
+        return work
 
     @property
     def _needs_scans(self) -> bool:
@@ -168,17 +176,21 @@ class PatientComparison:
             volseg_version=__version__,
         )
         with results.staged() as commit:
-            if pictures := [scans.picture for scans in compared if scans.picture]:
-                from volseg.pages.comparison_figures import stack_pngs
-
-                commit.write(self.picture, stack_pngs(pictures))
-            if page := next((scans.page for scans in compared if scans.page), ""):
-                commit.write(self.page, page)
+            self._write_pictures(compared, commit)
             rows = self._changes(pairs)
             record = PatientRecord(
                 response=response, lesions=rows, key=self.key, inputs=self.inputs
             )
             results.commit(record, commit)
+
+    def _write_pictures(self, compared: Sequence[_Compared], commit: Commit) -> None:
+        """Write the picture of all pairs of scans, and the page of the first."""
+        if pictures := [scans.picture for scans in compared if scans.picture]:
+            from volseg.pages.comparison_figures import stack_pngs
+
+            commit.write(self.picture, stack_pngs(pictures))
+        if page := next((scans.page for scans in compared if scans.page), ""):
+            commit.write(self.page, page)
 
     @property
     def _nodes(self) -> tuple[str, ...]:
@@ -191,12 +203,7 @@ class PatientComparison:
         """Compare a pair of scans, or handle a scan without a partner."""
         before, after = self._read(cases)
         if before is None or after is None:
-            pair = unpaired_scan(before and before.measured, after and after.measured)
-            other = "follow-up" if after is None else "baseline"
-            warning = f"W_UNPAIRED: there is no {other} scan of what it shows"
-            sides = [side for side in (before, after) if side is not None]
-            rejections = [side.rejection for side in sides if side.rejection]
-            return _Compared(pair, {}, [warning, *_unit_warnings(before, after), *rejections])
+            return _without_partner(before, after)
         placed = self._place(before, after)
         pair = pair_scans(
             before.measured,
@@ -206,7 +213,7 @@ class PatientComparison:
             max_distance_mm=self.options.max_distance_mm,
         )
         warnings = [*placed.warnings, *_differences(before, after), *_unit_warnings(before, after)]
-        warnings += [side.rejection for side in (before, after) if side.rejection]
+        warnings += _rejections(before, after)
         if self._needs_scans:
             warnings += [side.change for side in (before, after) if side.change]
         try:
@@ -216,7 +223,8 @@ class PatientComparison:
                 raise
             picture = None
             warnings.append(f"W_FIGURE: no picture: {error.problem}")
-        page = self._page(before, after, placed, pair) if self.has_page else ""
+        has_lesions = bool(before.lesions or after.lesions)  # without any, no scan is needed
+        page = self._page(before, after, placed, pair) if self.has_page and has_lesions else ""
         return _Compared(pair, placed.columns, warnings, picture, page)
 
     def _read(self, cases: Cases) -> tuple[CaseAtTime | None, CaseAtTime | None]:
@@ -282,6 +290,20 @@ class _Compared:
     warnings: Sequence[str]
     picture: bytes | None = None
     page: str = ""
+
+
+def _without_partner(before: CaseAtTime | None, after: CaseAtTime | None) -> _Compared:
+    """Return the comparison of a scan of one time with no other."""
+    pair = unpaired_scan(before and before.measured, after and after.measured)
+    other = "follow-up" if after is None else "baseline"
+    warning = f"W_UNPAIRED: there is no {other} scan of what it shows"
+    warnings = [warning, *_unit_warnings(before, after), *_rejections(before, after)]
+    return _Compared(pair, {}, warnings)
+
+
+def _rejections(*sides: CaseAtTime | None) -> list[str]:
+    """Return a warning for each side of which a reader rejected lesions."""
+    return [side.rejection for side in sides if side is not None and side.rejection]
 
 
 def page_name(patient: str) -> str:

@@ -119,13 +119,13 @@ def pair_scans(
 
 def _with_numbers(match: Match, baseline: Sequence[int], followup: Sequence[int]) -> Match:
     """Return a match of the n-th lesions with the numbers of these lesions."""
-    own, other = (followup, baseline) if match.baseline is None else (baseline, followup)
+    ids, other_ids = (followup, baseline) if match.baseline is None else (baseline, followup)
     return replace(
         match,
         baseline=None if match.baseline is None else baseline[match.baseline - 1],
         followup=None if match.followup is None else followup[match.followup - 1],
-        relabelled=tuple(other[n - 1] for n in match.relabelled),
-        whole=None if match.whole is None else own[match.whole - 1],
+        relabelled=tuple(other_ids[n - 1] for n in match.relabelled),
+        whole=None if match.whole is None else ids[match.whole - 1],
     )
 
 

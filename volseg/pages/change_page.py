@@ -102,8 +102,8 @@ class _Pictures:
     def of(cls, two: TwoScans, *, max_bytes: int) -> _Pictures:
         """Return the pictures on the grid of the baseline's preview, which shows all lesions."""
         (scan, later), (ids, later_ids) = two.scans, two.ids
-        own, other = scan.with_array(ids), later.with_array(later_ids)
-        moved = ids_on_grid(other, scan.geometry, two.transform).array
+        lesions, later_lesions = scan.with_array(ids), later.with_array(later_ids)
+        moved = ids_on_grid(later_lesions, scan.geometry, two.transform).array
         either = ((ids > 0) | (moved > 0)).astype(np.uint8)
         preview = make_preview(scan, either, unit=two.unit, max_bytes=max_bytes)
         del either, moved
@@ -114,9 +114,9 @@ class _Pictures:
         image = resample_to_grid(later, grid, two.transform)
         packed = (
             preview.packed_image,
-            _packed_ids(own, grid, None),
+            _packed_ids(lesions, grid, None),
             volume_bytes(_as_levels(image, _stored_range(preview, window, two.unit))),
-            _packed_ids(other, grid, two.transform),
+            _packed_ids(later_lesions, grid, two.transform),
         )
         return cls(packed, (preview.window, window), preview.stored_range)
 

@@ -66,13 +66,13 @@ def _sentence(patients: Sequence[PatientResponse]) -> str:
     """Say in one sentence who was compared and what was found."""
     done = [row for row in patients if row.status == "done"]
     responses = Counter(row.response or "no response" for row in done)
-    found = ", ".join(f"{count} {name}" for name, count in sorted(responses.items()))
+    counted = ", ".join(f"{count} {name}" for name, count in sorted(responses.items()))
     n_new, n_gone = (sum(getattr(row, name) or 0 for row in done) for name in ("n_new", "n_gone"))
     n = f"{len(done)} of {format_count(len(patients), 'patient')}"
     lesions = f"{format_count(n_new, 'new lesion')}, {format_count(n_gone, 'lesion')} gone"
     n_doubted = sum(bool(row.warnings) for row in done)
     sure = f"{n_doubted} of them with warnings" if n_doubted else "none of them with a warning"
-    return f"volseg compared {n}, {sure}: {found or 'no response'}; {lesions}."
+    return f"volseg compared {n}, {sure}: {counted or 'no response'}; {lesions}."
 
 
 def _plots(

@@ -31,6 +31,14 @@ class WarningKind:
         return f"{format_count(len(self.cases), 'scan')}: {format_list(self.cases, MAX_SCANS)}"
 
 
+@dataclass(frozen=True, slots=True)
+class Warnings:
+    """The gravest kinds of warnings of the scans, and how many other kinds there are."""
+
+    kinds: Sequence[WarningKind] = ()
+    n_more: int = 0
+
+
 def run_sentence(
     about: About,
     cases: Sequence[CaseRow],
@@ -45,12 +53,12 @@ def run_sentence(
     of_all = f" of {len(cases)}" if n_done < len(cases) else ""
     n_scans = f"{n_done}{of_all} scan{'s' * ((len(cases) if of_all else n_done) != 1)}"
     model = f" with {about.model}" if about.model else ""
-    found = "no lesion"
+    result = "no lesion"
     if n_lesions:
-        found = f"{format_count(n_lesions, 'lesion')} in {format_count(n_with, 'scan')}"
-        found += f", {format_number(total_ml)} mL in total" if total_ml else ""
+        result = f"{format_count(n_lesions, 'lesion')} in {format_count(n_with, 'scan')}"
+        result += f", {format_number(total_ml)} mL in total" if total_ml else ""
     verb = VERBS.get(about.command, "has the results of")
-    return f"volseg {verb} {n_scans}{model} and found {found}; {_certainty(boxes)}."
+    return f"volseg {verb} {n_scans}{model} and found {result}; {_certainty(boxes)}."
 
 
 def _certainty(boxes: Sequence[tuple[ModelBox, Similarity]]) -> str:
@@ -64,8 +72,8 @@ def _certainty(boxes: Sequence[tuple[ModelBox, Similarity]]) -> str:
     return "; ".join(texts)
 
 
-def warning_kinds(cases: Sequence[CaseRow]) -> tuple[list[WarningKind], int]:
-    """Return the warnings of the scans by code, the gravest first, and how many kinds are left out.
+def warning_kinds(cases: Sequence[CaseRow]) -> Warnings:
+    """Return the warnings of the scans by code, the gravest first.
 
     Scans that failed are left out: the page lists them with their reason.
     """
@@ -79,4 +87,4 @@ def warning_kinds(cases: Sequence[CaseRow]) -> tuple[list[WarningKind], int]:
     kinds = [
         WarningKind(code, list(scans[code]), next(iter(scans[code].values()))) for code in codes
     ]
-    return kinds[:MAX_KINDS], max(0, len(kinds) - MAX_KINDS)
+    return Warnings(kinds[:MAX_KINDS], max(0, len(kinds) - MAX_KINDS))

@@ -12,10 +12,9 @@ from urllib.parse import quote
 from markupsafe import Markup
 
 from volseg.inputs import shorten
-from volseg.measurement.review import ACCEPTED, REJECTED
 from volseg.measurement.rows import CaseRow, LesionMeasurement
 from volseg.pages.about import About
-from volseg.pages.headline import WarningKind, run_sentence, warning_kinds
+from volseg.pages.headline import Warnings, run_sentence, warning_kinds
 from volseg.pages.model_box import ModelBox, Similarity, similarity_of_run
 from volseg.pages.montage import smaller_jpeg
 from volseg.pages.page import CONTENT_BYTES, as_base64, json_size, render_page
@@ -50,6 +49,10 @@ class Notes:
     remarks: Sequence[str] = ()
     reviews: Reviews | None = None
 
+    @property
+    def review_sha256(self) -> str:
+        return "" if self.reviews is None else self.reviews.sha256
+
 
 @dataclass(frozen=True, slots=True)
 class Plot:
@@ -74,7 +77,7 @@ class RunPage:
         failed: (name, code, reason) of each failed scan or patient, of which there are `n_cases`.
         noun: of them. files: the tables in words.
         sentence: what was run, on what, what it found, and how sure that is.
-        warnings: of the scans; `n_more_warnings` kinds are left out.
+        warnings: of the scans.
         remarks: sentences above the numbers. facts: (name, value).
         plots: with a note on each that follows them. reviews: entries of review.csv.
         pages: ids of the cases that have a viewer page.
@@ -92,8 +95,7 @@ class RunPage:
     facts: Sequence[tuple[str, str]]
     tables: Sequence[PageTable]
     sentence: str = ""
-    warnings: Sequence[WarningKind] = ()
-    n_more_warnings: int = 0
+    warnings: Warnings = field(default_factory=Warnings)
     boxes: Sequence[tuple[ModelBox, Similarity]] = ()
     plots: Sequence[Plot] = ()
     plot_note: str = ""
@@ -133,15 +135,9 @@ def run_page(
     failed = failures(cases, "case_id")
     linked = sorted(pages)
     lesions = with_doubts(lesions, cases)
-    remarks = [*unprocessed(cases, "scan"), *notes.remarks]
-    if unpictured:
-        left_out = format_count(unpictured, "scan")
-        remarks.append(f"To keep this page small, the pictures of {left_out} are left out.")
     boxes = [(box, similarity_of_run(cases, box.name)) for box in about.boxes]
-    entries, review_remark = _review_entries(notes.reviews, lesions)
-    remarks += [review_remark] if review_remark else []
-    warnings, n_more = warning_kinds(cases)
-    n_lesions, total_ml = _totals(cases, lesions)
+    remarks = _remarks(cases, lesions, notes, unpictured)
+    entries = [] if notes.reviews is None else notes.reviews.entries()
     plots = _plots(cases, lesions, set(linked))
     left = CONTENT_BYTES - sum(map(json_size, (pictures, linked, failed, remarks, entries)))
     left -= sum(len(plot.svg.encode()) for plot in plots)
@@ -154,9 +150,8 @@ def run_page(
         n_cases=len(cases),
         noun="scans",
         files="cases.csv and lesions.csv",
-        sentence=run_sentence(about, cases, n_lesions=n_lesions, total_ml=total_ml, boxes=boxes),
-        warnings=warnings,
-        n_more_warnings=n_more,
+        sentence=_sentence(about, cases, lesions, boxes),
+        warnings=warning_kinds(cases),
         boxes=boxes,
         remarks=remarks,
         facts=_facts(cases, lesions),
@@ -168,6 +163,33 @@ def run_page(
         pictures=pictures,
         picture_height=height,
     )
+
+
+def _sentence(
+    about: About,
+    cases: Sequence[CaseRow],
+    lesions: Sequence[LesionMeasurement],
+    boxes: Sequence[tuple[ModelBox, Similarity]],
+) -> str:
+    n_lesions, total_ml = _totals(cases, lesions)
+    return run_sentence(about, cases, n_lesions=n_lesions, total_ml=total_ml, boxes=boxes)
+
+
+def _remarks(
+    cases: Sequence[CaseRow],
+    lesions: Sequence[LesionMeasurement],
+    notes: Notes,
+    unpictured: int,
+) -> list[str]:
+    """Return the remarks of the page; `unpictured`: how many pictures are left out."""
+    remarks = [*unprocessed(cases, "scan"), *notes.remarks]
+    if unpictured:
+        left_out = format_count(unpictured, "scan")
+        remarks.append(f"To keep this page small, the pictures of {left_out} are left out.")
+    if notes.reviews:
+        sizes = {(lesion.case_id, lesion.lesion_id): lesion.n_voxels for lesion in lesions}
+        remarks.append(notes.reviews.summary(sizes))
+    return remarks
 
 
 def failures(rows: Sequence[ItemRow], name: str) -> list[tuple[str, str, str]]:
@@ -235,30 +257,6 @@ def _totals(cases: Sequence[CaseRow], lesions: Sequence[LesionMeasurement]) -> t
     total_ml = math.fsum(case.total_volume_ml or 0.0 for case in cases)
     volumes = _known("volume_ml", lesions)
     return max(n_lesions, len(lesions)), max(total_ml, math.fsum(volumes))
-
-
-def _review_entries(
-    reviews: Reviews | None, lesions: Sequence[LesionMeasurement]
-) -> tuple[list[list[str | int | None]], str]:
-    """Return the reviews as the page's script reads them, and a remark that counts them."""
-    if not reviews:
-        return [], ""
-    rows = [row for of_case in reviews.of_case.values() for row in of_case.values()]
-    sizes = {(lesion.case_id, lesion.lesion_id): lesion.n_voxels for lesion in lesions}
-    n_outdated = sum(
-        row.n_voxels is not None and size is not None and row.n_voxels != size
-        for row in rows
-        if (size := sizes.get((row.case_id, row.lesion_id), row.n_voxels)) is not None
-    )
-    counts = {word: sum(row.verdict == word for row in rows) for word in (ACCEPTED, REJECTED)}
-    verdicts = ", ".join(f"{count} {word}" for word, count in counts.items())
-    remark = f"Reviewed in {reviews.path}: {format_count(len(rows), 'lesion')}, {verdicts}."
-    if n_outdated:
-        remark += f" {n_outdated} of them changed size since and count as not reviewed."
-    return [
-        [row.case_id, row.lesion_id, row.verdict, row.comment, row.n_voxels, row.reviewed_at]
-        for row in rows
-    ], remark
 
 
 def _dot_noun(lesions: Sequence[LesionMeasurement]) -> str:

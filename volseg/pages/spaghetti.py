@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
@@ -40,42 +40,64 @@ def spaghetti_svg(lines: Sequence[Line], *, title: str, unit: str, noun: str) ->
     positive = [value for value in values if value > 0]
     if len(set(values)) < 2 or not positive:
         return None
-    is_log = Scale.of(positive).is_log
-    scale = Scale.of(positive if is_log else values, from_zero=True)
-    floor = HEIGHT - BOTTOM - (14 if is_log and len(positive) < len(values) else 0)
-
-    def y(value: float) -> float:
-        if is_log and value <= 0:
-            return HEIGHT - BOTTOM
-        return floor - scale.fraction(value) * (floor - TOP)
-
+    axis = _Axis.of(values, positive)
     summary = escape(f"{title} of {format_count(len(lines), noun)} at baseline and follow-up")
     parts = [
         f'<svg class="strip" viewBox="0 0 {WIDTH} {HEIGHT}" role="group" tabindex="0" '
         f'aria-label="{summary}; arrow keys move from line to line">',
         f'<text x="{LEFT}" y="14">{escape(title)}</text>',
-        _soft(scale.unit_text(unit), WIDTH - RIGHT, 14, "end"),
+        _soft(axis.scale.unit_text(unit), WIDTH - RIGHT, 14, "end"),
+        *axis.grid(),
+        *(_line(line, axis) for line in sorted(lines, key=lambda line: line.before)),
+        "</svg>",
     ]
-    ticks = [(floor - (at - scale.low) / (scale.high - scale.low) * (floor - TOP), text)
-             for at, text in scale.ticks]  # fmt: skip
-    ticks += [(HEIGHT - BOTTOM, "0")] if is_log and len(positive) < len(values) else []
-    for place, text in ticks:
-        parts.append(f'<path class="grid" d="M{LEFT} {place:.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(_soft(text, LEFT - 6, place + 4, "end"))
-    for place, text in zip((LEFT, WIDTH - RIGHT), TIMES):
-        parts.append(f'<path class="axis" d="M{place} {TOP}V{HEIGHT - BOTTOM}"/>')
-        parts.append(_soft(text, place, HEIGHT - 8, "middle"))
-    for line in sorted(lines, key=lambda line: line.before):
-        before, after = y(line.before), y(line.after)
-        path = f'<path class="line" d="M{LEFT} {before:.1f}L{WIDTH - RIGHT} {after:.1f}"/>'
-        ends = zip((LEFT, WIDTH - RIGHT), (before, after))
-        dots = "".join(
-            f'<circle class="dot" cx="{x}" cy="{place:.1f}" r="{RADIUS}"/>' for x, place in ends
-        )
-        link = f'href="{escape(line.href)}" ' if line.href else ""
-        parts.append(f'<a {link}tabindex="-1" aria-label="{escape(line.name)}">{path}{dots}</a>')
-    parts.append("</svg>")
     return Markup("".join(parts))  # noqa: S704 all texts are escaped
+
+
+@dataclass(frozen=True, slots=True)
+class _Axis:
+    """The common axis of both times; on a logarithmic one 0 lies below the other values."""
+
+    scale: Scale
+    has_zero_below: bool
+
+    @classmethod
+    def of(cls, values: Sequence[float], positive: Sequence[float]) -> _Axis:
+        is_log = Scale.of(positive).is_log
+        scale = Scale.of(positive if is_log else values, from_zero=True)
+        return cls(scale, is_log and len(positive) < len(values))
+
+    def at(self, fraction: float) -> float:
+        """Return the height of a fraction of the axis."""
+        floor = HEIGHT - BOTTOM - (14 if self.has_zero_below else 0)
+        return floor - fraction * (floor - TOP)
+
+    def y(self, value: float) -> float:
+        if self.scale.is_log and value <= 0:
+            return HEIGHT - BOTTOM
+        return self.at(self.scale.fraction(value))
+
+    def grid(self) -> Iterator[str]:
+        """Yield the lines of round numbers, both axes and their names."""
+        low, high = self.scale.low, self.scale.high
+        ticks = [(self.at((place - low) / (high - low)), text) for place, text in self.scale.ticks]
+        for place, text in [*ticks, *([(HEIGHT - BOTTOM, "0")] if self.has_zero_below else [])]:
+            yield f'<path class="grid" d="M{LEFT} {place:.1f}H{WIDTH - RIGHT}"/>'
+            yield _soft(text, LEFT - 6, place + 4, "end")
+        for place, text in zip((LEFT, WIDTH - RIGHT), TIMES):
+            yield f'<path class="axis" d="M{place} {TOP}V{HEIGHT - BOTTOM}"/>'
+            yield _soft(text, place, HEIGHT - 8, "middle")
+
+
+def _line(line: Line, axis: _Axis) -> str:
+    before, after = axis.y(line.before), axis.y(line.after)
+    path = f'<path class="line" d="M{LEFT} {before:.1f}L{WIDTH - RIGHT} {after:.1f}"/>'
+    dots = "".join(
+        f'<circle class="dot" cx="{x}" cy="{y:.1f}" r="{RADIUS}"/>'
+        for x, y in ((LEFT, before), (WIDTH - RIGHT, after))
+    )
+    link = f'href="{escape(line.href)}" ' if line.href else ""
+    return f'<a {link}tabindex="-1" aria-label="{escape(line.name)}">{path}{dots}</a>'
 
 
 def _soft(text: str, left: float, top: float, anchor: str) -> str:

@@ -47,14 +47,7 @@ def strip_of(
         groups: name → dots; non-finite values are left out. More than six groups are joined.
         noun: what a dot is.
     """
-    groups = {
-        name: sorted(finite, key=lambda dot: dot.value)
-        for name, dots in groups.items()
-        if (finite := [dot for dot in dots if math.isfinite(dot.value)])
-    }
-    if len(groups) > MAX_GROUPS:
-        together = [dot for dots in groups.values() for dot in dots]
-        groups = {ALL: sorted(together, key=lambda dot: dot.value)}
+    groups = _sorted_groups(groups)
     values = [dot.value for dots in groups.values() for dot in dots]
     if len(set(values)) < 2:
         return None
@@ -77,6 +70,17 @@ def strip_of(
     parts.append("</svg>")
     outliers.sort(key=lambda dot: -dot.value)
     return Strip(Markup("".join(parts)), outliers)  # noqa: S704 all texts are escaped
+
+
+def _sorted_groups(groups: Mapping[str, Sequence[Dot]]) -> dict[str, list[Dot]]:
+    """Return the groups with ascending finite values; one group of all if there are too many."""
+    finite = {
+        name: [dot for dot in dots if math.isfinite(dot.value)] for name, dots in groups.items()
+    }
+    finite = {name: dots for name, dots in finite.items() if dots}
+    if len(finite) > MAX_GROUPS:
+        finite = {ALL: [dot for dots in finite.values() for dot in dots]}
+    return {name: sorted(dots, key=lambda dot: dot.value) for name, dots in finite.items()}
 
 
 def _row(

@@ -37,6 +37,32 @@ class Reviews:
     def __bool__(self) -> bool:
         return self.path is not None
 
+    @property
+    def rows(self) -> list[LesionReview]:
+        return [row for of_case in self.of_case.values() for row in of_case.values()]
+
+    def entries(self) -> list[list[str | int | None]]:
+        """Return the reviews as the script of a page reads them."""
+        return [
+            [row.case_id, row.lesion_id, row.verdict, row.comment, row.n_voxels, row.reviewed_at]
+            for row in self.rows
+        ]
+
+    def summary(self, sizes: Mapping[tuple[str, int], int]) -> str:
+        """Count the reviews in a sentence; `sizes`: (case, lesion) → its voxels, where known."""
+        rows = self.rows
+        counts = {word: sum(row.verdict == word for row in rows) for word in (ACCEPTED, REJECTED)}
+        verdicts = ", ".join(f"{count} {word}" for word, count in counts.items())
+        text = f"Reviewed in {self.path}: {format_count(len(rows), 'lesion')}, {verdicts}."
+        now = [sizes.get((row.case_id, row.lesion_id)) for row in rows]
+        n_outdated = sum(
+            None not in (size, row.n_voxels) and size != row.n_voxels
+            for row, size in zip(rows, now)
+        )
+        if n_outdated:
+            text += f" {n_outdated} of them changed size since and count as not reviewed."
+        return text
+
     def rejected(self, case_id: str) -> list[int]:
         """Return the numbers of the rejected lesions of a scan, ascending."""
         rows = self.of_case.get(case_id, {}).values()
