@@ -89,11 +89,11 @@ class RunPage:
     made_with: Sequence[str]
     failed: Sequence[tuple[str, str, str]]
     n_cases: int
-    noun: str
-    files: str
     remarks: Sequence[str]
     facts: Sequence[tuple[str, str]]
     tables: Sequence[PageTable]
+    noun: str = "scans"
+    files: str = "cases.csv and lesions.csv"
     sentence: str = ""
     warnings: Warnings = field(default_factory=Warnings)
     boxes: Sequence[tuple[ModelBox, Similarity]] = ()
@@ -148,8 +148,6 @@ def run_page(
         made_with=about.made_with,
         failed=failed,
         n_cases=len(cases),
-        noun="scans",
-        files="cases.csv and lesions.csv",
         sentence=_sentence(about, cases, lesions, boxes),
         warnings=warning_kinds(cases),
         boxes=boxes,
