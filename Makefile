@@ -1,6 +1,7 @@
 # make demo   own virtual environment, install, then the main job on sample_data/
 # make test   the test suite          make lint   ruff, pyright, import-linter
 # make docs   write docs/columns.md, docs/options.md, docs/api.md
+# make pictures  the pictures of README.md
 # make bench  the benchmarks that need no other data or peer
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test lint docs pictures bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/python sample_data/demo.py --out demo_results
@@ -28,6 +29,10 @@ docs: $(INSTALLED)
 	$(BIN)/python docs/make_columns.py
 	$(BIN)/python docs/make_options.py
 	$(BIN)/python docs/make_api.py
+
+# Needs Chromium.
+pictures: $(INSTALLED)
+	$(BIN)/python docs/make_pictures.py
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/preprocess.py

@@ -32,6 +32,7 @@ from volseg.postprocessing.steps import make_steps
 from volseg.preprocessing.channels import completed, on_one_grid
 from volseg.preprocessing.crop import scaled_box
 from volseg.preprocessing.prepare import Preparation
+from volseg.preprocessing.probabilities import ProbabilityMaps
 from volseg.preprocessing.restore import MaskRestorer
 from volseg.recipe import Data
 from volseg.volume import BoundingBox, Volume
@@ -48,6 +49,19 @@ class Model:
     classifier: Backend | None
     device: str = "cpu"
     coarse: Model | None = None  # the coarse first pass, if the recipe has one
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Streaming:
+    """How the logits of a scan are streamed.
+
+    Args:
+        half_logits: blend them in float16: half the buffer, logits rounded to three digits.
+        probabilities: receives the probability of every label; None: it is not kept.
+    """
+
+    half_logits: bool = False
+    probabilities: ProbabilityMaps | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -112,7 +126,7 @@ def segment_case(
     model: Model,
     *,
     case_id: str,
-    half_logits: bool = False,
+    streaming: Streaming | None = None,
     accept_mismatch: bool = False,
     on_tile: OnTile = lambda done, total: None,
 ) -> CaseResult:
@@ -121,7 +135,7 @@ def segment_case(
     Args:
         images: channel name → scan; must contain every channel of the recipe, unless the recipe
             accepts cases with missing channels.
-        half_logits: blend logits in float16: half the buffer, logits rounded to three digits.
+        streaming: how logits are blended and whether probabilities are kept.
         accept_mismatch: also segment a scan of another modality than in training; then it gets no
             density, mass, calcium score or class.
         on_tile: called before the first tile and after each; not called for a scan without a body.
@@ -136,7 +150,7 @@ def segment_case(
     resemblance = compare_scan(scans, recipe, model.bundle.fingerprint)
     if resemblance.contradictions and not accept_mismatch:
         raise _other_modality(resemblance, case_id, recipe.name)
-    mask, confidence = _predict(scans, model, half_logits=half_logits, on_tile=on_tile)
+    mask, confidence = _predict(scans, model, streaming=streaming or Streaming(), on_tile=on_tile)
     for step in make_steps(recipe.postprocess):
         mask = step(mask, scan.geometry)
     organ, organ_voxels, lesion_mask = recipe.measure.organ, None, mask
@@ -198,7 +212,7 @@ def estimate_work(model: Model, shapes: Sequence[tuple[int, int, int]]) -> Work:
 
 
 def _predict(
-    scans: Mapping[str, Volume], model: Model, *, half_logits: bool, on_tile: OnTile
+    scans: Mapping[str, Volume], model: Model, *, streaming: Streaming, on_tile: OnTile
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return mask (I, J, K) of label values and confidence (I, J, K) uint8 on the scan's grid."""
     recipe, backend = model.bundle.recipe, model.segmentation
@@ -209,16 +223,19 @@ def _predict(
     tiling = replace(
         Tiling.of(recipe),
         empty_level=None if regions else preparation.empty_level,
-        dtype=torch.float16 if half_logits else torch.float32,
+        dtype=torch.float16 if streaming.half_logits else torch.float32,
     )
     part = _tiled_part(preparation, tiling, model)
     axis = trail.separate_axis
     if axis is None:
         axis = thinnest_axis(trail.shape if part is None else part.shape, tiling.patch_shape)
-    values, is_regions = list(regions or data.label_names), regions is not None
+    values, is_regions = output_values(data), regions is not None
     restorer = MaskRestorer(
         trail, values, axis=axis, regions=is_regions, part=part, head=backend.head
     )
+    if streaming.probabilities is not None:
+        streaming.probabilities.begin(trail)
+        restorer.on_logits = streaming.probabilities.add
     if part is not None:
         done, total = count(1), tiling.count(part.shape)
         on_tile(0, total)
@@ -235,6 +252,11 @@ def _predict(
         finally:
             backend.release()
     return restorer.result()
+
+
+def output_values(data: Data) -> list[int]:
+    """Return the mask value of each output of the network, without the background."""
+    return list(data.regions_class_order or data.label_names)
 
 
 def _tiled_part(preparation: Preparation, tiling: Tiling, model: Model) -> BoundingBox | None:

@@ -315,3 +315,28 @@ def test_pages_that_complete_cases_lack_keep_to_the_memory_budget(model, dataset
     assert "give --max-ram" in warning
     volseg.infer(scan, model=model, out=out)
     assert (out / "viewer" / "scan_0.html").is_file()
+
+
+def test_probabilities_are_written_on_the_scans_grid_and_agree_with_mask_and_confidence(
+    results, dataset, model, tmp_path
+):
+    scan = dataset / "images" / "scan_6.nii.gz"
+    out = tmp_path / "out"
+    given = {"model": model, "out": out, "pages": False}
+    report = volseg.infer(scan, probabilities=True, **given)
+    assert report.exit_code == 0
+    stored = read_volume(out / "probabilities" / "label_3" / "scan_6.nii.gz")
+    assert stored.array.dtype == np.uint8
+    np.testing.assert_array_equal(stored.geometry.affine, read_header(scan).geometry.affine)
+    probability = stored.intensities().astype(float)
+    assert 0 <= probability.min() < probability.max() <= 1
+    mask = read_mask(out / "masks" / "scan_6.nii.gz").array
+    np.testing.assert_array_equal(mask, read_mask(results / "masks" / "scan_6.nii.gz").array)
+    assert (probability[mask == 3] > 0.49).all()
+    ids = read_mask(out / "lesion_ids" / "scan_6.nii.gz", max_labels=10_000).array
+    for row in rows(out / "lesions.csv")[:3]:
+        inside = probability[ids == int(row["lesion_id"])]
+        assert inside.mean() == pytest.approx(float(row["confidence_mean"]), abs=0.005)
+    assert volseg.infer(scan, probabilities=True, **given).kept == ["scan_6"]
+    assert volseg.infer(scan, **given).done == ["scan_6"]  # another request, another result
+    assert not (out / "probabilities" / "label_3" / "scan_6.nii.gz").exists()

@@ -56,7 +56,7 @@ def test_every_component_has_a_row_and_the_largest_have_every_column(measured):
     assert all(row["long_axis_mm"] for row in rows[:MANY])
     assert not any(row["long_axis_mm"] for row in rows[MANY:])
     cheap = ["volume_ml", "intensity_mean", "intensity_max"]
-    cheap += ["centroid_s_mm", "bbox_max_ras", "touches_border"]
+    cheap += ["centroid_s_mm", "bbox_max_a_mm", "touches_border"]
     assert all(row[name] for row in rows[MANY:] for name in cheap)
     assert all("only the 10 000 largest" in row["notes"] for row in rows[MANY:])
     (case,) = rows_of(out / "cases.csv")

@@ -28,6 +28,7 @@ from volseg.measurement.rows import CaseRow, LesionMeasurement
 from volseg.measurement.selftest import ibsi_phantom
 from volseg.measurement.specks import measure_largest
 from volseg.measurement.summary import summarise
+from volseg.pages.marks import point_of
 from volseg.postprocessing.lesions import Lesions, label_lesions
 from volseg.recipe import Measure
 from volseg.volume import Geometry, Volume
@@ -118,11 +119,11 @@ def test_lesions_know_their_box_their_neighbour_and_their_axes():
     affine = np.diag([-0.5, -0.5, 2.0, 1.0])
     affine[:3, 3] = 40, 30, -10
     first, second = measure(np.zeros(mask.shape), mask, affine)
-    assert first.bbox_min_ras == "[34.250, 26.750, -1.000]"
-    assert first.bbox_max_ras == "[39.250, 28.750, 1.000]"
+    assert point_of(first, "bbox_min") == (34.25, 26.75, -1.0)
+    assert point_of(first, "bbox_max") == (39.25, 28.75, 1.0)
     assert first.nearest_lesion_mm == second.nearest_lesion_mm == pytest.approx(8 * 0.5)
     assert first.axis_slice == 5 and first.long_axis_mm == pytest.approx(math.hypot(5, 1.5))
-    ends = [np.array(json.loads(text)) for text in (first.long_axis_p0_ras, first.long_axis_p1_ras)]
+    ends = [np.array(point_of(first, f"long_axis_p{end}")) for end in (0, 1)]
     assert np.linalg.norm(ends[1] - ends[0]) == pytest.approx(first.long_axis_mm, abs=2e-3)
     assert ends[0][2] == ends[1][2] == 0
     assert first.recist_measurable is False
@@ -137,8 +138,8 @@ def test_the_box_holds_every_corner_of_every_voxel(affine):
     half = np.array([[x, y, z] for x in (-0.5, 0.5) for y in (-0.5, 0.5) for z in (-0.5, 0.5)])
     index = (np.argwhere(mask)[:, None] + half).reshape(-1, 3)
     corners = Geometry(mask.shape, affine).to_world_mm(index)
-    assert json.loads(row.bbox_min_ras) == pytest.approx(corners.min(axis=0), abs=1e-3)
-    assert json.loads(row.bbox_max_ras) == pytest.approx(corners.max(axis=0), abs=1e-3)
+    assert point_of(row, "bbox_min") == pytest.approx(corners.min(axis=0), abs=1e-3)
+    assert point_of(row, "bbox_max") == pytest.approx(corners.max(axis=0), abs=1e-3)
 
 
 def test_the_expected_volume_adds_up_the_probabilities_of_the_model():
@@ -583,9 +584,13 @@ def test_the_columns_of_both_tables_are_a_contract():
         "intensity_kurtosis intensity_mean_eroded1 density_g_cm3 mass_g agatston_score "
         "calcium_volume_mm3 calcium_mass_mg surface_area_mm2 sphericity compactness elongation "
         "flatness major_axis_mm minor_axis_mm least_axis_mm max3d_diameter_mm "
-        "equiv_sphere_diameter_mm long_axis_mm short_axis_mm axis_slice long_axis_p0_ras "
-        "long_axis_p1_ras short_axis_p0_ras short_axis_p1_ras recist_measurable bbox_min_ras "
-        "bbox_max_ras nearest_lesion_mm confidence_p10 spacing_r_mm spacing_a_mm spacing_s_mm "
+        "equiv_sphere_diameter_mm long_axis_mm short_axis_mm axis_slice "
+        "long_axis_p0_r_mm long_axis_p0_a_mm long_axis_p0_s_mm "
+        "long_axis_p1_r_mm long_axis_p1_a_mm long_axis_p1_s_mm "
+        "short_axis_p0_r_mm short_axis_p0_a_mm short_axis_p0_s_mm "
+        "short_axis_p1_r_mm short_axis_p1_a_mm short_axis_p1_s_mm recist_measurable "
+        "bbox_min_r_mm bbox_min_a_mm bbox_min_s_mm bbox_max_r_mm bbox_max_a_mm bbox_max_s_mm "
+        "nearest_lesion_mm confidence_p10 spacing_r_mm spacing_a_mm spacing_s_mm "
         "connectivity model volseg_version notes"
     )
     assert " ".join(name for name, *_ in cases) == (

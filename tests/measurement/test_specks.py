@@ -26,8 +26,9 @@ UNKNOWN = {
     "volume_mesh_mm3", "volume_expected_ml", "intensity_mean_eroded1", "surface_area_mm2",
     "sphericity", "compactness", "elongation", "flatness", "major_axis_mm", "minor_axis_mm",
     "least_axis_mm", "max3d_diameter_mm", "long_axis_mm", "short_axis_mm", "axis_slice",
-    "long_axis_p0_ras", "long_axis_p1_ras", "short_axis_p0_ras", "short_axis_p1_ras",
     "recist_measurable", "nearest_lesion_mm",
+} | {
+    f"{axis}_axis_p{end}_{side}_mm" for axis in ("long", "short") for end in "01" for side in "ras"
 }  # fmt: skip
 
 

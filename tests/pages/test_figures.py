@@ -8,6 +8,7 @@ from segmented_scans import segmented
 
 from volseg.measurement.lesions import measure_lesions
 from volseg.pages.figures import overlay_png
+from volseg.pages.preview import picture_window
 from volseg.postprocessing.lesions import label_lesions
 from volseg.volume import Geometry, Volume
 
@@ -17,9 +18,9 @@ OUTLINE = np.array([1.0, 0.36, 0.2])
 def picture(volume, mask):
     lesions = label_lesions(mask, volume.geometry)
     rows = measure_lesions(segmented(volume, lesions, label_names={1: "lesion"}))
-    return matplotlib.image.imread(
-        io.BytesIO(overlay_png(volume, lesions.ids, rows, title="a")), format="png"
-    )[..., :3]
+    window = picture_window(volume, lesions.ids, unit="HU")
+    png = overlay_png(volume, lesions.ids, rows, title="a", window=window)
+    return matplotlib.image.imread(io.BytesIO(png), format="png")[..., :3]
 
 
 def outlined(image):
@@ -97,9 +98,9 @@ def test_the_largest_lesions_are_shown_whatever_their_numbers():
     lesions = label_lesions(mask, geometry, objects="labels")
     scan = Volume(mask.astype(np.int16), geometry)
     rows = measure_lesions(segmented(scan, lesions, unit="a.u."))
-    image = matplotlib.image.imread(
-        io.BytesIO(overlay_png(scan, lesions.ids, rows, title="a")), format="png"
-    )[..., :3]
+    window = picture_window(scan, lesions.ids, unit="a.u.")
+    png = overlay_png(scan, lesions.ids, rows, title="a", window=window)
+    image = matplotlib.image.imread(io.BytesIO(png), format="png")[..., :3]
     first = outlined(image[: image.shape[0] // 3])
     assert np.ptp(np.nonzero(first)[0]) > 50  # the first row shows the ball of 18 mm
 
@@ -110,7 +111,27 @@ def test_a_label_or_case_that_looks_like_a_formula_is_text():
     scan = Volume(np.where(inside, 80, 0).astype(np.int16), geometry)
     lesions = label_lesions(inside.astype(np.uint8), geometry)
     rows = measure_lesions(segmented(scan, lesions, label_names={1: r"$\bad{$"}))
-    image = matplotlib.image.imread(
-        io.BytesIO(overlay_png(scan, lesions.ids, rows, title=r"$\frac$")), format="png"
-    )
+    png = overlay_png(scan, lesions.ids, rows, title=r"$\frac$", window=(-100.0, 100.0))
+    image = matplotlib.image.imread(io.BytesIO(png), format="png")
     assert outlined(image[..., :3]).any()
+
+
+def test_the_row_of_a_lesion_points_at_it_and_outlines_the_other_thinly():
+    """Two balls of equal size in one slice: row k has the thick outline and the arrow at ball k."""
+    geometry = grid_around(24, lps((1, 1, 1)))
+    offsets = ([12, 0, 0], [-12, 0, 0])  # to the right and to the left of the patient
+    balls = [ball(5.2 - 0.4 * n, geometry, centre_mm(geometry) + o) for n, o in enumerate(offsets)]
+    mask = (balls[0] | balls[1]).astype(np.uint8)
+    image = picture(Volume(np.where(mask, 90, -60).astype(np.int16), geometry), mask)
+    half = image.shape[0] // 2
+    blue = np.abs(image - np.array([0x59, 0xD8, 0xFF]) / 255).max(axis=-1) < 0.15
+    for number, rows in enumerate((slice(0, half), slice(half, None))):
+        axial = (rows, slice(0, image.shape[1] // 3))
+        thick, arrow = outlined(image)[axial], blue[axial]
+        assert thick.any() and arrow.any()
+        columns = np.flatnonzero(thick.any(axis=0))
+        middle = thick.shape[1] / 2
+        assert (columns.mean() < middle) == (number == 0)  # the patient's right is on the left
+        # The arrow ends at the outline of its lesion.
+        gaps = np.argwhere(arrow)[:, None] - np.argwhere(thick)[None]
+        assert np.linalg.norm(gaps, axis=-1).min() < 6

@@ -1,4 +1,4 @@
-import json
+import math
 
 import numpy as np
 from hostile_pages import lesion
@@ -23,8 +23,9 @@ def test_the_point_of_a_lesion_lies_in_it_and_in_the_slice_of_its_long_axis():
         zip(("centroid_r_mm", "centroid_a_mm", "centroid_s_mm"), centroid_mm(preview, 1).tolist())
     )
     written = {
-        f"long_axis_p{n}_ras": json.dumps([round(float(v), 2) for v in end])
+        f"long_axis_p{n}_{axis}_mm": round(float(value), 2)
         for n, end in enumerate(ends)
+        for axis, value in zip("ras", end, strict=True)
     }
     without = lesion_points(preview.ids, [lesion(lesion_id=1, **centroid)])[1]
     with_axis = lesion_points(preview.ids, [lesion(lesion_id=1, **centroid, **written)])[1]
@@ -35,9 +36,13 @@ def test_the_point_of_a_lesion_lies_in_it_and_in_the_slice_of_its_long_axis():
     assert lesion_points(preview.ids, [lesion(lesion_id=7, **centroid)]) == {}
 
 
-def test_points_are_read_as_the_tables_write_them():
-    assert point_of("[12.5, -3.25, 40]") == (12.5, -3.25, 40.0)
-    assert [point_of(text) for text in (None, "", "[1, 2]", "a b c", "[NaN, 1, 2]")] == [None] * 5
+def test_a_point_with_an_unknown_coordinate_is_unknown():
+    def bbox_min(*values):
+        columns = dict(zip(("bbox_min_r_mm", "bbox_min_a_mm", "bbox_min_s_mm"), values))
+        return point_of(lesion(lesion_id=1, **columns), "bbox_min")
+
+    assert bbox_min(12.5, -3.25, 40.0) == (12.5, -3.25, 40.0)
+    assert [bbox_min(), bbox_min(1.0, 2.0), bbox_min(math.nan, 1.0, 2.0)] == [None] * 3
 
 
 def test_colours_of_neighbours_differ():

@@ -100,11 +100,11 @@ def test_the_report_is_sorted_filtered_and_arranged_by_keyboard(browser, tmp_pat
         == f"1–{len(column('volume_ml'))} of {len(column('volume_ml'))} (of 12)"
     )
     table.get_by_label("Filter").fill("")
-    table.locator("summary").press("Enter")
+    table.locator(".tools summary").press("Enter")
     table.get_by_label("n_voxels").press("Space")
     assert len(column("n_voxels")) == 12
     page.keyboard.press("Escape")
-    assert not table.locator("details[open]").count()
+    assert not table.locator(".tools details[open]").count()
     assert HOSTILE.replace("\u2028", "") in page.inner_text(".failures").replace("\u2028", "")
     links = page.locator("section[aria-labelledby='scans-title'] tbody a").all()
     assert {link.get_attribute("href") for link in links} == {

@@ -1,4 +1,3 @@
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -7,6 +6,7 @@ from browser_visits import Visit, launched
 from hostile_pages import CASE, HOSTILE, lesion, page_of, scene
 from laws import centre_mm, lps, orientations, ras
 
+from volseg.pages.marks import point_of
 from volseg.volume import Geometry, Volume
 
 
@@ -141,7 +141,7 @@ def test_a_diameter_is_drawn_where_it_was_measured(browser, tmp_path):
     left, top, *_ = visit.page.evaluate(
         "Object.values(document.getElementById('canvas').getBoundingClientRect().toJSON())"
     )
-    ends = [np.array(json.loads(getattr(rows[0], f"short_axis_p{end}_ras"))) for end in (0, 1)]
+    ends = [np.array(point_of(rows[0], f"short_axis_p{end}")) for end in (0, 1)]
     for x, y in drawn[list(np.unravel_index(between.argmax(), between.shape))]:
         visit.page.mouse.click(left + x, top + y)
         point = np.array([float(visit.place()[axis]) for axis in "ras"])

@@ -307,9 +307,13 @@ def write_case(
     write_mask(image.with_array(ids), commit, LESION_IDS, scan.case_id, like=measured.path)
     if files.figures:
         from volseg.pages.figures import overlay_png
+        from volseg.pages.preview import picture_window
 
+        window = picture_window(image, ids, unit=unit.name)
         title, is_doubted = scan.case_id, bool(unit.doubt)
-        picture = overlay_png(image, ids, largest, title=title, is_doubted=is_doubted)
+        picture = overlay_png(
+            image, ids, largest, title=title, window=window, is_doubted=is_doubted
+        )
         commit.write(f"{FIGURES}/{scan.case_id}.png", picture)
     row = done_row(measured, read_header(measured.path).warnings)
     if files.pages:

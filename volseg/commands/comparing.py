@@ -11,7 +11,7 @@ from typing import Any
 from volseg.columns import json_values
 from volseg.commands.batch import damaged_warnings, run_description, without_damaged
 from volseg.commands.jobs import Tally
-from volseg.commands.patient_comparison import PatientComparison
+from volseg.commands.patient_comparison import PatientComparison, page_name
 from volseg.commands.patients import Patient, TimePoints, read_pairs, same_ids
 from volseg.commands.time_points import TimePoint
 from volseg.comparison.response import PatientResponse
@@ -25,13 +25,15 @@ from volseg.pages.about import About
 from volseg.pages.comparison_page import comparison_html
 from volseg.reports import CompareReport
 from volseg.store.comparisons import ComparisonFolder
+from volseg.store.reviews import read_reviews
 from volseg.words import format_count
 
 STAGE = "Comparing"
 OUTPUTS = ("comparison.csv", "response.csv", "report.html", "run.json")
 # Settings that run.json repeats.
-RESULT_SETTINGS = ("registration", "max_distance_mm", "lymph_nodes", "figures")
+RESULT_SETTINGS = ("registration", "max_distance_mm", "lymph_nodes", "figures", "pages")
 RESULT_SETTINGS += ("baseline_scans", "followup_scans", "baseline", "followup", "pairs")
+RESULT_SETTINGS += ("baseline_review", "followup_review")
 
 
 @command(CompareOptions)
@@ -53,8 +55,18 @@ def compare(options: CompareOptions) -> CompareReport:
     """
     started = time.monotonic()
     times = (
-        TimePoint("baseline", options.baseline, options.baseline_scans),
-        TimePoint("follow-up", options.followup, options.followup_scans),
+        TimePoint(
+            "baseline",
+            options.baseline,
+            options.baseline_scans,
+            read_reviews(options.baseline_review),
+        ),
+        TimePoint(
+            "follow-up",
+            options.followup,
+            options.followup_scans,
+            read_reviews(options.followup_review),
+        ),
     )
     folders = [folder for point in times for folder in (point.results, point.scans) if folder]
     _check_folders(times, options.out)
@@ -69,7 +81,8 @@ def compare(options: CompareOptions) -> CompareReport:
         nodes = [label for time_point in times for label in time_point.measured_nodes()]
     settings = replace(options, lymph_nodes=tuple(sorted(set(nodes))))
     patients = same_ids(times) if options.pairs is None else read_pairs(options.pairs, times)
-    inputs = folders if options.pairs is None else [*folders, options.pairs]
+    files = (options.pairs, options.baseline_review, options.followup_review)
+    inputs = [*folders, *(path for path in files if path is not None)]
     with ComparisonFolder(options.out, "compare", inputs=inputs) as results:
         report = _compare_patients(patients, times, settings, results, budget)
         report = replace(report, not_listed=_not_listed(patients, times))
@@ -123,6 +136,7 @@ def _compare_patients(
     jobs, refusals = _comparisons(patients, times, settings)
     kept, todo = _split(jobs, results)
     pictures = [job.picture for job in todo] if settings.figures else []
+    pictures += [job.page for job in todo if job.has_page]
     results.check_overwrites([*OUTPUTS, *pictures])
     for name in kept:
         results.clear_failure(name)
@@ -210,7 +224,9 @@ def _write_tables(results: ComparisonFolder, unreached: Sequence[Patient]) -> li
     pending = [patient.row("pending", "not reached yet") for patient in unreached]
     rows = results.write_tables(pending)
     lesions = results.lesion_rows(rows, set())
-    results.write("report.html", comparison_html(About.now("compare"), rows, lesions))
+    pages = [row.patient for row in rows if (results.path / page_name(row.patient)).is_file()]
+    page = comparison_html(About.now("compare"), rows, lesions, pages=pages)
+    results.write("report.html", page)
     return rows
 
 

@@ -59,6 +59,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateReport:
         results = _label_results(rows, detections)
         warnings = [*_noisy(rows), *_placed(rows), *_stale(kept)]
         warnings += pairing_warnings(rows, [case.shared for case in listed.values()])
+        warnings += filter(None, [pairs.reviews.remark(listed)])
         summary = {
             **_overall(rows, listed, pairs),
             "labels": {str(result.label): as_json(result) for result in results},

@@ -28,13 +28,19 @@ from volseg.commands.checking import shipped_model_text
 from volseg.commands.pages import source_of
 from volseg.commands.placing import channel_notes
 from volseg.errors import ScanError, VolsegError
-from volseg.execution.cpu import keep_freed_memory, release_large_blocks, total_memory
+from volseg.execution.cpu import (
+    keep_freed_memory,
+    lazy_zeros,
+    release_large_blocks,
+    total_memory,
+)
 from volseg.execution.local import Outcome, run_overlapped
 from volseg.execution.memory import announcement
 from volseg.io.cases import Case
+from volseg.io.formats import RESULT_SUFFIX
 from volseg.io.header import ScanHeader
 from volseg.io.layouts import find_scans
-from volseg.io.volumes import read_header, read_volume
+from volseg.io.volumes import read_header, read_volume, write_streamed
 from volseg.options import InferOptions, command
 from volseg.pages.about import About
 from volseg.pages.model_box import ModelBox, model_box
@@ -42,6 +48,7 @@ from volseg.postprocessing.lesions import CONNECTIVITY
 from volseg.preprocessing.lattice import same_voxels
 from volseg.recipe import Recipe, parse_recipe
 from volseg.reports import CasesReport
+from volseg.store.outputs import RECORDS, Commit
 from volseg.store.records import LESION_IDS, MASKS, CaseRecord
 from volseg.store.results import ResultsFolder
 from volseg.volume import Volume
@@ -50,9 +57,11 @@ from volseg.words import format_sizes
 if TYPE_CHECKING:  # torch takes seconds to import; only a command that needs it pays
     from volseg.bundle import ModelBundle
     from volseg.inference.memory import MemoryPlan
+    from volseg.preprocessing.probabilities import ProbabilityMaps
     from volseg.segmentation import CaseResult, Model, OnTile
 
 STAGE, TILES = "Segmenting", "Tiles"
+PROBABILITIES = "probabilities"
 
 
 @command(InferOptions)
@@ -128,7 +137,8 @@ def _load_run(
     model, plans = _load_model(bundle, folder, cases, n_cases, options)
     key_options = {"model_sha256": bundle.sha256, "figures": options.figures}
     key_options |= {**model.segmentation.identity, **changes}
-    key_options |= {"accept_mismatch": True} if options.accept_mismatch else {}
+    for name in ("accept_mismatch", "probabilities"):
+        key_options |= {name: True} if getattr(options, name) else {}
     bundle = model.bundle
     return _Run(
         options=options,
@@ -301,6 +311,7 @@ class _SegmentedCase:
     seconds: float  # for reading and segmenting
     sha256: tuple[str, ...]  # of the image files, as read
     notes: Sequence[str]  # on channels in another axis order
+    probabilities: ProbabilityMaps | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -320,7 +331,17 @@ class _Run:
 
     @property
     def files(self) -> CaseFiles:
-        return CaseFiles((MASKS, LESION_IDS), self.options.figures, self.options.pages)
+        folders = [MASKS, LESION_IDS]
+        if self.options.probabilities:
+            folders += [map_folder(value) for value in self._values]
+        return CaseFiles(folders, self.options.figures, self.options.pages)
+
+    @property
+    def _values(self) -> list[int]:
+        """Mask value of each output of the network."""
+        from volseg.segmentation import output_values
+
+        return output_values(self.model.bundle.recipe.data)
 
     def start(self, todo: Sequence[Case]) -> Iterator[Outcome[Case, None]]:
         self.unannounced.extend(todo)
@@ -339,22 +360,36 @@ class _Run:
         return _ReadCase(images, time.monotonic() - started)
 
     def segment(self, case: Case, read: _ReadCase) -> _SegmentedCase:
-        from volseg.segmentation import segment_case
+        from volseg.segmentation import Streaming, segment_case
 
-        started = time.monotonic()
-        result = segment_case(
-            read.images,
-            self.model,
-            case_id=case.id,
-            half_logits=self._has_half_logits(case),
-            accept_mismatch=self.options.accept_mismatch,
-            on_tile=self._tile_progress(case),
-        )
-        result = replace(result, confidence=None)  # free it before the next scan
+        started, maps = time.monotonic(), self._new_maps()
+        try:
+            result = segment_case(
+                read.images,
+                self.model,
+                case_id=case.id,
+                streaming=Streaming(half_logits=self._has_half_logits(case), probabilities=maps),
+                accept_mismatch=self.options.accept_mismatch,
+                on_tile=self._tile_progress(case),
+            )
+        except BaseException:
+            if maps is not None:
+                maps.close()
+            raise
         scan = read.images[self.model.bundle.recipe.data.channels[0]]
         digests = tuple(image.sha256 for image in read.images.values())
         seconds, notes = read.seconds + time.monotonic() - started, channel_notes(read.images)
-        return _SegmentedCase(scan, result, seconds, digests, notes)
+        return _SegmentedCase(scan, result, seconds, digests, notes, maps)
+
+    def _new_maps(self) -> ProbabilityMaps | None:
+        """Return where the probabilities of the next scan go; None if they are not asked for."""
+        if not self.options.probabilities:
+            return None
+        from volseg.preprocessing.probabilities import ProbabilityMaps
+
+        is_regions = self.model.bundle.recipe.data.regions_class_order is not None
+        folder = self.results.path / RECORDS
+        return ProbabilityMaps(self._values, folder, regions=is_regions)
 
     def write(self, case: Case, segmented: _SegmentedCase) -> None:
         started = time.monotonic()
@@ -365,6 +400,8 @@ class _Run:
         unit = result.resemblance.unit
         with self.results.staged() as commit:
             write_mask(result.mask, commit, MASKS, case.id, like=scan_path)
+            if segmented.probabilities is not None:
+                _write_maps(segmented.probabilities, scan, commit, case.id, like=scan_path)
             measured = MeasuredCase(
                 path=scan_path,
                 lesions=result.measured,
@@ -418,3 +455,25 @@ class _Run:
         plans = self.plans.fitting
         shapes = [plans[case.id].shape for case in cases if case.id in plans]
         self.options.announce(estimate_work(self.model, shapes).announcement())
+
+
+def map_folder(value: int) -> str:
+    """Return the folder of the probabilities of the label with a mask value."""
+    return f"{PROBABILITIES}/label_{value}"
+
+
+def _write_maps(
+    maps: ProbabilityMaps, scan: Volume, commit: Commit, case_id: str, *, like: Path
+) -> None:
+    """Write the probabilities of a scan, a file per label, and delete the temporary files."""
+    from volseg.preprocessing.probabilities import LEVELS
+
+    # A NIfTI header stores float32; the next smaller one keeps 255 from becoming more than 1.
+    slope = float(np.nextafter(np.float32(1 / LEVELS), np.float32(0)))
+    grid = Volume(lazy_zeros(scan.geometry.shape, np.uint8), scan.geometry, slope)
+    try:
+        for value in maps.values:
+            path = commit.path(f"{map_folder(value)}/{case_id}{RESULT_SUFFIX}")
+            write_streamed(maps.file_of(value), grid, path, like=like)
+    finally:
+        maps.close()

@@ -14,7 +14,7 @@ from volseg.commands.batch import digest_of
 from volseg.commands.label_values import Shared, parsed_pairs, renamed, shared_voxels, values_in
 from volseg.commands.mask_measurement import most_labels
 from volseg.commands.placing import place_mask
-from volseg.errors import VolsegError
+from volseg.errors import ScanError, VolsegError
 from volseg.evaluation.detection import (
     DetectionRow,
     Matching,
@@ -25,17 +25,20 @@ from volseg.evaluation.detection import (
     with_lesions,
 )
 from volseg.evaluation.memory import LIBRARIES, most_evaluating, plan_evaluating, plan_reading
-from volseg.evaluation.overlap import OverlapRow, evaluate_case
+from volseg.evaluation.overlap import COUNTED_TOGETHER, OverlapRow, evaluate_case
 from volseg.execution.memory import Budget
 from volseg.io.csv_text import iterate_csv
 from volseg.io.dataset_json import IGNORE, stated_labels
 from volseg.io.files import RECORDS
+from volseg.io.formats import RESULT_SUFFIX, stem_of
 from volseg.io.layouts import find_cases, find_scans, is_dataset
 from volseg.io.matching import pair_names
 from volseg.io.volumes import read_header, read_mask
 from volseg.options import EvaluateOptions
 from volseg.postprocessing.lesions import MANY
 from volseg.store.evaluations import EvaluatedCase
+from volseg.store.records import LESION_IDS
+from volseg.store.reviews import Reviews, read_reviews
 from volseg.volume import Volume, slabs_of
 
 SAME_PLACE_MM = 0.01  # tables round centroids to four digits
@@ -50,6 +53,7 @@ class MaskPairs:
         label_names: value → name, where it is stated.
         ignored: value of unannotated voxels in the reference, if any.
         renamed_values: predicted value → the reference value that it stands for.
+        reviews: verdicts of a reader on the predicted lesions.
     """
 
     options: EvaluateOptions
@@ -60,9 +64,11 @@ class MaskPairs:
     ignored: int | None
     renamed_values: Mapping[int, int]
     budget: Budget
+    reviews: Reviews
 
     @classmethod
     def of(cls, options: EvaluateOptions) -> MaskPairs:
+        reviews = _reviews_of(options)
         truths, guesses = _masks(options.reference), _masks(options.predicted)
         truth_of = {guess: truth for truth, guess in pair_names(truths, guesses).items()}
         guesses = {truth_of.get(name, name): mask for name, mask in guesses.items()}
@@ -85,6 +91,7 @@ class MaskPairs:
             label_names=predictions.label_names | {value: name for name, value in stated.items()},
             ignored=ignored,
             renamed_values=renamed_values,
+            reviews=reviews,
             budget=Budget(
                 options.max_ram,
                 options.announce,
@@ -103,7 +110,8 @@ class MaskPairs:
     def used(self) -> list[Path]:
         """Files and folders that the call reads."""
         masks = [mask.path for mask in (*self.truths.values(), *self.guesses.values())]
-        return [self.options.reference, self.options.predicted, *masks]
+        review = [] if self.reviews.path is None else [self.reviews.path]
+        return [self.options.reference, self.options.predicted, *masks, *review]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -128,7 +136,14 @@ class MaskPairs:
         return self.truths[case_id].patient
 
     def digests(self, case_id: str) -> tuple[str, str]:
-        return digest_of(self.truths[case_id].path), digest_of(self.guesses[case_id].path)
+        truth, guess = digest_of(self.truths[case_id].path), digest_of(self.guesses[case_id].path)
+        return truth, self._reviewed(guess, case_id)
+
+    def _reviewed(self, digest: str | None, case_id: str) -> str:
+        """Return the digest of a predicted mask, with the lesions that a reader rejected."""
+        rejected = self.reviews.rejected(case_id)
+        without = f" without lesions {', '.join(map(str, rejected))}" if rejected else ""
+        return f"{digest}{without}"
 
     def compare(self, case_id: str) -> EvaluatedCase:
         """Compare the two masks of a case."""
@@ -158,7 +173,7 @@ class MaskPairs:
                 replace(row, patient=patient, notes=_joined(row.notes, *read.notes)) for row in rows
             ],
             detections=detections,
-            masks=(truth.sha256, guess.sha256),
+            masks=(truth.sha256, self._reviewed(guess.sha256, case_id)),
             shared=shared,
         )
 
@@ -196,8 +211,11 @@ class MaskPairs:
         objects, threshold = self.options.objects, self.options.threshold
         limits = {"max_labels": most_labels(objects), "threshold": threshold}
         truth = read_mask(paths[0], **limits)
+        predicted, name = read_mask(paths[1], **limits), stem_of(paths[1])
+        if name in self.reviews.of_case:
+            _remove_rejected(predicted, name, self.options.predicted, self.reviews)
         placed = place_mask(
-            read_mask(paths[1], **limits),
+            predicted,
             truth.geometry,
             mask_name=str(paths[1]),
             grid_name=str(paths[0]),
@@ -215,6 +233,43 @@ class MaskPairs:
                 unannotated = truth.array[part] == self.ignored  # counted as background in both
                 truth.array[part][unannotated] = guess.array[part][unannotated] = 0
         return _ReadMasks(truth, guess, placed.notes)
+
+
+def _reviews_of(options: EvaluateOptions) -> Reviews:
+    reviews = read_reviews(options.review)
+    if reviews and not (options.predicted / LESION_IDS).is_dir():
+        raise VolsegError(
+            f"{options.predicted}: has no folder {LESION_IDS}, to which the numbers of "
+            f"{options.review} refer",
+            fix="give the results folder of `volseg infer` to --predicted",
+            code="E_REVIEW",
+        )
+    return reviews
+
+
+def _remove_rejected(guess: Volume, case_id: str, results: Path, reviews: Reviews) -> None:
+    """Set the voxels of the rejected lesions of a predicted mask to 0, in place.
+
+    Raises:
+        ScanError: the review is of other lesions, or their numbers cannot be read.
+    """
+    path = results / LESION_IDS / f"{case_id}{RESULT_SUFFIX}"
+    ids = read_mask(path, max_labels=2**32)
+    if difference := guess.geometry.difference(ids.geometry):
+        raise ScanError(
+            f"{path}: is not on the grid of the predicted mask: {difference}",
+            fix="run `volseg infer` again",
+            code="E_REVIEW",
+        )
+    sizes: Counter[int] = Counter()
+    for part in slabs_of(ids.array, COUNTED_TOGETHER):
+        numbers, counts = np.unique(ids.array[part], return_counts=True)
+        sizes.update(dict(zip(numbers.tolist(), counts.tolist())))
+    reviews.check(case_id, sizes)
+    is_rejected = np.zeros(max(sizes) + 1, bool)
+    is_rejected[reviews.rejected(case_id)] = True
+    for part in slabs_of(ids.array, COUNTED_TOGETHER):
+        guess.array[part][is_rejected[ids.array[part]]] = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,6 +28,9 @@ from volseg.store.records import LESION_IDS, CaseRecord, Source, file_of, rows_n
 from volseg.store.results import THUMBNAILS, VIEWERS, ResultsFolder
 from volseg.volume import BoundingBox, Volume
 from volseg.words import format_list, format_thousands
+
+if TYPE_CHECKING:  # this import loads jinja2
+    from volseg.pages.run_page import Notes
 
 REPORT = "report.html"
 HEAD_BYTES = 4096  # at the start of report.html, which contain its content digest
@@ -160,40 +163,42 @@ def write_report(
     about: About,
     cases: Sequence[CaseRow],
     *,
-    remarks: Sequence[str] = (),
+    notes: Notes | None = None,
     budget: Budget | None = None,
     most: int = LISTED,
 ) -> list[str]:
     """Write report.html for all cases of a folder, unless it is there with the same content.
 
     Args:
+        notes: remarks, and the verdicts of a reader.
         budget: main-memory budget; a page that may not fit lists no lesions.
         most: number of lesions on the page, the largest of all scans; fewer from a noisy mask.
 
     Returns:
         Warnings about what the page lacks because of the budget.
     """
-    from volseg.pages.run_page import run_page
+    from volseg.pages.run_page import Notes, run_page
 
+    notes = notes or Notes()
     refusal = budget and budget.refusal(plan_report(len(cases), process=budget.process))
     missing = [] if refusal is None else [f"W_PAGE: {REPORT} lists no lesions: {refusal}"]
     done = [case for case in cases if case.status == "done"]
     lesions, left_out = _listed_lesions(results, done, 0 if missing else most)
-    remarks = [*remarks, *missing, *left_out]
+    notes = replace(notes, remarks=[*notes.remarks, *missing, *left_out])
     boxes, hashes = _models_and_rows(results, about)
     names = [case.case_id for case in done]
     pages = [name for name in names if has_page(results, name)]
     pictures = _Pictures(results.path / THUMBNAILS, names)
     digest = _digest(
-        [__version__, pages, list(pictures)],
+        [__version__, pages, list(pictures), notes.review_sha256],
         map(json_values, cases),
-        remarks,
+        notes.remarks,
         hashes,
         (box.model_dump_json() for box in boxes),
     )
     if _made_from(results.path / REPORT) != digest:
         about = replace(about, boxes=tuple(boxes))
-        page = run_page(about, cases, lesions, montages=pictures, pages=pages, remarks=remarks)
+        page = run_page(about, cases, lesions, montages=pictures, pages=pages, notes=notes)
         results.write(REPORT, replace(page, digest=digest).html())
     return missing
 

@@ -32,9 +32,12 @@ from volseg.io.header import ScanHeader
 from volseg.io.volumes import read_header
 from volseg.measurement.sections import axial_normal
 from volseg.options import CompareOptions
+from volseg.pages.change_page import page_bytes
 from volseg.preprocessing.register import register, registering_bytes
 from volseg.store.comparisons import ComparisonFolder, PatientRecord
+from volseg.store.outputs import Commit
 from volseg.store.records import LESION_IDS, path_of, read_record
+from volseg.store.results import VIEWERS
 
 PICTURE_BYTES = 22  # per voxel of a drawn scan, including scaling
 GRID_RATIO = 1.5  # of voxel sizes; above it, sizes of small lesions differ by the grid alone
@@ -63,11 +66,32 @@ class PatientComparison:
         return f"figures/{self.name}.png"
 
     @property
+    def page(self) -> str:
+        """Name of the file of the page."""
+        return page_name(self.name)
+
+    @property
+    def has_page(self) -> bool:
+        return self.options.pages and self.options.registration
+
+    @property
     def key(self) -> str:
         """Hash of everything on which the rows of the patient depend."""
-        names = ("registration", "max_distance_mm", "figures", "lymph_nodes")
+        names = ("registration", "max_distance_mm", "figures", "pages", "lymph_nodes")
         options = {name: getattr(self.options, name) for name in names}
-        return input_key(options | {"patient": self.name, "scans": self.patient.scans}, self.inputs)
+        options |= {"patient": self.name, "scans": self.patient.scans}
+        options |= {"rejected": rejected} if (rejected := self._rejected) else {}
+        return input_key(options, self.inputs)
+
+    @property
+    def _rejected(self) -> list[list[Any]]:
+        """The time, the case and the numbers of the lesions that a reader rejected."""
+        return [
+            [time_point.name, case, rejected]
+            for cases in self.patient.scans
+            for time_point, case in zip(self.times, cases, strict=True)
+            if case is not None and (rejected := time_point.reviews.rejected(case))
+        ]
 
     @cached_property
     def names(self) -> dict[int, str]:
@@ -96,19 +120,30 @@ class PatientComparison:
                 continue
             record = time_point.record(case)
             n_lesions.append(len(record.lesions))
-            masks.append(read_header(path_of(time_point.results, case, record.files, LESION_IDS)))
+            mask = read_header(path_of(time_point.results, case, record.files, LESION_IDS))
+            # Without the rejected lesions, the others are numbered again in a copy.
+            masks += [mask] * (2 if time_point.reviews.rejected(case) else 1)
             path = time_point.scan_path(record) if self._needs_scans else None
             scans += [] if path is None else [read_header(path)]
         work = {"lesions": pairing_bytes([mask.geometry.shape for mask in masks], n_lesions)}
-        if len(scans) == 2 and self.options.registration:
-            work["registration"] = registering_bytes(scans[0].geometry, scans[1].geometry)
-        if len(scans) == 2 and self.options.figures:
-            work["figure"] = PICTURE_BYTES * math.prod(scans[1].geometry.shape)
+        work |= self._work_on(scans) if len(scans) == 2 else {}
         largest = max(work, key=lambda name: work[name])
         # Reading a mask copies it.
         mask_bytes = sum(mask.mask_bytes for mask in masks) + max(mask.n_bytes for mask in masks)
         parts = {"process": process, "scans": _scan_bytes(scans), "masks": mask_bytes}
         return Peak(parts | {largest: work[largest]})
+
+    def _work_on(self, scans: Sequence[ScanHeader]) -> dict[str, int]:
+        """Return the bytes that each step takes that needs both scans."""
+        n_before, n_after = (math.prod(scan.geometry.shape) for scan in scans)
+        work = {}
+        if self.options.registration:
+            work["registration"] = registering_bytes(scans[0].geometry, scans[1].geometry)
+        if self.options.figures:
+            work["figure"] = PICTURE_BYTES * n_after
+        if self.has_page:
+            work["page"] = page_bytes(n_before, n_after)
+        return work
 
     @property
     def _needs_scans(self) -> bool:
@@ -141,15 +176,21 @@ class PatientComparison:
             volseg_version=__version__,
         )
         with results.staged() as commit:
-            if pictures := [scans.picture for scans in compared if scans.picture]:
-                from volseg.pages.comparison_figures import stack_pngs
-
-                commit.write(self.picture, stack_pngs(pictures))
+            self._write_pictures(compared, commit)
             rows = self._changes(pairs)
             record = PatientRecord(
                 response=response, lesions=rows, key=self.key, inputs=self.inputs
             )
             results.commit(record, commit)
+
+    def _write_pictures(self, compared: Sequence[_Compared], commit: Commit) -> None:
+        """Write the picture of all pairs of scans, and the page of the first."""
+        if pictures := [scans.picture for scans in compared if scans.picture]:
+            from volseg.pages.comparison_figures import stack_pngs
+
+            commit.write(self.picture, stack_pngs(pictures))
+        if page := next((scans.page for scans in compared if scans.page), ""):
+            commit.write(self.page, page)
 
     @property
     def _nodes(self) -> tuple[str, ...]:
@@ -162,10 +203,7 @@ class PatientComparison:
         """Compare a pair of scans, or handle a scan without a partner."""
         before, after = self._read(cases)
         if before is None or after is None:
-            pair = unpaired_scan(before and before.measured, after and after.measured)
-            other = "follow-up" if after is None else "baseline"
-            warning = f"W_UNPAIRED: there is no {other} scan of what it shows"
-            return _Compared(pair, {}, [warning, *_unit_warnings(before, after)])
+            return _without_partner(before, after)
         placed = self._place(before, after)
         pair = pair_scans(
             before.measured,
@@ -175,6 +213,7 @@ class PatientComparison:
             max_distance_mm=self.options.max_distance_mm,
         )
         warnings = [*placed.warnings, *_differences(before, after), *_unit_warnings(before, after)]
+        warnings += _rejections(before, after)
         if self._needs_scans:
             warnings += [side.change for side in (before, after) if side.change]
         try:
@@ -184,7 +223,9 @@ class PatientComparison:
                 raise
             picture = None
             warnings.append(f"W_FIGURE: no picture: {error.problem}")
-        return _Compared(pair, placed.columns, warnings, picture)
+        has_lesions = bool(before.lesions or after.lesions)  # without any, no scan is needed
+        page = self._page(before, after, placed, pair) if self.has_page and has_lesions else ""
+        return _Compared(pair, placed.columns, warnings, picture, page)
 
     def _read(self, cases: Cases) -> tuple[CaseAtTime | None, CaseAtTime | None]:
         """Read both cases; a label without a name has that of the other time, else of any scan."""
@@ -223,15 +264,50 @@ class PatientComparison:
         scans, ids = (before.scan, after.scan), (before.ids.array, after.ids.array)
         return change_png(scans, ids, placed.transform, self._changes([pair]), title=title)
 
+    def _page(
+        self, before: CaseAtTime, after: CaseAtTime, placed: Placement, pair: ScanPair
+    ) -> str:
+        from volseg.pages.change_page import TwoScans, change_page_html
+
+        units = {lesion.intensity_unit for side in (before, after) for lesion in side.lesions}
+        is_doubted = before.unit_doubt or after.unit_doubt
+        two = TwoScans(
+            names=(before.record.case.case_id, after.record.case.case_id),
+            scans=(before.scan, after.scan),
+            ids=(before.ids.array, after.ids.array),
+            transform=placed.transform,
+            unit=(units.pop() or "") if len(units) == 1 and not is_doubted else "",
+        )
+        return change_page_html(two, self._changes([pair]), patient=self.name)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Compared:
-    """Comparison of two scans: their pair, registration `columns`, warnings and PNG `picture`."""
+    """Comparison of two scans: pair, registration `columns`, warnings, PNG `picture` and page."""
 
     pair: ScanPair
     columns: Mapping[str, Any]
     warnings: Sequence[str]
     picture: bytes | None = None
+    page: str = ""
+
+
+def _without_partner(before: CaseAtTime | None, after: CaseAtTime | None) -> _Compared:
+    """Return the comparison of a scan of one time with no other."""
+    pair = unpaired_scan(before and before.measured, after and after.measured)
+    other = "follow-up" if after is None else "baseline"
+    warning = f"W_UNPAIRED: there is no {other} scan of what it shows"
+    warnings = [warning, *_unit_warnings(before, after), *_rejections(before, after)]
+    return _Compared(pair, {}, warnings)
+
+
+def _rejections(*sides: CaseAtTime | None) -> list[str]:
+    """Return a warning for each side of which a reader rejected lesions."""
+    return [side.rejection for side in sides if side is not None and side.rejection]
+
+
+def page_name(patient: str) -> str:
+    return f"{VIEWERS}/{patient}.html"
 
 
 def _scan_bytes(scans: Sequence[ScanHeader]) -> int:

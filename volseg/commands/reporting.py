@@ -11,9 +11,11 @@ from volseg.io.csv_text import iterate_csv
 from volseg.measurement.rows import CaseRow
 from volseg.options import ReportOptions, command
 from volseg.pages.about import About
+from volseg.pages.run_page import Notes
 from volseg.reports import PagesReport
 from volseg.store.outputs import SAME_KIND, folder_content
 from volseg.store.results import EDITED, THUMBNAILS, VIEWERS, ResultsFolder
+from volseg.store.reviews import REVIEW, Reviews, read_reviews
 from volseg.words import format_count
 
 
@@ -41,6 +43,7 @@ def report(options: ReportOptions) -> PagesReport:
             fix="give the --out folder of volseg infer or volseg measure",
             code="E_USAGE",
         )
+    reviews = _reviews(options)
     remade, kept, edited = [], {}, []
     with ResultsFolder(out, None) as folder:
         rows = folder.checked_rows(_pending(out))
@@ -66,11 +69,18 @@ def report(options: ReportOptions) -> PagesReport:
         remarks = [
             f"The page of {name} could not be rebuilt: {reason}." for name, reason in kept.items()
         ]
-        write_report(folder, About.of(read_run(out)), rows, remarks=remarks)
+        notes = Notes(remarks=remarks, reviews=reviews)
+        write_report(folder, About.of(read_run(out)), rows, notes=notes)
     warnings = [*edited, *remarks, *damaged_warnings(rows)]
     return PagesReport(
         out=out, done=remade, kept=list(kept), warnings=warnings, page=str(out / REPORT)
     )
+
+
+def _reviews(options: ReportOptions) -> Reviews:
+    """Read the review that the options name, or else that in the results folder, if any."""
+    path = options.results / REVIEW
+    return read_reviews(options.review or (path if path.is_file() else None))
 
 
 def _pending(out: Path) -> list[CaseRow]:

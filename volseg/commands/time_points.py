@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -31,7 +31,8 @@ from volseg.store.records import (
     read_record,
     record_files,
 )
-from volseg.volume import Volume
+from volseg.store.reviews import REVIEWED, Reviews
+from volseg.volume import Volume, slabs_of
 from volseg.words import format_count
 
 
@@ -42,11 +43,13 @@ class TimePoint:
     Args:
         name: `baseline` or `follow-up`.
         scans: folder in which scans are found by name; None: where they were measured.
+        reviews: verdicts of a reader; rejected lesions are left out.
     """
 
     name: str
     results: Path
     scans: Path | None
+    reviews: Reviews = field(default_factory=Reviews)
 
     @cached_property
     def case_ids(self) -> list[str]:
@@ -144,7 +147,26 @@ class TimePoint:
                 fix="rerun the command that made the folder",
                 code="E_RECORD",
             )
+        lesions = self._without_rejected(case, lesions, ids)
         return CaseAtTime(self, replace(record, lesions=lesions), ids, inputs)
+
+    def _without_rejected(
+        self, case: str, lesions: list[LesionMeasurement], ids: Volume
+    ) -> list[LesionMeasurement]:
+        """Return the lesions that the reader did not reject; `ids` loses the others.
+
+        Raises:
+            ScanError: the review is of other lesions.
+        """
+        self.reviews.check(case, {lesion.lesion_id: lesion.n_voxels for lesion in lesions})
+        rejected = set(self.reviews.rejected(case))
+        if not rejected:
+            return lesions
+        is_rejected = np.zeros(len(lesions) + 1, bool)
+        is_rejected[list(rejected)] = True
+        for part in slabs_of(ids.array):
+            ids.array[part][is_rejected[ids.array[part]]] = 0
+        return [lesion for lesion in lesions if lesion.lesion_id not in rejected]
 
     def _check_masks(self, record: CaseRecord) -> None:
         """Check that the mask of a case was not corrected by hand since it was measured.
@@ -223,6 +245,17 @@ class CaseAtTime:
             return scan
         # For registration, fill NaN with the lowest intensity.
         return replace(scan, array=np.where(finite, scan.array, scan.array[finite].min(initial=0)))
+
+    @property
+    def rejection(self) -> str:
+        """Warning about the lesions that a reader rejected; empty without any."""
+        n = len(self.time.reviews.rejected(self.record.case.case_id))
+        if not n:
+            return ""
+        rejected = f"{format_count(n, 'lesion')} at {self.time.name}"
+        return (
+            f"{REVIEWED}: {rejected} left out, as the reader rejected {'it' if n == 1 else 'them'}"
+        )
 
     @cached_property
     def digest(self) -> str:

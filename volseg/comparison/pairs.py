@@ -40,7 +40,7 @@ class MeasuredScan:
 
     Args:
         ids: (I, J, K), n in the voxels of lesion n.
-        lesions: 1, 2, …, N.
+        lesions: by ascending number; numbers may be missing, of lesions that were left out.
         unit_doubt: why the unit of its intensities is in doubt; empty if it is not.
     """
 
@@ -49,12 +49,38 @@ class MeasuredScan:
     lesions: Sequence[LesionMeasurement]
     unit_doubt: str = ""
 
+    @property
+    def numbers(self) -> list[int]:
+        return [lesion.lesion_id for lesion in self.lesions]
+
     def crumbs(self) -> dict[int, int]:
         """Return number of a crumb → number of the lesion that it may belong to."""
-        return find_crumbs(self.ids.array, self.lesions, self.ids.geometry.spacing_mm)
+        numbers = self.numbers
+        return {
+            numbers[crumb - 1]: numbers[whole - 1]
+            for crumb, whole in self._crumbs(self._counted()).items()
+        }
 
     def numbered(self) -> NumberedLesions:
-        return NumberedLesions(self.ids, [label_of(x) for x in self.lesions], self.crumbs())
+        """Return the lesions numbered 1, 2, …, N, without gaps."""
+        ids = self._counted()
+        return NumberedLesions(ids, [label_of(x) for x in self.lesions], self._crumbs(ids))
+
+    def _crumbs(self, ids: Volume) -> dict[int, int]:
+        return find_crumbs(ids.array, self.lesions, ids.geometry.spacing_mm)
+
+    def _counted(self) -> Volume:
+        """Return lesion ids without gaps: n in the voxels of the n-th lesion."""
+        numbers = self.numbers
+        if numbers == list(range(1, len(numbers) + 1)):
+            return self.ids
+        ids = self.ids.array
+        table = np.zeros(int(ids.max(initial=0)) + 1, ids.dtype)
+        table[numbers] = np.arange(1, len(numbers) + 1)
+        counted = np.empty_like(ids)
+        for slab in slabs_of(ids, SLAB_VOXELS):
+            counted[slab] = table[ids[slab]]
+        return self.ids.with_array(counted)
 
 
 def pair_scans(
@@ -77,6 +103,7 @@ def pair_scans(
         transform=transform,
         max_distance_mm=max_distance_mm,
     )
+    matches = [_with_numbers(match, baseline.numbers, followup.numbers) for match in matches]
     angle = None if doubt else tilt_deg(baseline.ids.geometry, followup.ids.geometry, transform)
     is_tilted = angle is not None and angle >= SAME_PLANE_DEG
     normal = transform.rotation @ axial_normal(baseline.ids.geometry) if is_tilted else None
@@ -87,6 +114,18 @@ def pair_scans(
         doubt=doubt,
         tilt_deg=angle,
         is_remeasured=is_tilted,
+    )
+
+
+def _with_numbers(match: Match, baseline: Sequence[int], followup: Sequence[int]) -> Match:
+    """Return a match of the n-th lesions with the numbers of these lesions."""
+    ids, other_ids = (followup, baseline) if match.baseline is None else (baseline, followup)
+    return replace(
+        match,
+        baseline=None if match.baseline is None else baseline[match.baseline - 1],
+        followup=None if match.followup is None else followup[match.followup - 1],
+        relabelled=tuple(other_ids[n - 1] for n in match.relabelled),
+        whole=None if match.whole is None else ids[match.whole - 1],
     )
 
 
@@ -125,7 +164,7 @@ def _with_crumbs(
             those of lesions with more parts, in the axial slices. Unknown diameters stay unknown.
     """
     crumbs = {match.numbers[side]: match for match in matches if match.status == "crumb"}
-    pieces = {n: [lesion] for n, lesion in enumerate(scan.lesions, start=1) if n not in crumbs}
+    pieces = {x.lesion_id: [x] for x in scan.lesions if x.lesion_id not in crumbs}
     spanned: dict[int, list[int]] = defaultdict(list)  # crumbs in the diameters of a lesion
     crumb_lesions = [lesion for lesion in scan.lesions if lesion.lesion_id in crumbs]
     for crumb in crumb_lesions:
@@ -182,7 +221,12 @@ def _axes(
     ids = ids.canonical()
     numbers, matrix = ids.array, ids.geometry.voxel_steps_mm
     boxes = ndimage.find_objects(numbers)
-    ends = (f"{axis}_axis_p{n}_ras" for axis in ("long", "short") for n in (0, 1))
+    ends = (
+        f"{axis}_axis_p{n}_{side}_mm"
+        for axis in ("long", "short")
+        for n in (0, 1)
+        for side in "ras"
+    )
     unknown = dict.fromkeys(("axis_slice", *ends))
     measured = {}
     for lesion, members in parts.items():

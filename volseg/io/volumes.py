@@ -6,6 +6,7 @@ import hashlib
 import io
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from volseg.io.gzip_stream import opened_raw, refusal, skip
 from volseg.io.header import MAX_BYTES, ScanHeader, check_size, is_compressed
 from volseg.io.series import split_volume, with_volume
 from volseg.io.voxels import (
+    StreamedContent,
     finite_range,
     highest_label,
     holds_fractions,
@@ -212,6 +214,26 @@ def write_volume(volume: Volume, path: Path | str, like: Path | str | None = Non
     if source and not np.array_equal(source.geometry.affine, volume.geometry.affine):
         raise ValueError(f"the volume lies on another grid than {like}")
     write_content(path, encode(volume, path, source), compressed=is_compressed(path))
+
+
+def write_streamed(
+    voxels: BinaryIO, grid: Volume, path: Path | str, like: Path | str | None = None
+) -> None:
+    """Write voxels that lie in a file, in Fortran order, as `write_volume` does.
+
+    Args:
+        grid: their geometry, dtype and scale; its voxels are not used and should take no memory.
+
+    Raises:
+        as `write_volume`.
+    """
+    path = Path(path)
+    source = None if like is None else read_header(like)
+    if source and not np.array_equal(source.geometry.affine, grid.geometry.affine):
+        raise ValueError(f"the volume lies on another grid than {like}")
+    prefix = nifti.encode(grid, path, source).prefix
+    content = StreamedContent(prefix, memoryview(b""), voxels)
+    write_content(path, content, compressed=is_compressed(path))
 
 
 def volume_bytes(volume: Volume) -> bytes:

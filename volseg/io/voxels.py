@@ -83,6 +83,20 @@ class FileContent:
             file.write(chunk)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class StreamedContent(FileContent):
+    """The same with voxels that lie in a file, uncompressed and from its start."""
+
+    source: BinaryIO
+
+    def chunks(self) -> Iterator[memoryview]:
+        yield memoryview(self.prefix)
+        buffer = memoryview(bytearray(CHUNK_BYTES))
+        self.source.seek(0)
+        while n := self.source.readinto(buffer):  # type: ignore[attr-defined] a raw file has it
+            yield buffer[:n]
+
+
 def voxel_bytes(array: np.ndarray, byte_order: Literal["<", ">"]) -> memoryview:
     """Return the bytes of (I, J, K) in Fortran order and `<` or `>`, rarely a copy."""
     array = np.asfortranarray(array, dtype=array.dtype.newbyteorder(byte_order))

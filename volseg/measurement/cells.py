@@ -80,14 +80,13 @@ class LesionRows:
         )
 
 
-def point_text(point_mm: np.ndarray) -> str:
-    """Return R, A and S with three decimals, as a JSON list.
+def point_cells(name: str, point_mm: np.ndarray) -> dict[str, float]:
+    """Return the columns R, A and S of a point, with three decimals.
 
-    Spreadsheets take a cell that begins with a minus for a formula. The numbers are rounded twice,
-    so that the last bit does not decide the last digit.
+    The numbers are rounded twice, so that the last bit does not decide the last digit.
     """
-    r, a, s = (round(rounded_mm(value), 3) + 0.0 for value in point_mm.tolist())
-    return f"[{r:.3f}, {a:.3f}, {s:.3f}]"
+    rounded = (round(rounded_mm(value), 3) + 0.0 for value in point_mm.tolist())
+    return {f"{name}_{axis}_mm": value for axis, value in zip("ras", rounded)}
 
 
 def rounded_mm(value: float) -> float:

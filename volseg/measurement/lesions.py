@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from volseg.measurement.cells import Cells, LesionRows, point_text, rounded_mm
+from volseg.measurement.cells import Cells, LesionRows, point_cells, rounded_mm
 from volseg.measurement.confidence import class_cells, confidence_cells
 from volseg.measurement.extents import centroids_and_boxes
 from volseg.measurement.form import Forms
@@ -121,13 +121,13 @@ def _shape_cells(lesion: LesionBox) -> Cells:
         "long_axis_mm": axes.long_mm,
         "short_axis_mm": axes.short_mm,
         "axis_slice": axes.slice + lesion.box[2].start,
-        "long_axis_p0_ras": point_text(ends[0]),
-        "long_axis_p1_ras": point_text(ends[1]),
-        "short_axis_p0_ras": point_text(ends[2]),
-        "short_axis_p1_ras": point_text(ends[3]),
+        **point_cells("long_axis_p0", ends[0]),
+        **point_cells("long_axis_p1", ends[1]),
+        **point_cells("short_axis_p0", ends[2]),
+        **point_cells("short_axis_p1", ends[3]),
         "recist_measurable": is_measurable(axes.long_mm, axes.short_mm, slice_mm, is_node=is_node),
-        "bbox_min_ras": point_text(low),
-        "bbox_max_ras": point_text(high),
+        **point_cells("bbox_min", low),
+        **point_cells("bbox_max", high),
         "touches_border": lesion.touches_border,
     }
     notes = ["axes: a single voxel has none"] if n_voxels == 1 else []

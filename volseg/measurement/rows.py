@@ -187,10 +187,26 @@ class LesionMeasurement:
     axis_slice: int | None = column(
         "", "slice of the two axes, counted from 0 at the lowest slice of the scan", None
     )
-    long_axis_p0_ras: str | None = column("mm", "one end of the long axis: [R, A, S]", None)
-    long_axis_p1_ras: str | None = column("mm", "its other end", None)
-    short_axis_p0_ras: str | None = column("mm", "one end of the short axis: [R, A, S]", None)
-    short_axis_p1_ras: str | None = column("mm", "its other end", None)
+    long_axis_p0_r_mm: float | None = column(
+        "mm", "one end of the long axis, towards the patient's right (RAS world)", None
+    )
+    long_axis_p0_a_mm: float | None = column("mm", "the same, towards anterior", None)
+    long_axis_p0_s_mm: float | None = column("mm", "the same, towards superior", None)
+    long_axis_p1_r_mm: float | None = column(
+        "mm", "its other end, towards the patient's right (RAS world)", None
+    )
+    long_axis_p1_a_mm: float | None = column("mm", "the same, towards anterior", None)
+    long_axis_p1_s_mm: float | None = column("mm", "the same, towards superior", None)
+    short_axis_p0_r_mm: float | None = column(
+        "mm", "one end of the short axis, towards the patient's right (RAS world)", None
+    )
+    short_axis_p0_a_mm: float | None = column("mm", "the same, towards anterior", None)
+    short_axis_p0_s_mm: float | None = column("mm", "the same, towards superior", None)
+    short_axis_p1_r_mm: float | None = column(
+        "mm", "its other end, towards the patient's right (RAS world)", None
+    )
+    short_axis_p1_a_mm: float | None = column("mm", "the same, towards anterior", None)
+    short_axis_p1_s_mm: float | None = column("mm", "the same, towards superior", None)
     recist_measurable: bool | None = column(
         "",
         "long axis ≥ 10 mm and, if slices are over 5 mm apart, ≥ twice their distance; "
@@ -198,10 +214,19 @@ class LesionMeasurement:
         None,
         source="RECIST 1.1",
     )
-    bbox_min_ras: str | None = column(
-        "mm", "lower corner [R, A, S] of the bounding box, edges of voxels included", None
+    bbox_min_r_mm: float | None = column(
+        "mm",
+        "lower corner of the bounding box, edges of voxels included, towards the patient's right "
+        "(RAS world)",
+        None,
     )
-    bbox_max_ras: str | None = column("mm", "upper corner [R, A, S] of the bounding box", None)
+    bbox_min_a_mm: float | None = column("mm", "the same, towards anterior", None)
+    bbox_min_s_mm: float | None = column("mm", "the same, towards superior", None)
+    bbox_max_r_mm: float | None = column(
+        "mm", "its upper corner, towards the patient's right (RAS world)", None
+    )
+    bbox_max_a_mm: float | None = column("mm", "the same, towards anterior", None)
+    bbox_max_s_mm: float | None = column("mm", "the same, towards superior", None)
     nearest_lesion_mm: float | None = column(
         "mm",
         "distance to the surface of the nearest other lesion; empty if there is none",

@@ -16,7 +16,7 @@ from operator import attrgetter
 import numpy as np
 
 from volseg.measurement import confidence, intensities
-from volseg.measurement.cells import Cells, LesionRows, point_text
+from volseg.measurement.cells import Cells, LesionRows, point_cells
 from volseg.measurement.extents import SLAB_VOXELS, Extents, centroids_and_boxes
 from volseg.measurement.lesions import measure_lesions
 from volseg.measurement.ragged import Ragged
@@ -186,10 +186,9 @@ def _place_cells(view: CanonicalScan, extents: _Extents, filled: np.ndarray) -> 
     touches = ((low == 0) | (high == sizes - 1)) & (sizes > 1)
     reach = np.abs(view.matrix).sum(axis=1)[:, None] / 2
     low_mm, high_mm = extents.low_mm[:, filled] - reach, extents.high_mm[:, filled] + reach
-    for touches_border, *corners in zip(touches.any(axis=0).tolist(), low_mm.T, high_mm.T):
-        low_text, high_text = map(point_text, corners)
-        row = {"bbox_min_ras": low_text, "bbox_max_ras": high_text}
-        yield Cells(row | {"touches_border": touches_border})
+    for touches_border, low, high in zip(touches.any(axis=0).tolist(), low_mm.T, high_mm.T):
+        corners = point_cells("bbox_min", low) | point_cells("bbox_max", high)
+        yield Cells(corners | {"touches_border": touches_border})
 
 
 def _collect(

@@ -88,6 +88,11 @@ class InferOptions(LoadOptions, OfSeries, Limited, Pictured, Announcing):
         "Resample linearly where the recipe says cubic: faster, slightly less accurate.",
         default=False,
     )
+    probabilities: bool = option(
+        "Also write the probability of each label as probabilities/label_<value>/<case>.nii.gz, "
+        "uint8 scaled to 0 to 1, before post-processing.",
+        default=False,
+    )
     accept_mismatch: bool = option(
         "Also segment scans of another modality than the model's training scans, without density "
         "or class.",
@@ -104,4 +109,10 @@ class ReportOptions(Progressing):
 
     results: Path = argument(
         "Results folder of `volseg infer` or `volseg measure`.", converter=path
+    )
+    review: Path | None = option(
+        "review.csv downloaded from a page; its verdicts and comments appear in report.html. "
+        "Default: review.csv in the results folder, if there is one.",
+        default=None,
+        converter=optional_path,
     )

@@ -143,6 +143,12 @@ class EvaluateOptions(Limited, Announcing):
         default=(),
         converter=label_pairs,
     )
+    review: Path | None = option(
+        "review.csv of the predicted results folder: lesions rejected there are removed from the "
+        "predicted masks first.",
+        default=None,
+        converter=optional_path,
+    )
 
 
 @options
@@ -177,6 +183,16 @@ class CompareOptions(Limited, Announcing):
     followup_scans: Path | None = option(
         "Folder with the later scans, found by file name.", default=None, converter=optional_path
     )
+    baseline_review: Path | None = option(
+        "review.csv of the baseline results: lesions rejected there are left out.",
+        default=None,
+        converter=optional_path,
+    )
+    followup_review: Path | None = option(
+        "review.csv of the follow-up results, used in the same way.",
+        default=None,
+        converter=optional_path,
+    )
     registration: bool = option(
         "Register the later scan to the earlier one, or rely on their world coordinates, which "
         "needs no scans.",
@@ -196,6 +212,11 @@ class CompareOptions(Limited, Announcing):
         default=None,
         converter=optional_names,
         flag="--lymph-node",
+    )
+    pages: bool = option(
+        "Write a page per patient that shows both scans side by side; only with registration.",
+        default=True,
+        flag="--pages/--no-pages",
     )
     figures: bool = option(
         "Also write a PNG per patient: the lesion that changed most, at both times.", default=False

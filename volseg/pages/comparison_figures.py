@@ -10,7 +10,7 @@ from PIL import Image
 
 from volseg.comparison.changes import LesionChange
 from volseg.pages.canvas import new_figure, png_bytes
-from volseg.pages.slices import draw_planes, surroundings
+from volseg.pages.slices import Outline, draw_planes, surroundings
 from volseg.pages.windows import lesion_window, sampled
 from volseg.preprocessing.planes import PLANES
 from volseg.preprocessing.regrid import ids_on_grid, resample_to_grid
@@ -49,7 +49,7 @@ def change_png(
     )
     baseline_ids = scans[0].with_array(ids[0]).canonical().crop(box)
     followup_ids = ids_on_grid(scans[1].with_array(ids[1]), grid, transform)
-    outlines = ((baseline_ids.array, BEFORE), (followup_ids.array, AFTER))
+    outlines = (Outline(baseline_ids.array, BEFORE), Outline(followup_ids.array, AFTER))
     centre = centre - box.start
     figure = new_figure(9, 6.6, "black")
     axes = figure.subplots(len(TIMES), len(PLANES), squeeze=False)

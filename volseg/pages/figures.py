@@ -12,14 +12,14 @@ from volseg.measurement.rows import LesionMeasurement
 from volseg.measurement.units import shown_unit
 from volseg.pages.canvas import new_figure, png_bytes
 from volseg.pages.marks import lesion_voxels
-from volseg.pages.slices import draw_planes, surroundings
-from volseg.pages.windows import lesion_window, sampled
+from volseg.pages.slices import Outline, draw_planes
+from volseg.pages.windows import Window
 from volseg.preprocessing.planes import PLANES
 from volseg.volume import BoundingBox, Volume
 
 MAX_LESIONS = 3
 MAX_VOXELS = 2**22  # bounding boxes of lesions up to this size are read entirely
-LESION = "#ff5c33"
+LESION, OTHER = "#ff5c33", "#c9a06a"
 
 
 def overlay_png(
@@ -28,12 +28,16 @@ def overlay_png(
     lesions: Sequence[LesionMeasurement],
     *,
     title: str,
+    window: Window,
     is_doubted: bool = False,
 ) -> bytes:
     """Draw axial, coronal and sagittal slices through the three largest lesions, as PNG.
 
+    A row shows one lesion: an arrow points to it, and the others have a thin outline.
+
     Args:
         ids: (I, J, K) lesion ids on the scan's grid; lesions are outlined.
+        window: of all pictures of the scan.
         is_doubted: the unit of the intensities is doubtful; the captions mark it.
     """
     numbers = image.with_array(ids).canonical().array
@@ -41,18 +45,18 @@ def overlay_png(
     grid = image.geometry
     shown = sorted(lesions, key=lambda lesion: -lesion.n_voxels)[:MAX_LESIONS]
     captions = [_caption(lesion, is_doubted=is_doubted) for lesion in shown]
-    voxels = [_voxels_of(numbers, lesion.lesion_id) for lesion in shown]
+    shown_ids = [lesion.lesion_id for lesion in shown]
+    voxels = [_voxels_of(numbers, number) for number in shown_ids]
     if not shown:
-        captions, voxels = ["no lesion found"], [np.array([grid.shape]) // 2]
+        captions, voxels, shown_ids = ["no lesion found"], [np.array([grid.shape]) // 2], [0]
     figure = new_figure(9, 3.2 * len(captions) + 0.4, "black")
     axes = figure.subplots(len(captions), len(PLANES), squeeze=False)
-    for plots, indices, caption in zip(axes, voxels, captions, strict=True):
-        around = surroundings(BoundingBox.of_voxels(indices), grid)
-        values = sampled(image.array[around.slices], MAX_VOXELS)
-        window = lesion_window([image.intensities(values)])
+    for plots, number, indices, caption in zip(axes, shown_ids, voxels, captions, strict=True):
+        outlines = [Outline(numbers, OTHER, 0.6, without=number)]
+        outlines += [Outline(numbers, LESION, 1.5, only=number)] if number else []
         first, *others = (plane.name for plane in PLANES)
         titles = (f"{first}: {caption}", *others)
-        draw_planes(plots, image, _centre(indices), [(numbers, LESION)], window, titles)
+        draw_planes(plots, image, _centre(indices), outlines, window, titles)
     figure.suptitle(title, color="white", fontsize=10)
     return png_bytes(figure)
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import ndimage
 
-from volseg.inputs import parse_json
 from volseg.measurement.rows import LesionMeasurement
 from volseg.volume import BoundingBox, Volume
 
@@ -81,15 +80,14 @@ def _middle(lesion: LesionMeasurement) -> np.ndarray | None:
 
 def axis_ends(lesion: LesionMeasurement, axis: str) -> tuple[Point, Point] | None:
     """Return both ends of the `long` or the `short` axis of a lesion, or None if one is unknown."""
-    first, last = (point_of(getattr(lesion, f"{axis}_axis_p{end}_ras")) for end in (0, 1))
+    first, last = (point_of(lesion, f"{axis}_axis_p{end}") for end in (0, 1))
     return None if first is None or last is None else (first, last)
 
 
-def point_of(text: str | None) -> Point | None:
-    """Parse `[R, A, S]` in mm, as the tables write a point; return None if it is invalid."""
-    try:
-        r, a, s = (float(part) for part in parse_json(text or ""))
-    except (TypeError, ValueError):
+def point_of(lesion: LesionMeasurement, name: str) -> Point | None:
+    """Return a point of a lesion in RAS mm from its three columns; None if it is unknown."""
+    r, a, s = (getattr(lesion, f"{name}_{axis}_mm") for axis in "ras")
+    if r is None or a is None or s is None:
         return None
     return (r, a, s) if all(map(math.isfinite, (r, a, s))) else None
 

@@ -40,20 +40,21 @@ SCAN_COLUMNS = (
     "status",
     "n_lesions",
     "total_volume_ml",
+    "warnings",
     "largest_volume_ml",
     "sum_long_axis_mm",
     "n_measurable",
     "burden",
     "agatston_score",
-    "warnings",
 )
 RESPONSE_COLUMNS = (
     "patient",
     "response",
+    "change_sum_percent",
+    "warnings",
     "response_rule",
     "baseline_sum_mm",
     "followup_sum_mm",
-    "change_sum_percent",
     "change_volume_ml",
     "change_volume_percent",
     "n_baseline",
@@ -64,7 +65,6 @@ RESPONSE_COLUMNS = (
     "n_split",
     "status",
     "reason",
-    "warnings",
 )
 CHANGE_COLUMNS = (
     "patient",
@@ -151,6 +151,11 @@ CHANGES = Layout(
     hint="type words, or a condition such as change_volume_percent > 20",
     file="comparison.csv",
     shown=CHANGE_COLUMNS,
+)
+
+
+CHANGES_OF_A_PATIENT = replace(
+    CHANGES, shown=tuple(name for name in CHANGE_COLUMNS if name != "patient")
 )
 
 

@@ -12,7 +12,7 @@ from scipy import ndimage
 
 from volseg.io.volumes import volume_bytes
 from volseg.pages.blocks import Blocks, Factors, Slices, block_ids, block_means, count_ids
-from volseg.pages.windows import CT_RANGE_HU, REACH_MM, Window, scan_window
+from volseg.pages.windows import CT_RANGE_HU, REACH_MM, SOFT_TISSUE_HU, Window, scan_window
 from volseg.preprocessing.crop import body_threshold
 from volseg.volume import BoundingBox, Geometry, Volume, slowest_axis
 
@@ -40,6 +40,7 @@ class Preview:
         window: (low, high) intensities shown as black and white.
         part: the shown part of the scan, in words.
         factors: size in voxels of a block along R, A and S.
+        stored_range: (low, high) intensities that the levels 0 and 255 stand for.
         not_drawn: how many lesions have no voxel in `ids`: too small, or not of the 8191 largest.
     """
 
@@ -48,6 +49,7 @@ class Preview:
     packed_image: bytes
     packed_ids: bytes
     window: Window
+    stored_range: Window
     part: str
     factors: Factors
     not_drawn: int
@@ -84,6 +86,15 @@ def make_preview(scan: Volume, ids: np.ndarray, *, unit: str, max_bytes: int) ->
     return best
 
 
+def picture_window(scan: Volume, ids: np.ndarray, *, unit: str) -> Window:
+    """Return the window of all pictures of a scan: that of its preview.
+
+    Args:
+        ids: (I, J, K) lesion ids on the scan's grid. unit: of the intensities.
+    """
+    return _Source.of(scan, ids, unit).window
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Source:
     """Views of a scan and its lesions along R, A and S, without a copy."""
@@ -112,6 +123,7 @@ class _Source:
         beyond = (window[1] - window[0]) * BEYOND_WINDOW
         low, high = window[0] - beyond, window[1] + beyond
         if unit == "HU":
+            low, high = min(low, SOFT_TISSUE_HU[0]), max(high, SOFT_TISSUE_HU[1])
             low, high = max(low, CT_RANGE_HU[0]), min(high, CT_RANGE_HU[1])
         return cls(
             scan=scan, ids=ids, lesions=lesions, body=body, window=window, stored_range=(low, high)
@@ -148,6 +160,7 @@ class _Source:
             packed_image=volume_bytes(image),
             packed_ids=volume_bytes(lesions),
             window=self.window,
+            stored_range=self.stored_range,
             part=part,
             factors=blocks.factors,
             not_drawn=n_ids - int(np.count_nonzero(count_ids(ids, drawn)[1:])),

@@ -87,7 +87,7 @@ def comparison_png(
         voxels = sum((mask > 0).sum(axis=(0, 1)) for mask, _ in masks)
         index = int(np.argmax(voxels)) if np.any(voxels) else image.shape[2] // 2
         slice_ = image[:, :, index].astype(np.float32)
-        outlines = [(mask[:, :, index], colour) for mask, colour in masks]
+        outlines = [(mask[:, :, index], colour, 1.2) for mask, colour in masks]
         window = whole_window(slice_)
         draw_slice(plot, slice_, outlines, spacing_mm[:2], window, title)
     has_predictions = bool(pictures) and pictures[0][3] is not None

@@ -17,6 +17,7 @@ from volseg.pages.model_box import ModelBox, similarity_of_scan
 from volseg.pages.page import CONTENT_BYTES, as_base64, asset, json_size, json_value, render_page
 from volseg.pages.page_tables import LESIONS, LESIONS_OF_A_SCAN, page_table, with_doubts
 from volseg.pages.preview import Preview
+from volseg.pages.windows import presets
 from volseg.words import format_count, format_number, format_sizes
 
 NIIVUE, NIIVUE_LICENCE = "niivue-0.69.0.umd.js", "niivue-LICENSE.txt"
@@ -49,7 +50,7 @@ def viewer_html(
     n_lesions = max(case.n_lesions or 0, len(lesions))
     return render_page(
         "viewer.html.jinja",
-        scripts=("table.js", "viewer.js"),
+        scripts=("table.js", "review.js", "slices.js", "surface.js", "viewer.js"),
         allowed=(asset("vendor", NIIVUE, is_packed=True),),
         case=case,
         facts=_facts(case, has_lesions=bool(lesions)),
@@ -59,23 +60,30 @@ def viewer_html(
         similarity=similarity_of_scan(case.warnings),
         invitation="Select a lesion in the table or the slices." if rows else "No lesions found.",
         remark=_remark(preview, len(rows), n_lesions),
-        content=_content(preview, rows, unit),
+        content=_content(case, preview, rows, unit),
         montage=as_base64(montage),
         image=as_base64(preview.packed_image),
         ids=as_base64(preview.packed_ids),
-        niivue=_packed_niivue(),
+        niivue=packed_niivue(),
         licences=Markup(asset("vendor", NIIVUE_LICENCE)),  # noqa: S704 a package file
     )
 
 
-def _content(preview: Preview, rows: Sequence[LesionMeasurement], unit: str) -> dict[str, Any]:
+def _content(
+    case: CaseRow, preview: Preview, rows: Sequence[LesionMeasurement], unit: str
+) -> dict[str, Any]:
     """Return what the page's script reads: the table, and what it draws into the slices."""
     n_drawn = int(preview.ids.array.max(initial=0))
     points = lesion_points(preview.ids, rows)
     return {
+        "case": case.case_id,
         "table": page_table(LESIONS_OF_A_SCAN, rows).content,
         "unit": unit,
         "window": [json_value(value) for value in preview.window],
+        "presets": [
+            {"name": preset.name, "low": json_value(preset.low), "high": json_value(preset.high)}
+            for preset in presets(unit, preview.window, preview.stored_range)
+        ],
         "points": {number: [round(part, 3) for part in point] for number, point in points.items()},
         "axes": {lesion.lesion_id: axes for lesion in rows if (axes := _axes(lesion))},
         "colours": bytes(part for n in range(1, n_drawn + 1) for part in lesion_colour(n)).hex(),
@@ -111,7 +119,7 @@ def image_budget(lesions: Sequence[LesionMeasurement]) -> int:
     """Return how many compressed bytes of image and lesion ids fit into the viewer page."""
     rows = lesions[:MAX_VIEWER_ROWS]
     table = json_size(page_table(LESIONS, rows).content) + POINTS_BYTES * len(rows)
-    left = CONTENT_BYTES - len(_packed_niivue()) - table
+    left = CONTENT_BYTES - len(packed_niivue()) - table
     return int(left * 0.74)  # base64 turns 3 bytes into 4
 
 
@@ -136,6 +144,6 @@ def _shown_part(preview: Preview) -> str:
 
 
 @cache
-def _packed_niivue() -> str:
+def packed_niivue() -> str:
     """Compress NiiVue to base64 gzip, which saves 1 MB per page."""
     return as_base64(gzip.compress(asset("vendor", NIIVUE, is_packed=True).encode(), 9, mtime=0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,8 +14,53 @@ Window = tuple[float, float]  # intensities shown as black and as white
 REACH_MM = 15.0  # margin around a lesion whose intensities set the window
 MIN_WIDTH_HU, CT_RANGE_HU = 200.0, (-1024.0, 3071.0)
 AIR_HU = -950.0  # below the HU of lung, above those of the air around a patient
+SOFT_TISSUE_HU = (-160.0, 240.0)  # always among the grey levels of a page
+COVERED = 0.9  # part of a preset that the grey levels of a page must cover
 SAMPLED = 1_000_000  # voxels, for percentiles
 MARGIN = 0.3  # of the width, on either side
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """A window by name: the intensities shown as black and as white."""
+
+    name: str
+    low: float
+    high: float
+
+
+PRESETS = {
+    "HU": (
+        Preset("soft tissue", *SOFT_TISSUE_HU),
+        Preset("lung", -1350.0, 150.0),
+        Preset("bone", -600.0, 1400.0),
+        Preset("liver", -15.0, 135.0),
+        Preset("brain", 0.0, 80.0),
+        Preset("angiography", 0.0, 600.0),
+    ),
+    "SUV": (Preset("SUV 0 to 5", 0, 5), Preset("SUV 0 to 10", 0, 10), Preset("SUV 0 to 20", 0, 20)),
+}
+
+
+def presets(unit: str, window: Window, stored_range: Window) -> list[Preset]:
+    """Return the windows that a page offers: its own, those of the modality, and the whole range.
+
+    A preset is offered if the grey levels of the page cover nine tenths of it.
+
+    Args:
+        stored_range: intensities of the lowest and the highest grey level.
+    """
+    low, high = stored_range
+    lowest = CT_RANGE_HU[0] if unit == "HU" else -math.inf  # below it there is nothing to show
+    offered = [Preset("lesions", *window)]
+    for preset in PRESETS.get(unit, ()):
+        start = max(preset.low, lowest)
+        shown = min(high, preset.high) - max(low, start)
+        if shown >= COVERED * (preset.high - start):
+            offered.append(preset)
+    quarter = (window[1] - window[0]) / 4
+    offered.append(Preset("more contrast", window[0] + quarter, window[1] - quarter))
+    return [*offered, Preset("whole range", low, high)]
 
 
 def lesion_window(samples: Sequence[np.ndarray]) -> Window:

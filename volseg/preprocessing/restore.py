@@ -53,6 +53,8 @@ class MaskRestorer:
         head: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         self._head = head
+        # Called with the logits of each tile, before they are reduced.
+        self.on_logits: Callable[[torch.Tensor, Sequence[Segment]], None] | None = None
         self._max_voxels = TILE_VALUES // (len(values) + 1)
         self._table = np.array([0, *values], np.uint8 if max(values) < 256 else np.uint16)
         self._reduction = Regions(len(values)) if regions else LargestWins(len(values) + 1)
@@ -137,6 +139,8 @@ class MaskRestorer:
     def _restore(self, planes: torch.Tensor, tile: Sequence[Segment]) -> None:
         """Write the native voxels of a tile from its prepared ones."""
         logits = planes.to(torch.float32) if self._head is None else self._head(planes)
+        if self.on_logits is not None:
+            self.on_logits(logits, tile)
         label = self._reduction.certain(logits)
         if label is None:
             is_shared = logits.data_ptr() == planes.data_ptr()

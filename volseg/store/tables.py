@@ -28,6 +28,7 @@ from volseg.evaluation.overlap import OverlapRow
 from volseg.evaluation.validation import ValidationRow
 from volseg.inputs import open_regular
 from volseg.io.csv_text import stream_rows, write_csv
+from volseg.measurement.review import LesionReview
 from volseg.measurement.rows import CaseRow, LesionMeasurement
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ TABLES: dict[str, type] = {
     "evaluation.csv": OverlapRow,
     "detections.csv": DetectionRow,
     "validation.csv": ValidationRow,
+    "review.csv": LesionReview,
 }
 MAX_COLUMNS = 1000  # pandas takes minutes for a million
 # A spreadsheet would evaluate a text that starts with one of these.

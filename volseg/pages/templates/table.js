@@ -27,6 +27,14 @@ function island(id) {
   return JSON.parse(document.getElementById(id).textContent);
 }
 
+// Endings of column names that state the unit already.
+const UNIT_ENDINGS = { mL: "_ml", mm: "_mm", "mm³": "_mm3", "mm²": "_mm2", "%": "_percent", "g/cm³": "_g_cm3", g: "_g", mg: "_mg", s: "seconds" };
+
+function hasUnitInName(column) {
+  const ending = UNIT_ENDINGS[column.unit];
+  return ending !== undefined && column.name.endsWith(ending);
+}
+
 class DataTable {
   // `data` is {name, columns: [{name, unit, meaning, shown}], rows: [[…]]}. `cell(column, row)` may
   // return an element for a cell; `look(line, row)` may change a row's element.
@@ -77,7 +85,7 @@ class DataTable {
     for (const column of this.visible) column.number ??= isNumber(column);
     this.head.replaceChildren(...this.visible.map((column) => {
       const button = make("button", { type: "button", title: column.meaning, onclick: () => this.sort(column.name) }, column.name);
-      if (column.unit) button.append(" ", make("span", { class: "unit" }, column.unit));
+      if (column.unit && !hasUnitInName(column)) button.append(" ", make("span", { class: "unit" }, column.unit));
       return make("th", { scope: "col", class: column.number ? "number" : null, "data-column": column.name }, button);
     }));
     this.refresh();
@@ -200,4 +208,16 @@ function followTheme() {
     label();
   });
   label();
+}
+
+// Call an action for a key that is pressed alone, unless the reader is typing or turned keys off.
+function onKeys(actions, isOn) {
+  document.addEventListener("keydown", (event) => {
+    const isTyping = /^(INPUT|TEXTAREA|SELECT)$/.test(event.target.tagName) && !/^(range|checkbox|button)$/.test(event.target.type);
+    const action = actions[event.key];
+    if (!action || isTyping || event.ctrlKey || event.altKey || event.metaKey || !isOn()) return;
+    event.preventDefault();
+    event.stopPropagation(); // NiiVue has keys of its own
+    action();
+  }, { capture: true });
 }

@@ -1,17 +1,9 @@
 // The viewer page of a scan: slices, lesions and their numbers.
 
-const AXIAL = 0, CORONAL = 1, SAGITTAL = 2;
 const BORDER = 0.35; // extra opacity of a lesion's border
 const HARDLY = 0.001; // opacity; NiiVue does not draw a layer with opacity 0
-const BARS_MM = [1, 2, 5, 10, 20, 50, 100, 200];
-const THREE_PLANES = [
-  { sliceType: AXIAL, position: [0, 0, 0.6, 1] },
-  { sliceType: CORONAL, position: [0.6, 0, 0.4, 0.5] },
-  { sliceType: SAGITTAL, position: [0.6, 0.5, 0.4, 0.5] },
-];
-
 const content = island("content");
-const at = (id) => document.getElementById(id);
+const reviews = new Reviews(new URL("../", location.href).pathname);
 let viewer = null;
 let selected = null;
 
@@ -30,11 +22,12 @@ const table = new DataTable(at("lesions"), content.table, {
     const swatch = make("span", { class: "swatch", "aria-hidden": "true" });
     swatch.style.background = colourOf(number);
     const button = make("button", { type: "button", "data-key": String(number), "aria-label": `Show lesion ${number}` }, swatch, String(number));
-    return make("td", {}, button);
+    return make("td", {}, button, make("span", { class: "verdict" }));
   },
   look: (line, row, owner) => {
     line.dataset.lesion = owner.value(row, "lesion_id");
     line.addEventListener("click", () => choose(owner.value(row, "lesion_id")));
+    mark(line, owner.value(row, "lesion_id"), owner.value(row, "n_voxels"));
   },
 });
 
@@ -48,6 +41,7 @@ function choose(number, { move = true } = {}) {
   selected = number;
   table.mark(row);
   showNumbers(row);
+  showReview();
   const point = content.points[number];
   if (move && viewer && point) {
     viewer.scene.crosshairPos = fractionOf(viewer, point);
@@ -60,16 +54,12 @@ function choose(number, { move = true } = {}) {
 
 // Select the lesion that the address names (#lesion=3), else the first.
 function chooseFirst() {
-  const asked = Number(new URLSearchParams(location.hash.slice(1)).get("lesion"));
+  const words = new URLSearchParams(location.hash.slice(1)).get("lesion");
+  const last = content.table.rows.at(-1);
+  const asked = words === "last" && last ? table.value(last, "lesion_id") : Number(words === "first" ? 0 : words);
   if (rowOf(asked)) choose(asked);
   else if (asked) say(`Lesion ${asked} is not listed on this page; lesions.csv lists all lesions.`);
   else if (content.table.rows.length) choose(table.value(content.table.rows[0], "lesion_id"));
-}
-
-// Convert mm to fractions (0 to 1) along the volume's axes. Without the last argument NiiVue treats
-// an oblique grid as aligned with the world axes.
-function fractionOf(nv, point) {
-  return nv.mm2frac(point, 0, true);
 }
 
 function showNumbers(row) {
@@ -81,7 +71,7 @@ function showNumbers(row) {
     else if (value !== "" && column.name !== "case_id") {
       const unit = column.unit === "intensity_unit" ? content.unit : column.unit;
       const isMeasure = typeof value === "number" || / /.test(String(value));
-      list.append(make("dt", { title: column.meaning }, column.name), make("dd", {}, shown(value), isMeasure && unit && column.name !== "notes" ? ` ${unit}` : ""));
+      list.append(make("dt", { title: column.meaning }, column.name), make("dd", {}, shown(value), isMeasure && unit && !hasUnitInName(column) && column.name !== "notes" ? ` ${unit}` : ""));
     }
   }
   const reasons = make("ul", {}, ...unknown.map((column) => make("li", {}, `${column.name}: ${table.reason(column, row)}`)));
@@ -89,16 +79,128 @@ function showNumbers(row) {
   at("numbers").replaceChildren(make("h3", {}, `Lesion ${table.value(row, "lesion_id")}`), list, ...(unknown.length ? [details] : []));
 }
 
+// ---- from lesion to lesion and from scan to scan
+
+// Go to the next lesion of the table as it is sorted and filtered; after the last one to the next
+// scan.
+function stepLesion(by) {
+  const index = table.rows.findIndex((row) => table.value(row, "lesion_id") === selected) + by;
+  if (table.rows[index]) choose(table.value(table.rows[index], "lesion_id"));
+  else if (scanAt(by)) stepScan(by);
+}
+
+function scanAt(by) {
+  const index = reviews.scans.indexOf(content.case);
+  return index < 0 ? undefined : reviews.scans[index + by];
+}
+
+function stepScan(by) {
+  const name = scanAt(by);
+  if (name === undefined) return;
+  leave(`${encodeURIComponent(name)}.html`, { lesion: by > 0 ? "first" : "last" });
+}
+
+function leave(page, parameters) {
+  finishComment();
+  location.assign(reviews.address(page, parameters));
+}
+
+function showScans() {
+  const index = reviews.scans.indexOf(content.case);
+  at("scan-place").textContent = index < 0 ? "" : `${index + 1} of ${reviews.scans.length}`;
+  for (const [id, by] of [["scan-before", -1], ["scan-after", 1]]) {
+    at(id).hidden = index < 0;
+    at(id).disabled = scanAt(by) === undefined;
+    at(id).addEventListener("click", () => stepScan(by));
+  }
+  at("report").addEventListener("click", (event) => {
+    if (event.ctrlKey || event.metaKey || event.shiftKey) return;
+    event.preventDefault();
+    leave(at("report").getAttribute("href"), {});
+  });
+  at("lesion-before").addEventListener("click", () => stepLesion(-1));
+  at("lesion-after").addEventListener("click", () => stepLesion(1));
+}
+
+// ---- the review
+
+function voxelsOf(number) {
+  return table.value(rowOf(number), "n_voxels");
+}
+
+function reviewOf(number) {
+  return reviews.of(content.case, number, voxelsOf(number));
+}
+
+function review(verdict, comment) {
+  if (selected === null) return;
+  reviews.set(content.case, selected, voxelsOf(selected), verdict, comment);
+  showReview();
+}
+
+// Set a verdict, or take it back if the lesion has it already.
+function judge(verdict) {
+  if (selected === null) return;
+  const [earlier, comment] = reviewOf(selected);
+  review(earlier === verdict ? "" : verdict, comment);
+}
+
+function finishComment() {
+  if (selected === null) return;
+  const [verdict, comment] = reviewOf(selected), text = at("comment").value.trim();
+  if (text !== comment) review(verdict, text);
+}
+
+function showReview() {
+  const [verdict, comment] = reviewOf(selected);
+  at("accept").setAttribute("aria-pressed", String(verdict === "accepted"));
+  at("reject").setAttribute("aria-pressed", String(verdict === "rejected"));
+  at("comment").value = comment;
+  const numbers = content.table.rows.map((row) => table.value(row, "lesion_id"));
+  const n = numbers.filter((number) => reviewOf(number)[0]).length;
+  at("review-place").textContent = `${n} of ${numbers.length} here, ${reviews.made.length} in review.csv`;
+  at("lesion-place").textContent = `${numbers.indexOf(selected) + 1} of ${numbers.length}`;
+  for (const line of document.querySelectorAll("#lesions tbody tr")) {
+    mark(line, Number(line.dataset.lesion), voxelsOf(Number(line.dataset.lesion)));
+  }
+}
+
+// Show the verdict of a lesion beside its number.
+function mark(line, number, voxels) {
+  const [verdict, comment] = reviews.of(content.case, number, voxels);
+  line.dataset.verdict = verdict;
+  const sign = line.querySelector(".verdict");
+  if (!sign) return;
+  sign.textContent = { accepted: " ✓", rejected: " ✗" }[verdict] ?? (comment ? " …" : "");
+  sign.title = [verdict, comment].filter(Boolean).join(": ");
+}
+
+function controlReview() {
+  at("accept").addEventListener("click", () => judge("accepted"));
+  at("reject").addEventListener("click", () => judge("rejected"));
+  at("comment").addEventListener("change", finishComment);
+  at("comment").addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" && event.key !== "Escape") return;
+    event.preventDefault();
+    finishComment();
+    at("comment").blur();
+    at("canvas").focus();
+  });
+  at("save").addEventListener("click", () => { finishComment(); reviews.download(); });
+  const next = (id) => {
+    const options = [...at(id).options].filter((option) => !option.disabled);
+    const index = options.findIndex((option) => option.value === at(id).value);
+    at(id).value = options[(index + 1) % options.length].value;
+    at(id).dispatchEvent(new Event("change"));
+  };
+  onKeys({
+    n: () => stepLesion(1), p: () => stepLesion(-1), N: () => stepScan(1), P: () => stepScan(-1),
+    a: () => judge("accepted"), r: () => judge("rejected"), u: () => review("", selected === null ? "" : reviewOf(selected)[1]),
+    c: () => at("comment").focus(), s: () => reviews.download(), w: () => next("preset"), v: () => next("plane"), o: () => at("outline").click(),
+  }, () => at("keys").checked);
+}
+
 // ---- the slices
-
-async function inflated(id) {
-  const bytes = Uint8Array.from(atob(at(id).textContent), (character) => character.charCodeAt(0));
-  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
-}
-
-function hasWebGL() {
-  try { return at("lines").ownerDocument.createElement("canvas").getContext("webgl2") !== null; } catch { return false; }
-}
 
 async function start() {
   if (!hasWebGL()) {
@@ -109,8 +211,8 @@ async function start() {
   document.head.append(make("script", {}, await inflated("niivue")));
   const nv = new niivue.Niivue({
     isRadiologicalConvention: true, backColor: [0, 0, 0, 1], crosshairColor: [0.45, 0.75, 1, 0.8], crosshairWidth: 0.25, crosshairWidthUnit: "percent", crosshairGap: 6,
-    fontColor: [1, 0.82, 0.3, 1], showLegend: false, dragAndDropEnabled: false, logLevel: "error", loadingText: "", scrollRequiresFocus: false,
-    isNearestInterpolation: false, isCornerOrientationText: false, showAllOrientationMarkers: true, sagittalNoseLeft: true,
+    showLegend: false, clipPlaneHotKey: "", viewModeHotKey: "", dragAndDropEnabled: false, logLevel: "error", loadingText: "", scrollRequiresFocus: false,
+    isNearestInterpolation: false, isOrientationTextVisible: false, sagittalNoseLeft: true,
   });
   await nv.attachToCanvas(at("canvas"));
   const image = await niivue.NVImage.loadFromBase64({
@@ -154,7 +256,54 @@ function showPlace(location) {
   const place = at("place");
   Object.assign(place.dataset, { r, a, s, id: number, value });
   place.textContent = `R ${r.toFixed(1)}  A ${a.toFixed(1)}  S ${s.toFixed(1)} mm · about ${shown(Math.round(value * 10) / 10)} ${content.unit} · ${number ? `lesion ${number}` : "no lesion"}`;
+  showSlice();
   if (number && number !== selected) choose(number, { move: false });
+}
+
+// The axis along which the slider moves: that across the shown plane, of three planes the axial one.
+function sliderAxis() {
+  return { 1: 1, 2: 0 }[at("plane").value] ?? 2;
+}
+
+function showSlice() {
+  const axis = sliderAxis(), n = viewer.volumes[0].dims[axis + 1];
+  const index = Math.floor(Math.min(viewer.scene.crosshairPos[axis], 0.999999) * n);
+  at("slice").max = n;
+  at("slice").value = index + 1;
+  at("slice-place").textContent = `${index + 1} of ${n}`;
+}
+
+// Show a window, and its name if it is one of the presets.
+function showWindow(image, low, high) {
+  [image.cal_min, image.cal_max] = [low, high];
+  viewer.updateGLVolume();
+  const index = content.presets.findIndex((preset) => preset.low === low && preset.high === high);
+  at("preset").value = index < 0 ? "" : String(index);
+  [at("low").value, at("high").value] = [shown(low), shown(high)];
+}
+
+let solid = null; // the second viewer, of the surfaces
+
+async function showSurface() {
+  const isShown = at("plane").value === "surface";
+  at("surface").hidden = !isShown;
+  at("canvas").hidden = at("lines").hidden = isShown;
+  for (const id of ["slice", "side", "opacity", "outline", "axes"]) at(id).disabled = isShown;
+  if (!isShown) { showMask(viewer); return; }
+  if (solid) { solid.drawScene(); return; }
+  solid = new niivue.Niivue({ backColor: [0, 0, 0, 1], show3Dcrosshair: false, isOrientCube: true, dragAndDropEnabled: false, logLevel: "error", loadingText: "", scrollRequiresFocus: false });
+  await solid.attachToCanvas(at("surface"));
+  const lesions = viewer.volumes[1], dims = lesions.hdr.dims.slice(1, 4);
+  let cells = 0;
+  for (const [number, box] of [...boxesOf(lesions.img, dims)].sort((a, b) => a[0] - b[0])) {
+    cells += box[0].reduce((product, low, axis) => product * (box[1][axis] - low + 3), 1);
+    if (cells > MAX_SURFACE_CELLS) { say("Only the largest lesions have a surface."); break; }
+    const { points, triangles } = surfaceOf(lesions.img, dims, number, box);
+    const colour = [1, 3, 5].map((start) => parseInt(colourOf(number).slice(start, start + 2), 16));
+    solid.addMesh(new niivue.NVMesh(toMm(points, lesions.hdr.affine), triangles, `lesion ${number}`, new Uint8Array([...colour, 255]), 1, true, solid.gl));
+  }
+  solid.setSliceType(niivue.SLICE_TYPE.RENDER);
+  at("surface").dataset.meshes = String(solid.meshes.length);
 }
 
 function control(nv, image) {
@@ -165,7 +314,20 @@ function control(nv, image) {
   });
   at("plane").addEventListener("change", () => {
     const value = at("plane").value;
-    nv.setCustomLayout(value === "all" ? THREE_PLANES : [{ sliceType: Number(value), position: [0, 0, 1, 1] }]);
+    const isPlane = ["0", "1", "2"].includes(value);
+    showSurface().catch((error) => say(`The surfaces cannot be shown (${error.message}).`));
+    nv.setCustomLayout(isPlane ? [{ sliceType: Number(value), position: [0, 0, 1, 1] }] : THREE_PLANES);
+    showSlice();
+  });
+  at("slice").addEventListener("input", () => {
+    const axis = sliderAxis();
+    nv.scene.crosshairPos[axis] = (Number(at("slice").value) - 0.5) / nv.volumes[0].dims[axis + 1];
+    nv.drawScene();
+    nv.createOnLocationChange();
+  });
+  at("preset").addEventListener("change", () => {
+    const preset = content.presets[Number(at("preset").value)];
+    showWindow(image, preset.low, preset.high);
   });
   let radiological = true;
   at("side").addEventListener("click", () => {
@@ -179,15 +341,13 @@ function control(nv, image) {
   at("axes").hidden = !Object.keys(content.axes).length;
   pressed("axes", () => nv.drawScene());
   const edges = [at("low"), at("high")];
-  edges.forEach((input, n) => {
-    input.value = shown(content.window[n]);
+  for (const input of edges) {
     input.addEventListener("change", () => {
       const [low, high] = edges.map((input) => Number(input.value));
-      if (!(low < high)) return;
-      [image.cal_min, image.cal_max] = [low, high];
-      nv.updateGLVolume();
+      if (low < high) showWindow(image, low, high);
     });
-  });
+  }
+  showWindow(image, ...content.window);
   // NiiVue's arrow keys change the frame of a time series; here they move the crosshair.
   at("canvas").addEventListener("keydown", (event) => {
     const toRight = nv.opts.isRadiologicalConvention ? -1 : 1;
@@ -221,7 +381,10 @@ function drawLines(nv) {
   const scale = nv.uiData.dpr || 1;
   pen.clearRect(0, 0, canvas.width, canvas.height);
   pen.font = `${12 * scale}px sans-serif`;
-  for (const slice of nv.screenSlices) drawBar(pen, slice, scale);
+  for (const slice of nv.screenSlices) {
+    drawBar(pen, slice, scale);
+    drawLetters(nv, pen, slice, scale);
+  }
   if (at("axes").getAttribute("aria-pressed") !== "true") return;
   const depth = nv.volumes[0].dims[3];
   const layer = (frac) => Math.floor(Math.min(frac[2], 0.999999) * depth);
@@ -254,32 +417,6 @@ function drawLines(nv) {
   canvas.dataset.drawn = String(drawn);
 }
 
-function drawBar(pen, slice, scale) {
-  const [left, top, width, height] = slice.leftTopWidthHeight;
-  const perMm = Math.abs(width) / Math.abs(slice.fovMM[0]);
-  const mm = BARS_MM.filter((bar) => bar * perMm < Math.abs(width) / 3).pop();
-  if (!mm || !Number.isFinite(perMm)) return;
-  const x = Math.min(left, left + width) + 10 * scale, y = top + height - 10 * scale;
-  pen.fillStyle = "#000000";
-  pen.fillRect(x - scale, y - scale, mm * perMm + 2 * scale, 4 * scale);
-  pen.fillStyle = "#ffffff";
-  pen.fillRect(x, y, mm * perMm, 2 * scale);
-  write(pen, `${mm} mm`, x, y - 5 * scale, scale);
-}
-
-function write(pen, text, x, y, scale) {
-  pen.lineWidth = 3 * scale;
-  pen.strokeStyle = "#000000";
-  pen.fillStyle = "#ffffff";
-  pen.strokeText(text, x, y);
-  pen.fillText(text, x, y);
-}
-
-function say(text) {
-  at("message").textContent = [at("message").textContent, text].filter(Boolean).join(" ");
-  at("message").hidden = false;
-}
-
 function withoutViewer(state, text) {
   say(text);
   at("controls").closest("section").hidden = true;
@@ -290,4 +427,7 @@ function withoutViewer(state, text) {
 }
 
 followTheme();
+reviews.load();
+showScans();
+controlReview();
 start().catch((error) => withoutViewer("error", `The slices cannot be shown (${error.message}). The table and the picture below still work.`));
