@@ -219,7 +219,7 @@ def segment(options: SegmentOptions) -> SegmentResult:
         >>> result = volseg.segment(scan.array, affine=scan.geometry.affine, model="model")
         >>> result.mask.shape == scan.array.shape
         True
-        >>> len(result.lesions) == result.lesion_ids.max()
+        >>> len(result.lesions) == int(result.lesion_ids.max())
         True
     """
     started, model = time.monotonic(), options.model
