@@ -225,7 +225,7 @@ def segment(options: SegmentOptions) -> SegmentResult:
     started, model = time.monotonic(), options.model
     if not isinstance(model, str | PathLike | None):
         fix = "give a model of volseg.load_model, or the folder of one"
-        raise VolsegError(f"model is a {type_name(model)}", fix=fix, code="E_TYPE")
+        raise VolsegError(f"model is of type {type_name(model)}", fix=fix, code="E_TYPE")
     scans = _scans(options)
     if not isinstance(model, LoadedModel):
         model = load_model(model)
