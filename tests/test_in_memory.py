@@ -3,17 +3,23 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas
 import pytest
 import SimpleITK as sitk
+import torch
+from bundles import with_recipe
 from in_memory_forms import FORMS
 from laws import ball, ball_volume_mm3, grid_around, lps, oblique, orientations
 
 import volseg
+from volseg.commands import LoadedModel
 from volseg.errors import VolsegError
 from volseg.io.volumes import write_volume
+from volseg.networks import build_segmentation
+from volseg.segmentation import load_model as load_networks
 from volseg.volume import Geometry, Volume
 
 SHIFT_MM = np.array([14.0, 9.0, 8.0])
@@ -243,6 +249,31 @@ def test_the_channels_of_a_model_are_named(loaded, dataset):
     with pytest.raises(VolsegError, match=r"takes the channels \['ct'\]") as caught:
         loaded({"t1": scan})
     assert caught.value.code == "E_CHANNELS"
+
+
+def test_channels_go_by_name_in_any_order_and_any_form(loaded, dataset):
+    """An untrained network of two channels: what it segments differs when they are exchanged."""
+    bundle = with_recipe(loaded.network.bundle, data={"channels": ("t1", "t2")})
+    recipe = bundle.recipe.model_copy(update={"postprocess": (), "classify": None})
+    bundle = replace(bundle, recipe=recipe)
+    torch.manual_seed(0)
+    weights = {"segmentation": build_segmentation(bundle.recipe).state_dict()}
+    network = load_networks(replace(bundle, weights=weights), "cpu", backend="torch")
+    model = LoadedModel(loaded.folder, network)
+    scan = volseg.read_volume(dataset / "images" / "scan_7.nii.gz")
+    affine, flipped = scan.geometry.affine, np.ascontiguousarray(scan.array[::-1])
+    t1, t2 = FORMS["MONAI"](scan.array, affine)[0], FORMS["SimpleITK"](flipped, affine)[0]
+    expected = model({"t1": t1, "t2": t2}).confidence
+    np.testing.assert_array_equal(model({"t2": t2, "t1": t1}).confidence, expected)
+    mixed = model({"t1": scan.array, "t2": Volume(flipped, scan.geometry)}, affine=affine)
+    np.testing.assert_array_equal(mixed.confidence, expected)
+    assert (model({"t1": t2, "t2": t1}).confidence != expected).any()
+    with pytest.raises(VolsegError, match=r"image is one scan.*give image=\{'t1': \.\.\., 't2'"):
+        model(t1)
+    with pytest.raises(VolsegError, match=r"lacks channels \['t2'\]"):
+        model({"t1": t1})
+    with pytest.raises(VolsegError, match="flair"):
+        model({"t1": t1, "t2": t2, "flair": t1})
 
 
 def test_another_modality_is_refused_in_memory_too(loaded):

@@ -251,8 +251,12 @@ class TrainReport(RunReport):
     @property
     def outcome(self) -> str:
         """Mean Dice of the validation cases by label, where there are any."""
-        dice = [f"{name} {value:.3f}" for name, value in self.metrics.items() if "dice" in name]
-        return ", ".join(dice) or "a model"
+        dice = [
+            f"{name.removeprefix('validation_dice_')} {value:.3f}"
+            for name, value in self.metrics.items()
+            if name.startswith("validation_dice_") and isinstance(value, float)
+        ]
+        return f"validation Dice: {', '.join(dice)}" if dice else "a model"
 
     @property
     def exit_code(self) -> int:

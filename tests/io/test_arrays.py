@@ -142,7 +142,7 @@ NO_SCAN = {
 @pytest.mark.parametrize("name", NO_SCAN)
 def test_a_wrong_type_is_named_with_the_right_ones(name):
     value = NO_SCAN[name]
-    with pytest.raises(VolsegError, match=r"mask is a .*give a path, a NumPy array") as caught:
+    with pytest.raises(VolsegError, match=r"mask is of type .*give a path, a NumPy") as caught:
         kind_of(value, "mask")
     assert caught.value.code == "E_TYPE"
     assert "\n" not in str(caught.value)

@@ -219,13 +219,13 @@ def segment(options: SegmentOptions) -> SegmentResult:
         >>> result = volseg.segment(scan.array, affine=scan.geometry.affine, model="model")
         >>> result.mask.shape == scan.array.shape
         True
-        >>> len(result.lesions) == result.lesion_ids.max()
+        >>> len(result.lesions) == int(result.lesion_ids.max())
         True
     """
     started, model = time.monotonic(), options.model
     if not isinstance(model, str | PathLike | None):
         fix = "give a model of volseg.load_model, or the folder of one"
-        raise VolsegError(f"model is a {type_name(model)}", fix=fix, code="E_TYPE")
+        raise VolsegError(f"model is of type {type_name(model)}", fix=fix, code="E_TYPE")
     scans = _scans(options)
     if not isinstance(model, LoadedModel):
         model = load_model(model)

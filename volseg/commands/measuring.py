@@ -57,7 +57,7 @@ def measure(options: MeasureOptions) -> CasesReport:
         ...     intensity_unit="HU",
         ...     out="measured",
         ... )
-        >>> len(result.lesions) == result.cases["n_lesions"].sum()
+        >>> len(result.lesions) == int(result.cases["n_lesions"].sum())
         True
     """
     if options.results is not None:

@@ -151,7 +151,7 @@ def kind_of(image: Any, what: str = "image") -> Kind:
     kind = next((KINDS[owner] for owner in owners if owner in KINDS), None)
     if kind is None:
         fix = f"give {ACCEPTED}"
-        raise VolsegError(f"{what} is a {type_name(image)}", fix=fix, code="E_TYPE")
+        raise VolsegError(f"{what} is of type {type_name(image)}", fix=fix, code="E_TYPE")
     return kind
 
 
@@ -457,7 +457,7 @@ def _numbers(values: Any, shape: tuple[int, ...], what: str) -> np.ndarray:
         numbers = np.array(plain, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise _usage(
-            f"{what} is a {type_name(values)}", f"give numbers of shape {shape}"
+            f"{what} is of type {type_name(values)}", f"give numbers of shape {shape}"
         ) from error
     if numbers.shape != shape or not np.isfinite(numbers).all():
         text = numbers.shape if numbers.shape != shape else numbers.tolist()
