@@ -318,3 +318,26 @@ def test_reading_masks_onto_one_grid_takes_at_most_the_planned_memory(dtype, sto
     tracemalloc.stop()
     np.testing.assert_array_equal(first.array, second.array)
     assert peak <= planned
+
+
+def test_compare_takes_scans_that_were_stored_in_another_order_since(scan, tmp_path):
+    image, mask = scan
+    write_volume(image, tmp_path / "scan.nii")
+    write_volume(mask, tmp_path / "mask.nii")
+    for time in ("before", "after"):
+        volseg.measure(
+            image=tmp_path / "scan.nii", mask=tmp_path / "mask.nii", out=tmp_path / time
+        )
+    tables = []
+    for n in (0, 17):
+        folder = tmp_path / f"scans{n}"
+        folder.mkdir()
+        write_volume(list(stored_orders(image))[n][1], folder / "scan.nii")
+        out = tmp_path / f"out{n}"
+        given = {"baseline_scans": folder, "followup_scans": tmp_path}
+        report = volseg.compare(tmp_path / "before", tmp_path / "after", out=out, **given)
+        assert report.exit_code == 0, report.failed
+        tables.append(rows(out / "comparison.csv", "notes"))
+    assert len(tables[0]) == 2
+    for name in ("baseline_volume_ml", "change_volume_ml", "status", "followup_lesion_id"):
+        assert [row.get(name) for row in tables[0]] == [row.get(name) for row in tables[1]]

@@ -228,7 +228,7 @@ def test_a_network_of_slices_is_trained_on_slices_and_segments_one(tiny_recipe, 
     volseg.train(tmp_path / "cases.csv", recipe=recipe, out=model, device="cpu")
     report = volseg.infer(tmp_path / "s5.nii", model=model, out=tmp_path / "out", device="cpu")
     assert report.exit_code == 0, report.failed
-    found = read_volume(tmp_path / "out" / "masks" / "s5.nii.gz").array > 0
+    predicted = read_volume(tmp_path / "out" / "masks" / "s5.nii.gz").array > 0
     truth = read_volume(tmp_path / "m5.nii").array > 0
-    assert found.shape == truth.shape
-    assert 2 * (found & truth).sum() / (found.sum() + truth.sum()) > 0.8
+    assert predicted.shape == truth.shape
+    assert 2 * (predicted & truth).sum() / (predicted.sum() + truth.sum()) > 0.8
