@@ -1,8 +1,8 @@
 """volseg turns 3D CT, MR and PET scans into lesions, and lesions into numbers for a study.
 
-The commands of the command line are functions here: `plan`, `preprocess`, `train`, `infer`,
-`measure`, `evaluate`, `compare`, `report`, `quantise`, `check` and `import_nnunet`. `read_table`
-reads their tables as data frames.
+The commands of the command line are functions here: `cases`, `plan`, `preprocess`, `train`,
+`infer`, `measure`, `evaluate`, `compare`, `report`, `quantise`, `check` and `import_nnunet`.
+`read_table` reads their tables as data frames.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 __all__ = [
     "__version__",
+    "cases",
     "check",
     "compare",
     "evaluate",
@@ -28,6 +29,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from volseg.commands import (
+        cases,
         check,
         compare,
         evaluate,

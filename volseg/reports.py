@@ -96,6 +96,14 @@ class PreprocessReport(RunReport):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ListingReport(RunReport):
+    """The cases that were recognised; `masks` is the number of those with a mask."""
+
+    masks: int
+    channels: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlanReport(RunReport):
     """What training would do.
 

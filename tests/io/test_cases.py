@@ -6,11 +6,13 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
 from volseg.errors import VolsegError
 from volseg.io.cases import ID_PATTERN, Case
+from volseg.io.formats import stem_of
 from volseg.io.layouts import find_cases, find_scans, survey_cases
 
 DATA = Path(__file__).parents[2].parent / "shared/data"
@@ -43,7 +45,7 @@ ROWS = (
 )
 CASES = [
     ("a", "a.nii.gz", "a_mask.nii.gz", "train", "P1", {"malignancy": "5"}),
-    ("b", "b.nii.gz", None, "val", "P2", {}),
+    ("b", "b.nii.gz", None, "val", "P2", {"malignancy": ""}),
 ]
 
 
@@ -79,7 +81,7 @@ def test_id_defaults_to_the_name_of_the_first_channel(tmp_path):
     table(tmp_path, "image_t1,image_t2\nx/scan 7.nii.gz,x/scan 7 t2.nii.gz\n")
     (case,) = find_cases(tmp_path, ["t1", "t2"])
     assert case == Case(
-        "scan_7", {"t1": tmp_path / "x/scan 7.nii.gz", "t2": tmp_path / "x/scan 7 t2.nii.gz"}
+        "scan 7", {"t1": tmp_path / "x/scan 7.nii.gz", "t2": tmp_path / "x/scan 7 t2.nii.gz"}
     )
 
 
@@ -109,9 +111,9 @@ def test_channels(tmp_path):
         ("", "utf-8", "is empty"),
         ("image\n", "utf-8", "no scans found"),
         (
-            "scan,label\na.nii,b.nii\n",
+            "picture,label\na.nii,b.nii\n",
             "utf-8",
-            "no column 'image'; its columns are 'scan', 'label'",
+            "no column 'image'; its columns are 'picture', 'label'",
         ),
         ("image,label,image\na.nii,b.nii,c.nii\n", "utf-8", "has columns 'image' twice"),
         ("image,note\na.nii,Größe\n", "cp1252", "is not UTF-8"),
@@ -125,14 +127,15 @@ def test_channels(tmp_path):
         (
             "subject,image\n../../x,a.nii\n",
             "utf-8",
-            "subject '../../x' is not a valid file name; 'x' would be",
+            "subject '../../x' is not a valid file name; '%2E.%2F..%2Fx' would be",
         ),
         (
             "subject,image\n=cmd|calc,a.nii\n",
             "utf-8",
-            "subject '=cmd|calc' is not a valid file name; 'cmd_calc' would be",
+            "subject '=cmd|calc' is not a valid file name; '%3Dcmd%7Ccalc' would be",
         ),
-        ("subject,image\nJürgen K,a.nii\n", "utf-8", "'Jurgen_K' would be"),
+        ("subject,image\nJürgen/K,a.nii\n", "utf-8", "'Jürgen%2FK' would be"),
+        ("image,mask,seg\na.nii,,\n", "utf-8", "'mask' and 'seg' may both be the label"),
         (
             "subject,image\nx,a.nii\nX,a.nii\n",
             "utf-8",
@@ -153,13 +156,13 @@ def test_mistakes_in_a_table(text, encoding, words, tmp_path):
 
 def test_all_mistakes_are_listed_at_once_and_counted_beyond_ten(tmp_path):
     touch(tmp_path, "a.nii")
-    table(tmp_path, "subject,image\n" + "".join(f"case {n},missing{n}.nii\n" for n in range(20)))
+    table(tmp_path, "subject,image\n" + "".join(f"case/{n},missing{n}.nii\n" for n in range(20)))
     problem = problem_of(find_cases, tmp_path)
     assert "40 mistakes: (1) " in problem and "(10) " in problem
     assert problem.endswith("; and 30 more")
-    table(tmp_path, "subject,image,label\na b,a.nii,\nc,no.nii,no_mask.nii\nC,a.nii,\n")
+    table(tmp_path, "subject,image,label\na/b,a.nii,\nc,no.nii,no_mask.nii\nC,a.nii,\n")
     problem = problem_of(find_cases, tmp_path)
-    assert "4 mistakes" in problem and "subject 'a b'" in problem and "id 'C' is used" in problem
+    assert "4 mistakes" in problem and "subject 'a/b'" in problem and "id 'C' is used" in problem
     assert "no.nii' does not exist" in problem and "no_mask.nii' does not" in problem
 
 
@@ -174,7 +177,7 @@ def test_images_and_labels(tmp_path):
         Case("b", {"image": tmp_path / "images/b.nii.gz"}),
     ]
     touch(tmp_path, "labels/c.nii.gz")
-    words = f"labels/c.nii.gz: no scan of this name in {tmp_path / 'images'}"
+    words = "labels/c.nii.gz: no scan goes with this mask"
     assert words in problem_of(find_cases, tmp_path)
 
 
@@ -189,20 +192,29 @@ def test_folder_of_scans(tmp_path):
 
 def test_names_become_valid_ids(tmp_path):
     names = {
-        "scan 1.nii": "scan_1",
-        "Jürgen (2).nii.gz": "Jurgen__2_",
-        "患者.nii": "scan",
-        "_x.y.nii": "x.y",
-        "l" * 200 + ".nii": "l" * 128,
+        "scan 1.nii": "scan 1",
+        "Jürgen (2).nii.gz": "Jürgen %282%29",
+        "患者.nii": "患者",
+        "_x.y.nii": "_x.y",
+        "-a .nii": "%2Da%20",
+        "100%.nii": "100%25",
+        "हिन्दी.nii": "हिन्दी",
+        "con.nii": "%63on",
     }
     touch(tmp_path, *names)
     cases = find_scans([tmp_path])
     assert {case.images["image"].name: case.id for case in cases} == names
     assert all(re.fullmatch(ID_PATTERN, case.id) for case in cases)
+    assert {unquote(case.id) for case in cases} == {stem_of(Path(name)) for name in names}
+
+
+def test_a_name_that_is_too_long_for_results_is_refused(tmp_path):
+    touch(tmp_path, "患" * 70 + ".nii")
+    assert "give a shorter one in the column subject" in problem_of(find_scans, [tmp_path])
 
 
 @pytest.mark.parametrize(
-    "names", [("a.nii", "a.nii.gz"), ("a.nii", "A.nii"), ("a b.nii", "a_b.nii")]
+    "names", [("a.nii", "a.nii.gz"), ("a.nii", "A.nii"), ("é.nii", "e\u0301.nii")]
 )
 def test_two_scans_with_the_same_id_are_refused_before_any_work(names, tmp_path):
     touch(tmp_path, *names)
@@ -221,7 +233,7 @@ def test_nothing_found(tmp_path):
 
 
 def test_no_case_without_a_valid_id():
-    for name in ("", "../x", ".x", "a/b", "a\n", "ä", "x" * 129):
+    for name in ("", "../x", ".x", "a/b", "a\n", "a ", "患" * 61, "x" * 129):
         with pytest.raises(ValueError):
             Case(name, {})
 
@@ -387,6 +399,7 @@ def test_channels_that_differ_only_in_case_are_read_from_their_own_files_or_refu
 
 def test_two_columns_of_one_channel_and_two_masks_of_one_scan_are_refused(tmp_path):
     touch(tmp_path, "a.nii", "b.nii", "d/images/a.nii", "d/labels/a.nii", "d/labels/a.nii.gz")
+    problem = problem_of(find_cases, tmp_path / "d")
     path = table(tmp_path, "image,image_image\na.nii,b.nii\n")
     assert "'image' and 'image_image' for the same channel" in problem_of(find_cases, path)
-    assert "d/labels/a.nii is a mask of the same name" in problem_of(find_cases, tmp_path / "d")
+    assert "d/images/a.nii: has 2 masks: " in problem and "d/labels/a.nii.gz" in problem

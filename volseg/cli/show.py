@@ -70,6 +70,14 @@ def _(report: reports.PreprocessReport) -> None:
 
 
 @show.register
+def _(report: reports.ListingReport) -> None:
+    n, channels = len(report.done), ", ".join(report.channels)
+    of_channels = "" if report.channels == ["image"] else f" of channels {channels}"
+    text = f"{format_count(n, 'case')}{of_channels}, {report.masks} with a mask → {report.out}"
+    typer.echo(one_line(text))
+
+
+@show.register
 def _(report: reports.PlanReport) -> None:
     table = Table("setting", "value", "why")
     for line in report.reasons:

@@ -5,6 +5,7 @@ from volseg.commands.comparing import compare
 from volseg.commands.evaluating import evaluate
 from volseg.commands.importing import import_nnunet
 from volseg.commands.inference import infer
+from volseg.commands.listing import cases
 from volseg.commands.measuring import measure
 from volseg.commands.planning import plan
 from volseg.commands.preparing import preprocess
@@ -19,6 +20,7 @@ from volseg.store.tables import read_table
 __all__ = [
     "Progress",
     "RunReport",
+    "cases",
     "check",
     "compare",
     "evaluate",

@@ -43,10 +43,10 @@ def recipe_for(
     """
     if recipe is not None:
         return as_recipe(recipe)
-    cases, mistakes = survey_cases(Path(dataset))
-    if not cases:
-        refuse_dataset(Path(dataset), {}, mistakes)
-    return auto_recipe(Path(dataset), cases, progress)
+    survey = survey_cases(Path(dataset))
+    if not survey.cases:
+        refuse_dataset(Path(dataset), {}, survey.mistakes)
+    return auto_recipe(Path(dataset), survey.cases, progress)
 
 
 def auto_recipe(

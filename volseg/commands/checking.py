@@ -83,11 +83,14 @@ def _check_scan(path: Path) -> list[Problem]:
 def _check_dataset(path: Path, recipe: Recipe | None) -> Iterator[Problem]:
     channels = None if recipe is None else recipe.data.channels
     allow_missing = recipe is not None and recipe.data.missing == "empty"
-    cases, mistakes = survey_cases(path, channels, allow_missing=allow_missing)
-    for mistake in mistakes:
+    survey = survey_cases(path, channels, allow_missing=allow_missing)
+    for mistake in survey.mistakes:
         yield _problem(str(path), "E_REQUEST", mistake, "correct the dataset")
+    for remark in survey.remarks:
+        code, _, text = remark.partition(": ")
+        yield _problem(str(path), code, text, "`volseg cases` writes a table to look at and edit")
     checker = _CaseChecker(recipe)
-    for case in cases:
+    for case in survey.cases:
         yield from checker.problems_of(case)
     if recipe is None or not checker.labels:
         return

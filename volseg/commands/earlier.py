@@ -52,7 +52,7 @@ def cached_recipe(dataset: Path, work: Path, progress: Progress) -> Recipe:
 
 def _dates(dataset: Path) -> dict[str, list[int]]:
     """Return size and modification time of every file on which the recipe depends."""
-    cases, _ = survey_cases(dataset)
+    cases = survey_cases(dataset).cases
     paths = list(chain(*map(case_files, cases)))
     paths += [dataset] if dataset.is_file() else [dataset / "cases.csv", dataset / "dataset.json"]
     facts = {str(path): path.stat() for path in paths if path.is_file()}

@@ -179,10 +179,8 @@ def _usable_cases(source: Source) -> list[Case]:
     recipe = source.recipe
     channels = None if recipe is None else recipe.data.channels
     allow_missing = recipe is not None and recipe.data.missing == "empty"
-    cases, mistakes = survey_cases(source.dataset, channels, allow_missing=allow_missing)
-    if mistakes:
-        return []
-    return labelled_cases(cases)
+    survey = survey_cases(source.dataset, channels, allow_missing=allow_missing)
+    return [] if survey.mistakes else labelled_cases(survey.cases)
 
 
 def _time_cases(

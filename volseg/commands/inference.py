@@ -73,7 +73,12 @@ def infer(options: InferOptions) -> CasesReport:
     changes = _changes(bundle.recipe, options)
     bundle = replace(bundle, recipe=_changed(bundle.recipe, changes))
     data = bundle.recipe.data
-    cases = find_scans(options.scans, data.channels, allow_missing=data.missing == "empty")
+    cases = find_scans(
+        options.scans,
+        data.channels,
+        allow_missing=data.missing == "empty",
+        remark=options.announce,
+    )
     used = [*options.scans, folder, *(path for case in cases for path in case_files(case))]
     cases = [of_volume(case, options.volume) for case in cases]
     with ResultsFolder(options.out, "infer", inputs=used) as results:

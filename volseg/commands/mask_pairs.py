@@ -29,12 +29,13 @@ from volseg.evaluation.overlap import OverlapRow, evaluate_case
 from volseg.execution.memory import Budget
 from volseg.io.csv_text import iterate_csv
 from volseg.io.dataset_json import IGNORE, stated_labels
+from volseg.io.files import RECORDS
 from volseg.io.layouts import find_cases, find_scans, is_dataset
+from volseg.io.matching import pair_names
 from volseg.io.volumes import read_header, read_mask
 from volseg.options import EvaluateOptions
 from volseg.postprocessing.lesions import MANY
 from volseg.store.evaluations import EvaluatedCase
-from volseg.store.outputs import RECORDS
 from volseg.volume import Volume, slabs_of
 
 SAME_PLACE_MM = 0.01  # tables round centroids to four digits
@@ -63,6 +64,8 @@ class MaskPairs:
     @classmethod
     def of(cls, options: EvaluateOptions) -> MaskPairs:
         truths, guesses = _masks(options.reference), _masks(options.predicted)
+        truth_of = {guess: truth for truth, guess in pair_names(truths, guesses).items()}
+        guesses = {truth_of.get(name, name): mask for name, mask in guesses.items()}
         if not truths.keys() & guesses.keys():
             raise VolsegError(
                 f"no mask of {options.predicted} has the name of one in {options.reference}, "
@@ -71,7 +74,7 @@ class MaskPairs:
                 code="E_DATASET",
             )
         renamed_values = parsed_pairs(options.labels)
-        predictions = _Predictions.of(options.predicted, renamed_values)
+        predictions = _Predictions.of(options.predicted, truth_of, renamed_values)
         stated = stated_labels(options.reference) if is_dataset(options.reference) else {}
         ignored = stated.pop(IGNORE, None)
         return cls(
@@ -250,7 +253,9 @@ def _masks(path: Path) -> dict[str, _Mask]:
             f"{path}: holds no masks", fix="give the results of `volseg infer`", code="E_DATASET"
         )
     folder = path / "masks" if (path / "masks").is_dir() else path
-    return {case.id: _Mask(case.images["image"]) for case in find_scans([folder], ("image",))}
+    cases = find_scans([folder], ("image",))
+    references = {case.id: _Mask(case.reference) for case in cases if case.reference is not None}
+    return references or {case.id: _Mask(case.images["image"]) for case in cases}
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,8 +273,15 @@ class _Predictions:
     label_names: dict[int, str]
 
     @classmethod
-    def of(cls, folder: Path, renamed_values: Mapping[int, int]) -> _Predictions:
-        """Read them from a folder; `renamed_values`: predicted value → that of the reference."""
+    def of(
+        cls, folder: Path, truth_of: Mapping[str, str], renamed_values: Mapping[int, int]
+    ) -> _Predictions:
+        """Read them from a folder.
+
+        Args:
+            truth_of: case id → that of the reference.
+            renamed_values: predicted value → that of the reference.
+        """
         table = folder / "lesions.csv"
         if not ((folder / "masks").is_dir() and table.is_file()):
             return cls({}, {})
@@ -278,7 +290,7 @@ class _Predictions:
             names: dict[int, str] = {}
             n_lines: Counter[str] = Counter()
             for line in iterate_csv(table):
-                name = line["case_id"]
+                name = truth_of.get(line["case_id"], line["case_id"])
                 n_lines[name] += 1
                 label = int(line["label"])
                 label = renamed_values.get(label, label)

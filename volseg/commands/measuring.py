@@ -29,6 +29,7 @@ from volseg.execution.local import run
 from volseg.io.cases import Case
 from volseg.io.label_names import read_label_names
 from volseg.io.layouts import find_cases, find_scans
+from volseg.io.matching import pair_names
 from volseg.options import MeasureOptions, command
 from volseg.pages.about import About
 from volseg.postprocessing.lesions import CONNECTIVITY, Objects
@@ -101,7 +102,7 @@ def _pairs(options: MeasureOptions) -> tuple[list[Case], list[str]]:
     """Return scans with their masks, and the names of masks without a scan."""
     image, mask = options.image, options.mask
     if options.cases is not None and image is None and mask is None:
-        return _pairs_of_table(options.cases), []
+        return _pairs_of_dataset(options.cases), []
     if image is None or mask is None or options.cases is not None:
         raise VolsegError(
             "measure needs a scan and its mask, two folders of them, or a table of cases",
@@ -114,6 +115,8 @@ def _pairs(options: MeasureOptions) -> tuple[list[Case], list[str]]:
             fix="give two files or two folders",
             code="E_USAGE",
         )
+    if image.is_dir() and image.resolve() == mask.resolve():
+        return _pairs_of_dataset(image), []
     scans = find_scans([image], ("image",))
     if image.is_dir():
         return _pairs_of_folders(scans, mask)
@@ -126,13 +129,13 @@ def _pairs(options: MeasureOptions) -> tuple[list[Case], list[str]]:
     return [replace(scans[0], reference=mask)], []
 
 
-def _pairs_of_table(table: Path) -> list[Case]:
-    pairs = find_cases(table, ("image",))
+def _pairs_of_dataset(dataset: Path) -> list[Case]:
+    pairs = find_cases(dataset, ("image",))
     maskless = [case.id for case in pairs if case.reference is None]
     if maskless:
         cases = f"{format_count(len(maskless), 'case')} without a mask"
         raise VolsegError(
-            f"{table}: {cases}, first {maskless[0]!r}",
+            f"{dataset}: {cases}, first {maskless[0]!r}",
             fix="fill the `label` column",
             code="E_DATASET",
         )
@@ -141,7 +144,8 @@ def _pairs_of_table(table: Path) -> list[Case]:
 
 def _pairs_of_folders(scans: Sequence[Case], folder: Path) -> tuple[list[Case], list[str]]:
     masks = {case.id: case.images["image"] for case in find_scans([folder], ("image",))}
-    maskless = [case.id for case in scans if case.id not in masks]
+    mask_of = pair_names([case.id for case in scans], masks)
+    maskless = [case.id for case in scans if case.id not in mask_of]
     if maskless:
         n = f"{len(maskless)} of {format_count(len(scans), 'scan')}"
         raise VolsegError(
@@ -149,8 +153,8 @@ def _pairs_of_folders(scans: Sequence[Case], folder: Path) -> tuple[list[Case], 
             fix="give each mask the name of its scan, or give --cases with a table of pairs",
             code="E_DATASET",
         )
-    unused = sorted(masks.keys() - {case.id for case in scans})
-    return [replace(case, reference=masks[case.id]) for case in scans], unused
+    unused = sorted(masks.keys() - mask_of.values())
+    return [replace(case, reference=masks[mask_of[case.id]]) for case in scans], unused
 
 
 def _unused_warning(unused: Sequence[str], n_pairs: int) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,9 +11,15 @@ from typing import Literal
 from volseg.commands.time_points import TimePoint
 from volseg.comparison.response import PatientResponse
 from volseg.errors import VolsegError
-from volseg.io.cases import ID_PATTERN, read_table
+from volseg.io.cases import is_valid_id
+from volseg.io.tables import PATIENT, read_table
 
-COLUMNS = ("patient", "baseline", "followup")
+HEADS = {
+    "patient": (*PATIENT, "subject", "subject_id"),
+    "baseline": ("before", "first", "baseline_case", "baseline_scan"),
+    "followup": ("follow_up", "after", "second", "followup_case", "followup_scan"),
+}
+COLUMNS = tuple(HEADS)
 
 TimePoints = tuple[TimePoint, TimePoint]  # baseline, follow-up
 Cases = tuple[str | None, str | None]  # case at baseline and at follow-up; None if missing
@@ -85,11 +90,12 @@ def read_pairs(path: Path, times: TimePoints) -> list[Patient]:
     Raises:
         VolsegError: one error with every mistake of the table.
     """
-    columns, lines = read_table(path)
+    table = read_table(path, HEADS)
+    columns = table.columns
     _check_columns(path, columns)
     checker = _LineChecker(times)
     scans: dict[str, list[Cases]] = defaultdict(list)
-    for number, cells in lines:
+    for number, cells in table.lines:
         if len(cells) != len(columns):
             text = f"line {number} has {len(cells)} cells under {len(columns)} columns"
             checker.mistakes.append(text)
@@ -144,7 +150,7 @@ class _LineChecker:
         self.mistakes += [f"line {line}: {text}" for text in mistakes]
 
     def _mistakes_in_name(self, name: str) -> Iterator[str]:
-        if not re.fullmatch(ID_PATTERN, name):
+        if not is_valid_id(name):
             yield f"patient {name!r} is not a valid file name: use letters, digits, . _ -"
         spelling = self._spellings.setdefault(name.casefold(), name)
         if spelling != name:

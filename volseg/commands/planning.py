@@ -74,7 +74,7 @@ def plan(options: PlanOptions) -> PlanReport:
     return PlanReport(
         out=dataset if out is None else out,
         done=[recipe.name],
-        warnings=warnings_of(fingerprint, recipe),
+        warnings=[*data.survey().remarks, *warnings_of(fingerprint, recipe)],
         recipe=planned.recipe.model_dump(mode="json"),
         reasons=[line.model_dump() for line in planned.reasons],
         cases=fingerprint.n_cases,
@@ -152,6 +152,6 @@ def number_of_folds(dataset: Path, recipe: Recipe, folds: int | None, *, is_auto
     """
     if not is_auto or folds == 1:
         return folds or 1
-    cases, _ = survey_cases(dataset, recipe.data.channels)
+    cases = survey_cases(dataset, recipe.data.channels).cases
     patients = len({case.patient or case.id for case in labelled_cases(cases)})
     return max(1, min(N_FOLDS, patients)) if folds is None else folds

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +12,7 @@ from volseg.commands.planning import N_FOLDS
 from volseg.commands.preparing import PREPARED_FILE, preparation_settings
 from volseg.errors import VolsegError
 from volseg.inputs import read_json
-from volseg.io.cases import ID_PATTERN
+from volseg.io.cases import is_valid_id
 from volseg.io.prepared import PreparedCase, read_prepared_case
 from volseg.recipe import Recipe, as_recipe, parse_recipe
 
@@ -88,7 +87,7 @@ def load_prepared(
         plan = Closed.from_json(header["plan"])
         fingerprint = DatasetFingerprint.model_validate(header["fingerprint"])
         names, keys = list(header["cases"]), dict(header["keys"])
-        if not all(isinstance(name, str) and re.fullmatch(ID_PATTERN, name) for name in names):
+        if not all(isinstance(name, str) and is_valid_id(name) for name in names):
             raise ValueError("cases holds a name that is not a case id")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise VolsegError(

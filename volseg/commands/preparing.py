@@ -16,12 +16,12 @@ from volseg.commands.batch import Inputs, case_files, failure_reason, input_key,
 from volseg.commands.planning import budget_of
 from volseg.commands.training_cases import (
     TrainingSet,
+    class_of,
     read_training_case,
     refuse_dataset,
     warnings_of,
     without_ignored,
 )
-from volseg.errors import VolsegError
 from volseg.execution.local import run
 from volseg.inputs import read_json
 from volseg.io.cases import Case
@@ -84,10 +84,7 @@ def prepare_dataset(
     Raises:
         VolsegError: the dataset or recipe is wrong, or no case could be read.
     """
-    from volseg.training.check import check_recipe  # loads torch
-
     recipe = recipe_for(options.dataset, options.recipe, options.progress)
-    check_recipe(recipe)
     data = TrainingSet(options.dataset, recipe, options.seed, options.progress)
     cases = data.cases()
     inputs = input_paths(options.dataset, options.recipe, *chain(*map(case_files, cases)))
@@ -110,7 +107,7 @@ def prepare_dataset(
         _keep_fingerprint(outputs, facts, failed)
         work = Preparation(data, planned.recipe, outputs, digests)
         done, kept = work.run([case for case in cases if case.id not in failed], failed)
-        warnings = warnings_of(fingerprint, recipe)
+        warnings = [*data.survey().remarks, *warnings_of(fingerprint, recipe)]
         warnings += _finish(work, facts, cases, failed, warnings)
     return PreprocessReport(
         out=options.out,
@@ -212,7 +209,7 @@ class Preparation:
 
         if self.recipe.classify is None:
             return None, None
-        class_name = _class_of(case, self.recipe)
+        class_name = class_of(case, self.recipe)
         mask = without_ignored(reference, self.recipe)
         largest = label_lesions(mask.array, mask.geometry).ids == 1
         if class_name is None or not largest.any():
@@ -327,25 +324,6 @@ def preparation_settings(recipe: Recipe) -> dict[str, Any]:
         kept = ("column", "classes", "field_of_view_mm", "pixels", "low", "high")
         content["classify"] = {key: content["classify"][key] for key in kept}
     return content
-
-
-def _class_of(case: Case, recipe: Recipe) -> str | None:
-    """Return the class whose range holds the case's value; None if it is missing or in no range."""
-    assert recipe.classify is not None
-    column = recipe.classify.column
-    if column not in case.classes:
-        raise VolsegError(
-            f"case {case.id!r} has no column {column!r}, which [classify] needs; it has "
-            f"{sorted(case.classes)}",
-            fix=f"add the column {column!r} to cases.csv, or remove [classify] from the recipe",
-            code="E_DATASET",
-        )
-    try:
-        value = float(case.classes[column])
-    except ValueError:
-        return None
-    ranges = recipe.classify.classes.items()
-    return next((name for name, (lowest, highest) in ranges if lowest <= value <= highest), None)
 
 
 def _summary(fingerprint: DatasetFingerprint, recipe: Recipe) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from volseg.commands.batch import failure_reason, reason_of
 from volseg.commands.placing import channel_notes, place_mask
 from volseg.errors import ScanError, VolsegError
 from volseg.execution.local import run
-from volseg.io.cases import Case
+from volseg.inputs import shorten
+from volseg.io.cases import Case, Survey
 from volseg.io.layouts import survey_cases
 from volseg.io.volumes import read_mask, read_volume
 from volseg.measurement.units import judge_unit
@@ -29,7 +30,6 @@ if TYPE_CHECKING:  # torch takes seconds to import; only a command that needs it
     from volseg.planning.fingerprint import CaseFingerprint, DatasetFingerprint
 
 ANALYSING = "Analysing the dataset"
-SPLITS = ("train", "val", "test")
 MAX_SHOWN = 10  # mistakes of a dataset listed in one message
 
 
@@ -47,6 +47,12 @@ class TrainingSet:
     seed: int = 0
     progress: Progress = field(default=ignore_progress, compare=False)
 
+    def survey(self) -> Survey:
+        """Return the usable cases of the dataset, with mistakes and remarks."""
+        data = self.recipe.data
+        allow_missing = data.missing == "empty"
+        return survey_cases(self.dataset, data.channels, allow_missing=allow_missing)
+
     def cases(self) -> list[Case]:
         """Return the cases with a mask outside the test split, each with a split.
 
@@ -55,14 +61,10 @@ class TrainingSet:
         Raises:
             VolsegError: the dataset has mistakes; the error lists them and all unusable files.
         """
-        allow_missing = self.recipe.data.missing == "empty"
-        channels = self.recipe.data.channels
-        cases, mistakes = survey_cases(self.dataset, channels, allow_missing=allow_missing)
-        for name in sorted({case.split for case in cases if case.split} - set(SPLITS)):
-            names = ", ".join(SPLITS)
-            mistakes.append(f"split {name!r} is unknown: use {names} or leave it empty")
-        if mistakes:
-            refuse_dataset(self.dataset, self._unusable(cases), mistakes)
+        survey = self.survey()
+        cases = survey.cases
+        if survey.mistakes:
+            refuse_dataset(self.dataset, self._unusable(cases), survey.mistakes)
         labelled = labelled_cases(_with_split_of_patient(cases))
         if not labelled:
             raise VolsegError(
@@ -242,6 +244,7 @@ def read_training_case(
     except ScanError as error:
         problems.append(error)
     problems += _label_problems(case, reference, recipe)
+    problems += _class_problems(case, recipe)
     if problems:
         text = "; ".join(problem.problem for problem in problems)
         fix = "; ".join(dict.fromkeys(problem.fix for problem in problems))
@@ -276,6 +279,14 @@ def _label_problems(case: Case, reference: Volume, recipe: Recipe) -> Iterator[V
             fix="name every value under [data] labels in the recipe, or correct the mask",
             code="E_LABELS",
         )
+
+
+def _class_problems(case: Case, recipe: Recipe) -> Iterator[VolsegError]:
+    if recipe.classify is not None:
+        try:
+            class_of(case, recipe)
+        except VolsegError as error:
+            yield error
 
 
 def without_ignored(reference: Volume, recipe: Recipe) -> Volume:
@@ -323,3 +334,33 @@ def _grid_warnings(fingerprint: DatasetFingerprint) -> list[str]:
         for code, cases in cases_of.items()
         for case, text in [next(iter(cases.items()))]
     ]
+
+
+def class_of(case: Case, recipe: Recipe) -> str | None:
+    """Return the class whose range holds the case's value; None if it is empty or in no range.
+
+    Raises:
+        VolsegError: the table lacks the column, or the cell is no number.
+    """
+    assert recipe.classify is not None
+    column = recipe.classify.column
+    if column not in case.classes:
+        raise VolsegError(
+            f"case {case.id!r} has no column {column!r}, which [classify] needs; it has "
+            f"{sorted(case.classes)}",
+            fix=f"add the column {column!r} to cases.csv, or remove [classify] from the recipe",
+            code="E_DATASET",
+        )
+    text = case.classes[column]
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise VolsegError(
+            f"case {case.id!r}: column {column!r} holds {shorten(text)!r}, which is no number",
+            fix="write numbers with a decimal point, or leave the cell empty",
+            code="E_DATASET",
+        ) from error
+    ranges = recipe.classify.classes.items()
+    return next((name for name, (lowest, highest) in ranges if lowest <= value <= highest), None)

@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 from volseg.errors import VolsegError
-from volseg.inputs import MAX_TEXT_BYTES, NotAFileError, kind_of, read_bytes, shorten
-from volseg.io.csv_text import csv_rows
+from volseg.inputs import kind_of, shorten
 from volseg.io.formats import READABLE, stem_of
+from volseg.io.tables import PATIENT, read_table
 
 ONE_CHANNEL = "image"  # name of an unnamed single channel
 MAX_LISTED = 10  # mistakes listed in one message
+COLUMNS = {  # of cases.csv → other usual heads; `image_<channel>` comes on top
+    "image": ("images", "img", "scan", "volume", "image_path", "scan_path", "image_file", "file"),
+    "label": (
+        *("labels", "mask", "masks", "seg", "segmentation", "label_path", "mask_path"),
+        *("mask_file", "label_file", "seg_path", "ground_truth", "gt", "annotation", "roi"),
+    ),
+    "subject": ("subject_id", "subjectid", "case", "case_id", "caseid", "scan_id"),
+    "patient": PATIENT,
+    "split": ("set", "subset", "partition", "fold_split"),
+}
+SPLITS = {  # split → words for it, in lower case
+    "train": ("train", "training", "tr"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing", "ts"),
+}
 # Valid file and folder names on every system: Windows reserves device names, whatever the suffix,
-# and drops a trailing dot.
+# and drops a trailing dot or space. Characters of control, format and private use are left out.
 _DEVICES = r"(?i:con|prn|aux|nul|conin|conout|com[0-9]|lpt[0-9])"
-ID_PATTERN = rf"(?!{_DEVICES}(?:\.|\Z))[A-Za-z0-9](?:[A-Za-z0-9._-]{{0,126}}[A-Za-z0-9_-])?"
+_LETTERS = (
+    "A-Za-z0-9_%\u00a1-\u00ac\u00ae-\u1fff\u2070-\u2fef\u3001-\ud7ff\uf900-\ufdcf\ufdf0-\ufefe"
+    "\uff01-\uffef\U00010000-\U0003fffd"
+)
+ID_PATTERN = rf"(?!{_DEVICES}(?:\.|\Z))[{_LETTERS}](?:[{_LETTERS}. -]{{0,126}}[{_LETTERS}-])?"
+MAX_ID_BYTES = 180  # in UTF-8; file systems allow 255 with what volseg adds
 
 Anything = TypeVar("Anything")
 
@@ -37,7 +55,7 @@ class Case:
         reference: the reference mask, or None.
         split: such as train, val or test; None if the data set does not state one.
         patient: no patient is in two splits; None if unknown.
-        classes: the other columns of the CSV, such as `malignancy`, without empty cells.
+        classes: the other columns of the CSV, such as `malignancy`.
     """
 
     id: str
@@ -48,13 +66,17 @@ class Case:
     classes: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(ID_PATTERN, self.id):
+        if not is_valid_id(self.id):
             raise ValueError(f"{self.id!r} is not a valid case id")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """An unchecked case; `where` is its place in the data set, for messages."""
+    """An unchecked case; `where` is its place in the data set, for messages.
+
+    Args:
+        why: its files belong together.
+    """
 
     where: str
     id: str
@@ -63,29 +85,47 @@ class Row:
     split: str | None = None
     patient: str | None = None
     classes: dict[str, str] = field(default_factory=dict)
+    why: str = ""
 
     def case(self) -> Case:
         """Return the case of a row without mistakes."""
         return Case(self.id, self.images, self.reference, self.split, self.patient, self.classes)
 
 
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """The usable cases of a data set, every mistake in it, and remarks on how it was read."""
+
+    cases: list[Case]
+    mistakes: list[str]
+    remarks: Sequence[str]
+    why: Mapping[str, str]  # case id → why its files belong together
+
+
 @dataclass(slots=True)
 class Listing:
-    """The rows of a data set and the mistakes that were met while reading them."""
+    """The rows of a data set; mistakes that were met and choices that were made in reading it."""
 
     rows: list[Row] = field(default_factory=list)
     mistakes: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
     def all_mistakes(self) -> list[str]:
         """Return also the mistakes of ids, files and splits."""
         rows = self.rows
         return self.mistakes + _id_mistakes(rows) + _file_mistakes(rows) + _split_mistakes(rows)
 
-    def survey(self) -> tuple[list[Case], list[str]]:
-        """Return the cases with a valid id whose files all exist, and every mistake."""
+    def survey(self) -> Survey:
+        """Return the cases with a valid id whose files all exist, mistakes and remarks.
+
+        Unlike `cases` it takes an unknown split for a mistake, as training does.
+        """
         valid = [row for row in self.rows if not _id_mistakes([row]) + _file_mistakes([row])]
         nothing = [] if self.rows or self.mistakes else [f"no scans found; they end in {READABLE}"]
-        return [row.case() for row in valid], nothing + self.all_mistakes()
+        cases = [row.case() for row in valid]
+        why = {row.id: row.why for row in valid}
+        mistakes = nothing + self.all_mistakes() + _unknown_splits(self.rows)
+        return Survey(cases, mistakes, self.remarks, why)
 
     def cases(self, origin: str) -> list[Case]:
         """Return all cases, or raise one error that lists all mistakes.
@@ -184,11 +224,12 @@ def _refuse_ambiguous(names: Iterable[str], origin: str) -> None:
 
 def read_cases_csv(path: Path, channels: Channels) -> Listing:
     """Read the rows of a table of cases."""
-    columns, lines = read_table(path)
+    table = read_table(path, COLUMNS)
+    columns = list(map(_with_lower_prefix, table.columns))
     image_columns = channels.pick(_image_columns(columns, path), str(path))
-    listing = Listing()
+    listing = Listing(remarks=list(table.remarks))
     required = list(image_columns.values())[: 1 if channels.allow_missing else None]
-    for number, texts in lines:
+    for number, texts in table.lines:
         where = f"{path.name} line {number}"
         if len(texts) != len(columns):
             text = f"{where}: has {len(texts)} cells under {len(columns)} columns"
@@ -199,25 +240,59 @@ def read_cases_csv(path: Path, channels: Channels) -> Listing:
         if empty:
             listing.mistakes.append(f"{where}: the cell of {listed(empty)} is empty")
             continue
-        listing.rows.append(_row_of(cells, image_columns, where=where, folder=path.parent))
+        row = _row_of(cells, image_columns, where=where, folder=path.parent)
+        listing.rows.append(row)
+        if row.split == "train" and row.reference is None:
+            listing.remarks.append(
+                f"W_NO_LABEL: {path}: line {number} is of the training split but has no label, "
+                "so it is not used"
+            )
     return listing
+
+
+def _with_lower_prefix(column: str) -> str:
+    """Return `image_T1` for `Image_T1`; other columns as they are."""
+    prefix = column[: len("image_")]
+    return column if prefix.casefold() != "image_" else "image_" + column[len("image_") :]
+
+
+def _unknown_splits(rows: Sequence[Row]) -> list[str]:
+    splits = ", ".join(SPLITS)
+    return [
+        f"{row.where}: split {row.split!r} is unknown: use {splits} or leave it empty"
+        for row in rows
+        if row.split not in (None, *SPLITS)
+    ]
+
+
+def split_of(word: str) -> str | None:
+    """Return train, val or test for any usual word for it; None if the word is another."""
+    words = SPLITS.items()
+    return next((split for split, others in words if word.casefold() in others), None)
 
 
 def _row_of(
     cells: Mapping[str, str], image_columns: Mapping[str, str], *, where: str, folder: Path
 ) -> Row:
     """Return the row of a line; an empty cell of an image is a missing channel."""
-    images = {name: folder / cells[key] for name, key in image_columns.items() if cells[key]}
-    not_classes = {"subject", "label", "split", "patient", *filter(_is_image_column, cells)}
+    images = {name: _path(folder, cells[key]) for name, key in image_columns.items() if cells[key]}
+    not_classes = {"subject", "label", "split", "patient", "why", *filter(_is_image_column, cells)}
     return Row(
         where=where,
+        why=f"listed at {where}",
         id=cells.get("subject") or safe_id(stem_of(next(iter(images.values())))),
         images=images,
-        reference=folder / cells["label"] if cells.get("label") else None,
-        split=cells.get("split") or None,
+        reference=_path(folder, cells["label"]) if cells.get("label") else None,
+        split=split_of(cells.get("split", "")) or cells.get("split") or None,
         patient=cells.get("patient") or None,
-        classes={name: cells[name] for name in cells if cells[name] and name not in not_classes},
+        classes={name: cells[name] for name in cells if name not in not_classes},
     )
+
+
+def _path(folder: Path, cell: str) -> Path:
+    """Return the path in a cell; backslashes of Windows separate folders, unless it exists."""
+    path = folder / cell
+    return path if "\\" not in cell or path.exists() else folder / cell.replace("\\", "/")
 
 
 def _is_image_column(name: str) -> bool:
@@ -239,77 +314,29 @@ def _image_columns(columns: Sequence[str], path: Path) -> dict[str, str]:
     return available
 
 
-def read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Return the column names, and (line number, cells) of each row.
-
-    Cells may be separated by commas, semicolons or tabs; a byte order mark is allowed.
-    """
-    try:
-        text = read_description(path).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise VolsegError(
-            f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})",
-            fix="save it as “CSV UTF-8”",
-        ) from error
-    first = re.split(r"[\r\n]", text, maxsplit=1)[0]
-    delimiter = max(",;\t", key=first.count)
-    lines: list[tuple[int, list[str]]] = []
-    number = 0
-    try:
-        for number, cells in csv_rows(text, delimiter=delimiter, strict=True):
-            lines.append((number, [cell.strip() for cell in cells]))
-    except csv.Error as error:
-        raise VolsegError(
-            f"{path}: line {number + 1} is not valid CSV ({error})", fix="check its quotes"
-        ) from error
-    lines = [(number, cells) for number, cells in lines if any(cells)]
-    if not lines:
-        raise VolsegError(f"{path}: is empty", fix="give it a header line and a row per scan")
-    columns = lines[0][1]
-    repeated = sorted(name for name, n in Counter(columns).items() if n > 1)
-    if repeated:
-        raise VolsegError(
-            f"{path}: has columns {listed(repeated)} twice", fix="give every column its own name"
-        )
-    return columns, lines[1:]
-
-
-def read_description(path: Path) -> bytes:
-    """Return the bytes of a cases.csv or dataset.json."""
-    try:
-        return read_bytes(path, max_bytes=MAX_TEXT_BYTES)
-    except OSError as error:
-        raise unreadable(path, error) from error
-    except ValueError as error:
-        raise VolsegError(f"{path}: {error}", fix="give a cases.csv or dataset.json") from error
-
-
-def unreadable(path: Path, error: OSError) -> VolsegError:
-    """Return the user's error for a file or folder of a data set that cannot be read."""
-    if isinstance(error, NotAFileError):
-        return VolsegError(
-            f"{path}: {error.strerror}", fix="give the path of a file", code="E_NOTFILE"
-        )
-    return VolsegError(
-        f"{path}: cannot be read ({error.strerror})", fix="check its permissions", code="E_PERM"
-    )
-
-
 # ---- rules for every data set
 
 
 def _id_mistakes(rows: list[Row]) -> list[str]:
     mistakes, seen = [], {}
     for row in rows:
-        if not re.fullmatch(ID_PATTERN, row.id):
+        if max(len(row.id) - 128, len(row.id.encode("utf-8", "replace")) - MAX_ID_BYTES) > 0:
+            text = f"id {shorten(row.id)!r} has more than 128 characters or {MAX_ID_BYTES} bytes"
+            mistakes.append(f"{row.where}: {text}; give a shorter one in the column subject")
+        elif not is_valid_id(row.id):
             mistakes.append(
                 f"{row.where}: subject {row.id!r} is not a valid file name; "
                 f"{safe_id(row.id)!r} would be"
             )
-        key = row.id.casefold()  # some file systems treat a.nii and A.nii as one file
+        key = unicodedata.normalize(
+            "NFC", row.id
+        ).casefold()  # some file systems treat a.nii and A.nii as one file
         if key in seen:
             first, second = (next(iter(case.images.values())) for case in (seen[key], row))
-            mistakes.append(f"{row.where}: id {row.id!r} is used for both {first} and {second}")
+            mistakes.append(
+                f"{row.where}: id {row.id!r} is used for both {first} and {second}; rename one, or "
+                "give each its own name in the column subject of a cases.csv"
+            )
         seen.setdefault(key, row)
     return mistakes
 
@@ -332,7 +359,8 @@ def _path_problem(path: Path) -> str:
 
 
 def _split_mistakes(rows: list[Row]) -> list[str]:
-    mistakes, seen = [], {}
+    mistakes = []
+    seen: dict[str, Row] = {}
     for row in rows:
         if row.patient is None or row.split is None:
             continue
@@ -345,15 +373,32 @@ def _split_mistakes(rows: list[Row]) -> list[str]:
     return mistakes
 
 
-def safe_id(name: str) -> str:
-    """Return a name that matches `ID_PATTERN`.
+def is_valid_id(name: str) -> bool:
+    """Check whether a name can be a case id, and so the name of a file on any system."""
+    is_short = len(name.encode("utf-8", "replace")) <= MAX_ID_BYTES
+    return is_short and re.fullmatch(ID_PATTERN, name) is not None
 
-    Accents are dropped, other characters replaced by `_`; a device name gets a trailing `_`.
+
+def safe_id(name: str) -> str:
+    """Return a case id for a name: itself, with `%` and two hex digits for each unsafe byte.
+
+    Letters of any script stay. `urllib.parse.unquote` gives the name back, in Unicode's form NFC.
+
+    >>> safe_id("患者 1"), safe_id("a/b:c"), safe_id("con")
+    ('患者 1', 'a%2Fb%3Ac', '%63on')
     """
-    plain = "".join(c for c in unicodedata.normalize("NFKD", name) if not unicodedata.combining(c))
-    safe = re.sub(r"[^A-Za-z0-9._-]", "_", plain).lstrip("._-")
-    safe = re.sub(rf"^({_DEVICES})(?=\.|\Z)", r"\1_", safe)
-    return safe[:128].rstrip(".") or "scan"
+    text = unicodedata.normalize("NFC", name)
+    text = re.sub(rf"[^{_LETTERS}. -]|%", _escaped, text)
+    text = re.sub(rf"\A[. -]|[. ]\Z|\A{_DEVICES}(?=\.|\Z)", _first_escaped, text)
+    return text or "scan"
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return "".join(f"%{byte:02X}" for byte in match[0].encode("utf-8", "surrogateescape"))
+
+
+def _first_escaped(match: re.Match[str]) -> str:
+    return f"%{ord(match[0][0]):02X}{match[0][1:]}"
 
 
 def listed(names: Iterable[str]) -> str:

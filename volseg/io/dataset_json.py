@@ -10,7 +10,8 @@ from typing import Any
 
 from volseg.errors import VolsegError
 from volseg.inputs import MAX_NAME, label_value, parse_json, shorten
-from volseg.io.cases import ONE_CHANNEL, read_description
+from volseg.io.cases import ONE_CHANNEL
+from volseg.io.tables import read_description
 
 FILE = "dataset.json"
 IGNORE = "ignore"  # nnU-Net's label of voxels excluded from training and evaluation

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 from volseg.errors import EnvironmentProblem, VolsegError
 from volseg.inputs import MAX_TEXT_BYTES, open_regular, read_bytes
 
+RECORDS = ".volseg"  # folder inside results, for their records
 TEMPORARY_PREFIX = ".tmp-"  # files that a killed process may leave behind; never finished ones
 
 

@@ -8,7 +8,12 @@ from pathlib import Path
 
 from volseg.errors import VolsegError
 from volseg.inputs import MAX_LABEL, MAX_NAME, label_value, read_json, shorten
-from volseg.io.cases import read_table
+from volseg.io.tables import read_table
+
+COLUMNS = {
+    "label": ("value", "index", "id", "label_value", "label_id"),
+    "name": ("label_name", "structure", "organ", "names"),
+}
 
 
 def read_label_names(path: Path | str) -> dict[int, str]:
@@ -48,9 +53,9 @@ def _pairs_in(path: Path) -> Iterable[tuple[object, object]]:
         pairs = read_json(path).items()
         return [(key, item) if key.isdecimal() else (item, key) for key, item in pairs]
     path.stat()  # a missing file raises OSError
-    columns, lines = read_table(path)
-    label, name = columns.index("label"), columns.index("name")
-    return [(cells[label], cells[name]) for _, cells in lines]
+    table = read_table(path, COLUMNS)
+    label, name = table.columns.index("label"), table.columns.index("name")
+    return [(cells[label], cells[name]) for _, cells in table.lines]
 
 
 def _label_value(stated: object) -> int | None:

@@ -11,6 +11,7 @@ from volseg.options.declare import (
 from volseg.options.inference import InferOptions, ReportOptions
 from volseg.options.measurement import CompareOptions, EvaluateOptions, MeasureOptions
 from volseg.options.training import (
+    CasesOptions,
     ImportOptions,
     PlanOptions,
     PreprocessOptions,
@@ -19,6 +20,7 @@ from volseg.options.training import (
 )
 
 COMMANDS: dict[str, type[Options]] = {
+    "cases": CasesOptions,
     "preprocess": PreprocessOptions,
     "plan": PlanOptions,
     "train": TrainOptions,
@@ -34,6 +36,7 @@ COMMANDS: dict[str, type[Options]] = {
 __all__ = [
     "COMMANDS",
     "Announce",
+    "CasesOptions",
     "CompareOptions",
     "EvaluateOptions",
     "ImportOptions",

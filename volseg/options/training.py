@@ -17,6 +17,7 @@ from volseg.options.declare import (
     optional_path,
     options,
     path,
+    paths,
     seconds,
 )
 from volseg.options.shared import (
@@ -35,6 +36,24 @@ if TYPE_CHECKING:
 
 
 MAX_FOLDS = 20
+
+
+@options
+class CasesOptions(Options):
+    """List which scans, channels and masks belong together, as a table of cases.
+
+    Goes by the names of files and folders: images/ and labels/, one folder per patient, BIDS,
+    nnU-Net, channels such as P1_t1 and P1_flair, masks such as P1_seg. The column `why` says what
+    each case was recognised by. Look at the table, edit it, and give it to any other command.
+    """
+
+    folders: tuple[Path, ...] = argument("Folders of scans and masks.", converter=paths)
+    out: Path = option(
+        "CSV file to write; an existing one is not replaced.",
+        default=Path("cases.csv"),
+        converter=path,
+        short="-o",
+    )
 
 
 @options

@@ -34,6 +34,7 @@ from volseg import __version__
 from volseg.errors import EnvironmentProblem, VolsegError
 from volseg.inputs import open_regular, parse_json, read_json
 from volseg.io.files import (
+    RECORDS,
     environment_problem,
     make_folder,
     read_back_problem,
@@ -44,7 +45,6 @@ from volseg.io.files import (
 )
 from volseg.words import format_list
 
-RECORDS = ".volseg"
 LEDGER, LOCK = "ledger.jsonl", "lock"
 MANIFEST = "manifest.json"
 SAME_KIND = {  # command → content of its folder; commands with the same content may share a folder

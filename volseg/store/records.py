@@ -30,13 +30,13 @@ from typing import (
 from volseg.columns import column_names, json_values, known_values, row_of
 from volseg.errors import ScanError, VolsegError
 from volseg.inputs import open_regular, parse_json, read_json
-from volseg.io.cases import ID_PATTERN
+from volseg.io.cases import is_valid_id
 from volseg.io.csv_text import iterate_csv
-from volseg.io.files import json_text, sha256_of
+from volseg.io.files import RECORDS, json_text, sha256_of
 from volseg.measurement.rows import CaseRow, LesionMeasurement
 from volseg.postprocessing.lesions import MANY
 from volseg.recipe import Measure
-from volseg.store.outputs import RECORDS, confined
+from volseg.store.outputs import confined
 
 
 class ItemRow(Protocol):
@@ -331,7 +331,7 @@ def case_ids(results: Path) -> list[str]:
     ids = {path.stem for path in (results / RECORDS).glob("*.json")}
     try:
         rows = iterate_csv(results / "cases.csv")
-        ids |= {row["case_id"] for row in rows if re.fullmatch(ID_PATTERN, row["case_id"])}
+        ids |= {row["case_id"] for row in rows if is_valid_id(row["case_id"])}
     except (OSError, ValueError, KeyError):
         pass  # the table is derived from the records and may be missing
     return sorted(ids)
