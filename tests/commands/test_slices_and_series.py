@@ -232,3 +232,15 @@ def test_a_network_of_slices_is_trained_on_slices_and_segments_one(tiny_recipe, 
     truth = read_volume(tmp_path / "m5.nii").array > 0
     assert predicted.shape == truth.shape
     assert 2 * (predicted & truth).sum() / (predicted.sum() + truth.sum()) > 0.8
+
+
+def test_a_table_names_volumes_of_a_series(series):
+    folder, _ = series
+    (folder / "cases.csv").write_text(
+        "image,label\nseries.nii.gz#1,mask.nii\nseries.nii.gz#3,mask.nii\n", encoding="utf-8"
+    )
+    report = volseg.measure(cases=folder / "cases.csv", out=folder / "out")
+    assert list(report.done) == ["series_1", "series_3"]
+    means = [float(row["intensity_mean"]) for row in rows(folder / "out" / "lesions.csv")]
+    assert means == pytest.approx([100, 300], abs=2)
+    assert volseg.check(folder / "cases.csv") == []
