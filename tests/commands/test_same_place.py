@@ -325,9 +325,7 @@ def test_compare_takes_scans_that_were_stored_in_another_order_since(scan, tmp_p
     write_volume(image, tmp_path / "scan.nii")
     write_volume(mask, tmp_path / "mask.nii")
     for time in ("before", "after"):
-        volseg.measure(
-            image=tmp_path / "scan.nii", mask=tmp_path / "mask.nii", out=tmp_path / time
-        )
+        volseg.measure(image=tmp_path / "scan.nii", mask=tmp_path / "mask.nii", out=tmp_path / time)
     tables = []
     for n in (0, 17):
         folder = tmp_path / f"scans{n}"
