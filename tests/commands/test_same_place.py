@@ -126,7 +126,7 @@ def test_channels_of_one_place_in_another_order_are_no_alarm(scan, tmp_path, tin
     data = tiny_recipe.data.model_copy(
         update={"channels": ("t1", "t2"), "labels": {"a": 1, "b": 2}, "grids": "same"}
     )
-    recipe = tiny_recipe.model_copy(update={"data": data})
+    recipe = tiny_recipe.model_copy(update={"data": data, "classify": None})
     problems = volseg.check(tmp_path / "cases.csv", recipe)
     assert {problem["code"] for problem in problems} <= {"W_AXES", "W_UNIT"}
     assert len([p for p in problems if p["code"] == "W_AXES"]) == len(lines) - 2
