@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import tracemalloc
 
 import nibabel
 import numpy as np
@@ -12,8 +13,10 @@ from typer.testing import CliRunner
 
 import volseg
 from volseg.cli import app
+from volseg.commands.placing import place_mask
 from volseg.errors import VolsegError
-from volseg.io.volumes import read_mask, read_volume, write_volume
+from volseg.evaluation.memory import plan_reading
+from volseg.io.volumes import read_header, read_mask, read_volume, write_volume
 from volseg.volume import BoundingBox, Geometry, Volume
 
 
@@ -123,7 +126,7 @@ def test_channels_of_one_place_in_another_order_are_no_alarm(scan, tmp_path, tin
     data = tiny_recipe.data.model_copy(
         update={"channels": ("t1", "t2"), "labels": {"a": 1, "b": 2}, "grids": "same"}
     )
-    recipe = tiny_recipe.model_copy(update={"data": data})
+    recipe = tiny_recipe.model_copy(update={"data": data, "classify": None})
     problems = volseg.check(tmp_path / "cases.csv", recipe)
     assert {problem["code"] for problem in problems} <= {"W_AXES", "W_UNIT"}
     assert len([p for p in problems if p["code"] == "W_AXES"]) == len(lines) - 2
@@ -292,3 +295,47 @@ def test_masks_of_more_than_a_thousand_objects_are_evaluated_as_objects(tmp_path
     assert float(row["dice"]) == pytest.approx(2 * (2 * n - 2) / (4 * n - 2), abs=1e-5)
     iou = {line["iou"] for line in rows(tmp_path / "b" / "detections.csv") if line["matched_id"]}
     assert iou == {"1"}
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize("stored_as", ["reordered", "cropped", "larger"])
+def test_reading_masks_onto_one_grid_takes_at_most_the_planned_memory(dtype, stored_as, tmp_path):
+    geometry = Geometry((90, 80, 70), oblique((1, 1, 2)))
+    mask = Volume(np.zeros(geometry.shape, np.uint16), geometry)
+    mask.array[20:40, 20:40, 20:40] = 300 if dtype != np.uint8 else 3
+    box = BoundingBox((10, 10, 10), (60, 60, 60))
+    truth = mask.crop(box) if stored_as == "larger" else mask
+    guess = mask.crop(box) if stored_as == "cropped" else mask
+    array, affine = list(orientations(guess))[29]
+    write_volume(Volume(array.astype(dtype), Geometry(array.shape, affine)), tmp_path / "b.nii")
+    write_volume(Volume(truth.array.astype(dtype), truth.geometry), tmp_path / "a.nii")
+    paths = tmp_path / "a.nii", tmp_path / "b.nii"
+    planned = plan_reading([read_header(path) for path in paths], process=0).total
+    tracemalloc.start()
+    first = read_mask(paths[0])
+    second = place_mask(read_mask(paths[1]), first.geometry, mask_name="b", grid_name="a").mask
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_array_equal(first.array, second.array)
+    assert peak <= planned
+
+
+def test_compare_takes_scans_that_were_stored_in_another_order_since(scan, tmp_path):
+    image, mask = scan
+    write_volume(image, tmp_path / "scan.nii")
+    write_volume(mask, tmp_path / "mask.nii")
+    for time in ("before", "after"):
+        volseg.measure(image=tmp_path / "scan.nii", mask=tmp_path / "mask.nii", out=tmp_path / time)
+    tables = []
+    for n in (0, 17):
+        folder = tmp_path / f"scans{n}"
+        folder.mkdir()
+        write_volume(list(stored_orders(image))[n][1], folder / "scan.nii")
+        out = tmp_path / f"out{n}"
+        given = {"baseline_scans": folder, "followup_scans": tmp_path}
+        report = volseg.compare(tmp_path / "before", tmp_path / "after", out=out, **given)
+        assert report.exit_code == 0, report.failed
+        tables.append(rows(out / "comparison.csv", "notes"))
+    assert len(tables[0]) == 2
+    for name in ("baseline_volume_ml", "change_volume_ml", "status", "followup_lesion_id"):
+        assert [row.get(name) for row in tables[0]] == [row.get(name) for row in tables[1]]

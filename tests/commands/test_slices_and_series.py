@@ -15,6 +15,7 @@ from volseg.evaluation.surface import surface_distances
 from volseg.io.cases import Case
 from volseg.io.volumes import read_volume, scan_digest, write_volume
 from volseg.measurement.lesions import OF_AXIAL_SLICES, OF_VOLUMES
+from volseg.recipe import parse_recipe
 from volseg.volume import Geometry, Volume
 
 
@@ -202,3 +203,44 @@ def test_a_slice_needs_a_model_of_slices(model, tmp_path):
     write_volume(image, tmp_path / "scan.nii")
     report = volseg.infer(tmp_path / "scan.nii", model=model, out=tmp_path / "out")
     assert "single slice" in report.failed["scan"] and report.failed["scan"].startswith("E_NDIM")
+
+
+def test_a_network_of_slices_is_trained_on_slices_and_segments_one(tiny_recipe, tmp_path):
+    lines = ["subject,image,label,split"]
+    for n in range(6):
+        image, mask = slice_of("ras" if n % 2 else "lps")
+        noise = np.random.default_rng(n).normal(0, 8, image.geometry.shape)
+        shifted = np.roll(mask.array, (n - 3, 2 * n - 6), (0, 1))
+        image = image.with_array((np.where(shifted, 150, 0) + noise).astype(np.int16))
+        write_volume(image, tmp_path / f"s{n}.nii")
+        write_volume(image.with_array(shifted.astype(np.uint8)), tmp_path / f"m{n}.nii")
+        lines.append(f"c{n},s{n}.nii,m{n}.nii,{'val' if n == 4 else 'test' if n == 5 else 'train'}")
+    (tmp_path / "cases.csv").write_text("\n".join(lines) + "\n")
+    content = tiny_recipe.model_dump(exclude={"classify"})
+    content["data"]["labels"] = {"lesion": 1}
+    content["preprocess"] |= {"spacing_mm": [1.0, 1.0, 5.0]}
+    content["network"] |= {"strides": [[1, 1, 1], [2, 2, 1], [2, 2, 1]]}
+    content["train"] |= {"patch_shape": [16, 16, 1], "epochs": 6}
+    content["postprocess"] = []
+    recipe = parse_recipe(content, where="slices")
+    assert {p["code"] for p in volseg.check(tmp_path / "cases.csv", recipe)} <= {"W_SLICE"}
+    model = tmp_path / "model"
+    volseg.train(tmp_path / "cases.csv", recipe=recipe, out=model, device="cpu")
+    report = volseg.infer(tmp_path / "s5.nii", model=model, out=tmp_path / "out", device="cpu")
+    assert report.exit_code == 0, report.failed
+    predicted = read_volume(tmp_path / "out" / "masks" / "s5.nii.gz").array > 0
+    truth = read_volume(tmp_path / "m5.nii").array > 0
+    assert predicted.shape == truth.shape
+    assert 2 * (predicted & truth).sum() / (predicted.sum() + truth.sum()) > 0.8
+
+
+def test_a_table_names_volumes_of_a_series(series):
+    folder, _ = series
+    (folder / "cases.csv").write_text(
+        "image,label\nseries.nii.gz#1,mask.nii\nseries.nii.gz#3,mask.nii\n", encoding="utf-8"
+    )
+    report = volseg.measure(cases=folder / "cases.csv", out=folder / "out")
+    assert list(report.done) == ["series_1", "series_3"]
+    means = [float(row["intensity_mean"]) for row in rows(folder / "out" / "lesions.csv")]
+    assert means == pytest.approx([100, 300], abs=2)
+    assert volseg.check(folder / "cases.csv") == []

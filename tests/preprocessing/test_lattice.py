@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 from laws import GRIDS, ball, grid_around, orientations
@@ -85,3 +87,20 @@ def test_two_balls_of_one_place_but_a_mirrored_affine_are_not_the_same_voxels():
     mirrored = Geometry(geometry.shape, np.diag([-1.0, 1, 1, 1]) @ geometry.affine)
     assert Placement.of(mirrored, geometry) is None
     assert ball(6, geometry).any()
+
+
+def test_a_view_takes_no_memory_and_placing_one_copy_of_the_target():
+    geometry = Geometry((120, 100, 80), GRIDS["oblique"]((1, 1, 2)))
+    mask = Volume(np.ones(geometry.shape, np.uint8, order="F"), geometry)
+    array, affine = list(orientations(mask))[29]
+    stored = Volume(array, Geometry(array.shape, affine))
+    placement = same_voxels(stored.geometry, geometry)
+    tracemalloc.start()
+    placement.view(stored)
+    of_view = tracemalloc.get_traced_memory()[1]
+    tracemalloc.reset_peak()
+    placed = placement.place(stored)
+    of_copy = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert of_view < 2**16
+    assert placed.array.nbytes <= of_copy < placed.array.nbytes + 2**16

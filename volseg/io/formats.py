@@ -56,11 +56,15 @@ def is_scan(path: Path) -> bool:
 
 
 def stem_of(path: Path) -> str:
-    """Return the file name without the suffix of its format, ignoring case."""
-    row = format_of(path)
+    """Return the file name without the suffix of its format, ignoring case.
+
+    The stem of `scan.nii.gz#3`, a volume of several in a file, is `scan_3`.
+    """
+    file, number = split_volume(path)
+    row, mark = format_of(file), "" if number is None else f"_{number}"
     for suffix in sorted(row.suffixes + row.partner_suffixes, key=len, reverse=True):
-        if path.name.lower().endswith(suffix):
-            return path.name[: -len(suffix)]
+        if file.name.lower().endswith(suffix):
+            return file.name[: -len(suffix)] + mark
     return path.name
 
 
