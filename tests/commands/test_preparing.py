@@ -192,8 +192,8 @@ def test_a_scan_without_split_goes_where_its_patient_is(tmp_path, tiny_recipe, f
     assert "scan_0" not in cases
     assert cases["scan_1"] == "val"
     assert cases["scan_2"] == "train"
-    (folder / "cases.csv").write_text("\n".join(lines).replace(",val,", ",valid,") + "\n")
-    with pytest.raises(VolsegError, match="split 'valid' is unknown"):
+    (folder / "cases.csv").write_text("\n".join(lines).replace(",val,", ",held out,") + "\n")
+    with pytest.raises(VolsegError, match="split 'held out' is unknown"):
         volseg.preprocess(folder, recipe=tiny_recipe, out=tmp_path / "q")
 
 

@@ -52,7 +52,7 @@ LAYOUTS = {  # name → files of case n, and the id, channels and mask expected 
         ["images/x{n}_FLAIR.nii.gz", "labels/x{n}.nii.gz"],
         ("x1", {"flair"}, "labels/x1.nii.gz"),
     ),
-    "words nobody knows": (
+    "unknown words": (
         ["images/x{n}_orig.nii.gz", "labels/x{n}_zebra.nii.gz"],
         ("x1", {"image"}, "labels/x1_zebra.nii.gz"),
     ),
@@ -84,7 +84,7 @@ def write(folder: Path, patterns: list[str], n_cases: int = 3) -> Path:
 @pytest.mark.parametrize("n_cases", [1, 3])
 def test_layouts_of_strangers_are_recognised(layout, n_cases, tmp_path):
     patterns, (case_id, channels, mask) = LAYOUTS[layout]
-    if n_cases == 1 and layout in ("multiple sclerosis", "words nobody knows"):
+    if n_cases == 1 and layout in ("multiple sclerosis", "unknown words"):
         pytest.skip("one case does not show which words all share")
     survey = survey_cases(write(tmp_path, patterns, n_cases))
     assert survey.mistakes == [] and len(survey.cases) == n_cases
