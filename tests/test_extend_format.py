@@ -30,7 +30,7 @@ for name, array in (("images", values), ("labels", labels)):
     (folder / name).mkdir(parents=True)
     write_volume(Volume(array, geometry), folder / name / "patient 1.npz")
 (case,) = find_scans([folder / "images"])
-assert case.id == "patient_1", case
+assert case.id == "patient 1", case
 assert volseg.check(folder) == []
 assert volseg.check(folder / "images" / "patient 1.npz") == []
 report = volseg.measure(

@@ -24,7 +24,15 @@ COMMANDS_AND_SETTINGS = [
     for command, settings in COMMANDS.items()
     for name, setting in settings_of(settings)
 ]
-NEEDED = {"dataset": "d", "out": "o", "model": "m", "scans": "s", "results": "r", "folder": "f"}
+NEEDED = {
+    "dataset": "d",
+    "out": "o",
+    "model": "m",
+    "scans": "s",
+    "folders": "s",
+    "results": "r",
+    "folder": "f",
+}
 NEEDED |= {"reference": "a", "predicted": "b", "baseline": "a", "followup": "b"}
 
 
@@ -76,7 +84,8 @@ def test_what_was_stated_is_what_differs_from_the_defaults(command):
     settings = COMMANDS[command]
     plain = settings(**required(settings))
     assert plain.stated() == {
-        name: [value] if name == "scans" else value for name, value in required(settings).items()
+        name: [value] if name in ("scans", "folders") else value
+        for name, value in required(settings).items()
     }
     json.dumps(plain.stated())
     if "max_ram" in dict(settings_of(settings)):

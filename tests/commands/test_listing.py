@@ -89,7 +89,7 @@ def test_a_layout_is_trained_and_inferred_without_an_edit(layout, dataset, tmp_p
 def test_a_folder_that_is_scans_and_masks_is_measured(dataset, tmp_path):
     folder = dataset(LAYOUTS["multiple sclerosis"])
     report = volseg.measure(image=folder, mask=folder, out=tmp_path / "r")
-    assert sorted(report.done) == ["p0", "p1", "p2", "p3"]
+    assert sorted(report.done) == [f"p{n}_FLAIR" for n in range(4)]
     shutil.move(folder / "p0_FLAIR_lesions.nii.gz", tmp_path)
-    with pytest.raises(VolsegError, match="1 case without a mask, first 'p0'"):
+    with pytest.raises(VolsegError, match="1 case without a mask, first 'p0_FLAIR'"):
         volseg.measure(image=folder, mask=folder, out=tmp_path / "q")
