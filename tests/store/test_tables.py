@@ -128,7 +128,8 @@ def row_types():
             elif isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Tuple):
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
                 types = node.value.elts if "row_types" in map(ast.unparse, targets) else ()
-            for name in (node.id for node in types if isinstance(node, ast.Name)):
+            names = [node.id for node in types if isinstance(node, ast.Name)]
+            for name in filter(imports.__contains__, names):  # others are parameters
                 yield getattr(importlib.import_module(imports[name]), name)
 
 

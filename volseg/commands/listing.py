@@ -24,6 +24,11 @@ def cases(options: CasesOptions) -> ListingReport:
 
     Raises:
         VolsegError: there are no scans, or the table exists.
+
+    Example:
+        >>> import volseg
+        >>> volseg.cases("sample_data", out="found/cases.csv").masks > 0
+        True
     """
     out = options.out
     if out.exists():

@@ -282,7 +282,8 @@ def _label_problems(case: Case, reference: Volume, recipe: Recipe) -> Iterator[V
 
 
 def _class_problems(case: Case, recipe: Recipe) -> Iterator[VolsegError]:
-    if recipe.classify is not None:
+    # A column that is missing from all cases is reported when they are prepared.
+    if recipe.classify is not None and recipe.classify.column in case.classes:
         try:
             class_of(case, recipe)
         except VolsegError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-MARKED = re.compile(r"(.+)#([1-9][0-9]{0,5})")
+NUMBER = re.compile(r"[1-9][0-9]{0,5}")
 
 
 def split_volume(path: Path) -> tuple[Path, int | None]:
@@ -14,10 +14,10 @@ def split_volume(path: Path) -> tuple[Path, int | None]:
     >>> split_volume(Path("scan.nii.gz#3"))[1]
     3
     """
-    match = MARKED.fullmatch(path.name)
-    if match is None or path.exists():
+    name, _, number = path.name.rpartition("#")
+    if not name or not NUMBER.fullmatch(number) or path.exists():
         return path, None
-    return path.with_name(match[1]), int(match[2])
+    return path.with_name(name), int(number)
 
 
 def with_volume(path: Path, number: int) -> Path:

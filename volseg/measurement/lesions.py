@@ -35,10 +35,12 @@ OF_AXIAL_SLICES = (
     "long_axis_mm",
     "short_axis_mm",
     "axis_slice",
-    "long_axis_p0_ras",
-    "long_axis_p1_ras",
-    "short_axis_p0_ras",
-    "short_axis_p1_ras",
+    *(
+        f"{axis}_axis_{end}_{along}_mm"
+        for axis in ("long", "short")
+        for end in ("p0", "p1")
+        for along in "ras"
+    ),
     "recist_measurable",
 )
 MEASURED_TOGETHER = 2**20  # voxels in the boxes of lesions
