@@ -50,8 +50,8 @@ def test_pages_were_found():
 def test_the_page_of_python_is_that_of_the_docstrings():
     page = runpy.run_path(str(ROOT / "docs" / "make_api.py"))["api_page"]()
     assert (ROOT / "docs" / "api.md").read_text(encoding="utf-8") == page
-    missing = [name for name in volseg.__all__ if f"{name}" not in page and name != "__version__"]
-    assert not missing
+    headings = set(re.findall(r"^### (?:volseg\.)?(\w+)$", page, re.M))
+    assert set(volseg.__all__) - headings == {"__version__"}
 
 
 @pytest.mark.parametrize("module", EXAMPLES)
