@@ -35,6 +35,7 @@ def main() -> None:
         page = browser.new_page(viewport=SIZE, color_scheme="light")
         page.goto((results / "report.html").as_uri())
         page.wait_for_selector("html[data-ready]", state="attached")
+        page.wait_for_timeout(2000)  # images are loaded as they come into view
         page.screenshot(path=Path(folder) / "report.png")
         browser.close()
         save(Path(folder) / "report.png", "report.jpg", 1000)
