@@ -195,6 +195,8 @@ class CasesReport(RunReport):
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class PreprocessReport(RunReport):
+    """What `preprocess` did."""
+
     fingerprint: Mapping[str, Any]  # of the dataset, in a few numbers
 
 
@@ -286,6 +288,8 @@ class TrainReport(RunReport):
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class QuantiseReport(RunReport):
+    """What `quantise` added to a model, and what it costs."""
+
     calibration: Mapping[str, int]
     validation: Mapping[str, Any]
     seconds_per_patch: Mapping[str, float]
@@ -294,17 +298,23 @@ class QuantiseReport(RunReport):
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class ImportReport(RunReport):
+    """What `import_nnunet` made; `model` says in words what the model is."""
+
     model: Mapping[str, str]
     sha256: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class PagesReport(RunReport):
+    """What `report` made; `page` is the path of report.html."""
+
     page: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class EvaluateReport(RunReport):
+    """What `evaluate` measured."""
+
     files: ClassVar[tuple[str, ...]] = (
         "evaluation.csv", "detections.csv", "summary.json", "agreement.png", "froc.png"
     )  # fmt: skip

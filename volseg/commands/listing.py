@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from volseg.errors import VolsegError
-from volseg.io.cases import ONE_CHANNEL, Case, Survey
+from volseg.io.cases import ONE_CHANNEL, Case, Survey, is_image_column
 from volseg.io.csv_text import write_csv
 from volseg.io.files import atomic_write, make_folder
 from volseg.io.layouts import survey_cases
@@ -53,7 +53,7 @@ def cases(options: CasesOptions) -> ListingReport:
         done=[row["subject"] for row in rows],
         warnings=[*(f"W_UNUSED: {text}" for text in mistakes)],
         masks=sum("label" in row for row in rows),
-        channels=[name.removeprefix("image_") for name in columns if name.startswith("image")],
+        channels=[name.removeprefix("image_") for name in filter(is_image_column, columns)],
     )
 
 
@@ -85,7 +85,7 @@ def _columns(rows: list[dict[str, str]]) -> list[str]:
     """Return all columns of the rows, with those of files in the middle and `why` at the end."""
     names = dict.fromkeys(name for row in rows for name in row)
     first = [name for name in ("subject", "patient") if name in names]
-    images = [name for name in names if name == "image" or name.startswith("image_")]
+    images = list(filter(is_image_column, names))
     others = [name for name in names if name not in (*first, *images, "label", "split", "why")]
     last = [name for name in ("label", "split") if name in names]
     return [*first, *images, *last, *others, "why"]

@@ -34,7 +34,7 @@ from volseg.io.formats import RESULT_SUFFIX, stem_of
 from volseg.io.layouts import find_cases, find_scans, is_dataset
 from volseg.io.matching import pair_names
 from volseg.io.volumes import read_header, read_mask
-from volseg.options import EvaluateOptions
+from volseg.options import Announce, EvaluateOptions
 from volseg.postprocessing.lesions import MANY
 from volseg.store.evaluations import EvaluatedCase
 from volseg.store.records import LESION_IDS
@@ -69,7 +69,9 @@ class MaskPairs:
     @classmethod
     def of(cls, options: EvaluateOptions) -> MaskPairs:
         reviews = _reviews_of(options)
-        truths, guesses = _masks(options.reference), _masks(options.predicted)
+        announce = options.announce
+        truths = _masks(options.reference, announce)
+        guesses = _masks(options.predicted, announce)
         truth_of = {guess: truth for truth, guess in pair_names(truths, guesses).items()}
         guesses = {truth_of.get(name, name): mask for name, mask in guesses.items()}
         if not truths.keys() & guesses.keys():
@@ -295,12 +297,12 @@ class _Mask:
     patient: str | None = None
 
 
-def _masks(path: Path) -> dict[str, _Mask]:
+def _masks(path: Path, announce: Announce) -> dict[str, _Mask]:
     """Return case id → mask of a mask folder, results folder or dataset; with patients if known."""
     if is_dataset(path):
         return {
             case.id: _Mask(case.reference, case.patient)
-            for case in find_cases(path, None)
+            for case in find_cases(path, None, remark=announce)
             if case.reference is not None
         }
     if (path / RECORDS).is_dir() and not (path / "masks").is_dir():
@@ -308,8 +310,10 @@ def _masks(path: Path) -> dict[str, _Mask]:
             f"{path}: holds no masks", fix="give the results of `volseg infer`", code="E_DATASET"
         )
     folder = path / "masks" if (path / "masks").is_dir() else path
-    cases = find_scans([folder], ("image",))
-    references = {case.id: _Mask(case.reference) for case in cases if case.reference is not None}
+    cases = find_scans([folder], ("image",), remark=announce)
+    references = {
+        case.id: _Mask(case.reference, case.patient) for case in cases if case.reference is not None
+    }
     return references or {case.id: _Mask(case.images["image"]) for case in cases}
 
 

@@ -30,7 +30,7 @@ from volseg.io.cases import Case
 from volseg.io.label_names import read_label_names
 from volseg.io.layouts import find_cases, find_scans
 from volseg.io.matching import pair_names
-from volseg.options import MaskOptions, MeasureOptions, command
+from volseg.options import Announce, MaskOptions, MeasureOptions, command
 from volseg.pages.about import About
 from volseg.postprocessing.lesions import CONNECTIVITY, Objects
 from volseg.recipe import Measure, as_recipe, parse_unit
@@ -113,7 +113,7 @@ def _pairs(options: MeasureOptions) -> tuple[list[Case], list[str]]:
     """Return scans with their masks, and the names of masks without a scan."""
     image, mask = options.image, options.mask
     if options.cases is not None and image is None and mask is None:
-        return _pairs_of_dataset(options.cases), []
+        return _pairs_of_dataset(options.cases, options.announce), []
     if image is None or mask is None or options.cases is not None:
         raise VolsegError(
             "measure needs a scan and its mask, two folders of them, or a table of cases",
@@ -127,8 +127,8 @@ def _pairs(options: MeasureOptions) -> tuple[list[Case], list[str]]:
             code="E_USAGE",
         )
     if image.is_dir() and image.resolve() == mask.resolve():
-        return _pairs_of_dataset(image), []
-    scans = find_scans([image], ("image",))
+        return _pairs_of_dataset(image, options.announce), []
+    scans = find_scans([image], ("image",), remark=options.announce)
     if image.is_dir():
         return _pairs_of_folders(scans, mask)
     if len(scans) > 1:
@@ -140,8 +140,8 @@ def _pairs(options: MeasureOptions) -> tuple[list[Case], list[str]]:
     return [replace(scans[0], reference=mask)], []
 
 
-def _pairs_of_dataset(dataset: Path) -> list[Case]:
-    pairs = find_cases(dataset, ("image",))
+def _pairs_of_dataset(dataset: Path, announce: Announce) -> list[Case]:
+    pairs = find_cases(dataset, ("image",), remark=announce)
     maskless = [case.id for case in pairs if case.reference is None]
     if maskless:
         cases = f"{format_count(len(maskless), 'case')} without a mask"

@@ -66,7 +66,7 @@ def plan(options: PlanOptions) -> PlanReport:
     check_recipe(recipe)
     n = number_of_folds(dataset, recipe, options.folds, is_auto=options.recipe is None)
     data = TrainingSet(dataset, recipe, options.seed, options.progress)
-    fingerprint, failed = data.fingerprint(data.cases())
+    fingerprint, failed = data.fingerprint(data.cases(survey := data.survey()))
     if failed:
         refuse_dataset(dataset, failed)
     budget = budget_of(options.device, options.memory, seconds)
@@ -80,7 +80,7 @@ def plan(options: PlanOptions) -> PlanReport:
     return PlanReport(
         out=dataset if out is None else out,
         done=[recipe.name],
-        warnings=[*data.survey().remarks, *warnings_of(fingerprint, recipe)],
+        warnings=[*survey.remarks, *warnings_of(fingerprint, recipe)],
         recipe=planned.recipe.model_dump(mode="json"),
         reasons=[line.model_dump() for line in planned.reasons],
         cases=fingerprint.n_cases,

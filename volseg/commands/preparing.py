@@ -92,7 +92,7 @@ def prepare_dataset(
     """
     recipe = recipe_for(options.dataset, options.recipe, options.progress)
     data = TrainingSet(options.dataset, recipe, options.seed, options.progress)
-    cases = data.cases()
+    cases = data.cases(survey := data.survey())
     inputs = input_paths(options.dataset, options.recipe, *chain(*map(case_files, cases)))
     with OutputFolder(options.out, "preprocess", inputs=inputs) as outputs:
         outputs.check_overwrites([PREPARED_FILE, "cases.csv"])
@@ -113,7 +113,7 @@ def prepare_dataset(
         _keep_fingerprint(outputs, facts, failed)
         work = Preparation(data, planned.recipe, outputs, digests)
         done, kept = work.run([case for case in cases if case.id not in failed], failed)
-        warnings = [*data.survey().remarks, *warnings_of(fingerprint, recipe)]
+        warnings = [*survey.remarks, *warnings_of(fingerprint, recipe)]
         warnings += _finish(work, facts, cases, failed, warnings)
     return PreprocessReport(
         out=options.out,

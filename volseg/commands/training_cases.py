@@ -53,7 +53,7 @@ class TrainingSet:
         allow_missing = data.missing == "empty"
         return survey_cases(self.dataset, data.channels, allow_missing=allow_missing)
 
-    def cases(self) -> list[Case]:
+    def cases(self, survey: Survey | None = None) -> list[Case]:
         """Return the cases with a mask outside the test split, each with a split.
 
         A case without a split gets its patient's, if the patient has one.
@@ -61,7 +61,7 @@ class TrainingSet:
         Raises:
             VolsegError: the dataset has mistakes; the error lists them and all unusable files.
         """
-        survey = self.survey()
+        survey = survey or self.survey()
         cases = survey.cases
         if survey.mistakes:
             refuse_dataset(self.dataset, self._unusable(cases), survey.mistakes)

@@ -277,7 +277,7 @@ def _row_of(
 ) -> Row:
     """Return the row of a line; an empty cell of an image is a missing channel."""
     images = {name: _path(folder, cells[key]) for name, key in image_columns.items() if cells[key]}
-    not_classes = {"subject", "label", "split", "patient", "why", *filter(_is_image_column, cells)}
+    not_classes = {"subject", "label", "split", "patient", "why", *filter(is_image_column, cells)}
     return Row(
         where=where,
         why=f"listed at {where}",
@@ -296,13 +296,14 @@ def _path(folder: Path, cell: str) -> Path:
     return path if "\\" not in cell or path.exists() else folder / cell.replace("\\", "/")
 
 
-def _is_image_column(name: str) -> bool:
+def is_image_column(name: str) -> bool:
+    """Check whether a column holds the scans of a channel."""
     return name == "image" or name.startswith("image_")
 
 
 def _image_columns(columns: Sequence[str], path: Path) -> dict[str, str]:
     """Return channel → column of scans."""
-    available = {name.removeprefix("image_"): name for name in filter(_is_image_column, columns)}
+    available = {name.removeprefix("image_"): name for name in filter(is_image_column, columns)}
     if not available:
         raise VolsegError(
             f"{path}: has no column 'image'; its columns are {listed(columns)}",

@@ -35,32 +35,33 @@ from volseg.io.matching import Group, are_related, group_files
 from volseg.io.tables import unreadable
 from volseg.words import format_count
 
-
-def ignore_remark(text: str) -> None:
-    """Ignore a remark: the default callback."""
-
-
 MAX_CANDIDATES = 3  # names listed for a mask without a scan
 NNUNET_SUFFIX = ".nii.gz"  # of the files of a dataset.json without `file_ending`
 
 
 def find_cases(
-    dataset: Path, channels: Sequence[str] | None = (ONE_CHANNEL,), *, allow_missing: bool = False
+    dataset: Path,
+    channels: Sequence[str] | None = (ONE_CHANNEL,),
+    *,
+    allow_missing: bool = False,
+    remark: Callable[[str], None] | None = None,
 ) -> list[Case]:
     """Return the cases of a data set in its own order.
 
     Args:
-        dataset: a CSV file; or a folder with `cases.csv`, with `images/` and optionally `labels/`
-            of equal file names, with an nnU-Net raw or Decathlon `dataset.json`, or with scans.
+        dataset: a CSV file; or a folder with `cases.csv`, with an nnU-Net raw or Decathlon
+            `dataset.json`, or with scans and masks that belong together by their names.
         channels: channels of the recipe; `image` stands for a single channel of any name, None for
             all channels.
         allow_missing: a case may lack any channel but the first; `images` then omits it.
+        remark: called with each choice that was made in reading the data set.
 
     Raises:
         VolsegError: unknown layout, missing channel or file, invalid or repeated id, or a patient
             in two splits. One error lists all mistakes.
     """
-    return _read_dataset(Path(dataset), Channels(channels, allow_missing)).cases(str(dataset))
+    listing = _read_dataset(Path(dataset), Channels(channels, allow_missing))
+    return _said(listing, remark).cases(str(dataset))
 
 
 def survey_cases(
@@ -75,7 +76,7 @@ def find_scans(
     channels: Sequence[str] | None = (ONE_CHANNEL,),
     *,
     allow_missing: bool = False,
-    remark: Callable[[str], None] = ignore_remark,
+    remark: Callable[[str], None] | None = None,
 ) -> list[Case]:
     """Return the cases to segment, from scans, folders of scans, CSV files and data sets.
 
@@ -97,9 +98,14 @@ def find_scans(
         else:
             row = _row_of_scan(path, Channels(channels), where=str(path), origin=path)
             listing.rows.append(row)
-    for text in listing.remarks:
-        remark(text)
-    return listing.cases(", ".join(map(str, inputs)))
+    return _said(listing, remark).cases(", ".join(map(str, inputs)))
+
+
+def _said(listing: Listing, remark: Callable[[str], None] | None) -> Listing:
+    if remark is not None:
+        for text in listing.remarks:
+            remark(text)
+    return listing
 
 
 def is_dataset(path: Path) -> bool:

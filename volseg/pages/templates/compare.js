@@ -90,14 +90,7 @@ function link(nv, other) {
     }
     showPlace(place);
   };
-  nv.canvas.addEventListener("keydown", (event) => {
-    const step = { ArrowLeft: [1, 0, 0], ArrowRight: [-1, 0, 0], ArrowUp: [0, 1, 0], ArrowDown: [0, -1, 0], PageUp: [0, 0, 1], PageDown: [0, 0, -1] }[event.key];
-    if (event.key !== "Tab") event.stopImmediatePropagation();
-    if (!step) return;
-    event.preventDefault();
-    nv.moveCrosshairInVox(...step);
-    nv.createOnLocationChange();
-  }, { capture: true });
+  moveByKeys(nv);
 }
 
 function swap() {

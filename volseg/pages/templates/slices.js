@@ -67,3 +67,19 @@ function say(text) {
   at("message").textContent = [at("message").textContent, text].filter(Boolean).join(" ");
   at("message").hidden = false;
 }
+
+// NiiVue's arrow keys change the frame of a time series; here they move the crosshair.
+function moveByKeys(nv) {
+  const toRight = nv.opts.isRadiologicalConvention ? -1 : 1;
+  const steps = {
+    ArrowLeft: [-toRight, 0, 0], ArrowRight: [toRight, 0, 0], ArrowUp: [0, 1, 0],
+    ArrowDown: [0, -1, 0], PageUp: [0, 0, 1], PageDown: [0, 0, -1],
+  };
+  nv.canvas.addEventListener("keydown", (event) => {
+    if (event.key !== "Tab") event.stopImmediatePropagation();
+    if (!steps[event.key]) return;
+    event.preventDefault();
+    nv.moveCrosshairInVox(...steps[event.key]);
+    nv.createOnLocationChange();
+  }, { capture: true });
+}

@@ -348,18 +348,7 @@ function control(nv, image) {
     });
   }
   showWindow(image, ...content.window);
-  // NiiVue's arrow keys change the frame of a time series; here they move the crosshair.
-  at("canvas").addEventListener("keydown", (event) => {
-    const toRight = nv.opts.isRadiologicalConvention ? -1 : 1;
-    const step = {
-      ArrowLeft: [-toRight, 0, 0], ArrowRight: [toRight, 0, 0], ArrowUp: [0, 1, 0], ArrowDown: [0, -1, 0], PageUp: [0, 0, 1], PageDown: [0, 0, -1],
-    }[event.key];
-    if (event.key !== "Tab") event.stopImmediatePropagation();
-    if (!step) return;
-    event.preventDefault();
-    nv.moveCrosshairInVox(...step);
-    nv.createOnLocationChange();
-  }, { capture: true });
+  moveByKeys(nv);
 }
 
 // A lesion's border is drawn more opaque than its inside, so that a single voxel is visible too.
