@@ -32,7 +32,7 @@ BEST_OF_RUN = (
     "The weights are those of the run that were best on validation cases, "
     "so validation flatters them a little."
 )
-UNSTATED = "Not stated by the recipe."
+UNSTATED = "Not stated."
 EXPORTED = "openvino"  # subfolder of a model folder with the OpenVINO files
 # Weights of the 3D network; further networks of an ensemble are numbered.
 SEGMENTATION = "segmentation"

@@ -63,5 +63,10 @@ class EnvironmentProblem(VolsegError):
     exit_code = 5
 
 
+def missing_path(path: Path) -> VolsegError:
+    """Return the error for a file or folder that does not exist."""
+    return VolsegError(f"{path}: does not exist", fix="check the path", code="E_MISSING")
+
+
 def _rebuild(kind: type[VolsegError], problem: str, fix: str, code: str) -> VolsegError:
     return kind(problem, fix=fix, code=code)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from volseg.errors import VolsegError
-from volseg.words import format_count, format_list
+from volseg.words import NOUNS, format_count, format_list, format_number
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -48,11 +48,6 @@ class RunReport:
         return False
 
     @property
-    def late_warnings(self) -> Sequence[str]:
-        """Warnings that were not announced while the command ran."""
-        return self.warnings
-
-    @property
     def remark(self) -> str:
         """A last sentence for the user."""
         return ""
@@ -68,12 +63,41 @@ class RunReport:
         """What came out, in a few words."""
         return format_count(len(self.done) + len(self.kept), "case")
 
+    @property
+    def goal(self) -> Path | None:
+        """The file or folder to look at; None if nothing was written."""
+        return self.paths.get("report", self.out)
+
+    @property
+    def counts(self) -> dict[str, int | float]:
+        """How many items were done, kept and failed, how many warnings there are, and results."""
+        names = ("done", "kept", "failed", "warnings")
+        return {name: len(getattr(self, name)) for name in names}
+
+    @property
+    def summary(self) -> str:
+        """One line: what came out, what is wrong with it, and where to look.
+
+        >>> str(RunReport(out=Path("results"), done=["a", "b"], warnings=["W_NAN: a: …"]).summary)
+        '2 cases, 1 warning → results'
+        """
+        parts = [self.outcome]
+        if self.kept:
+            parts.append(self._kept_text)
+        if self.warnings:
+            parts.append(format_count(len(self.warnings), "warning"))
+        if self.failed:
+            parts.append(f"{len(self.failed)} failed")
+        goal = "" if self.goal is None else f" → {self.goal}"
+        return f"{', '.join(parts)}{goal}"
+
+    @property
+    def _kept_text(self) -> str:
+        return f"{len(self.kept)} of them already complete"
+
     def __repr__(self) -> str:
-        failed = f", {len(self.failed)} failed" if self.failed else ""
-        goal = self.paths.get("report", self.out)
         lines = [f"failed: {case}: {reason}" for case, reason in self.failed.items()]
-        title = type(self).__name__
-        return text_of(title, f"{self.outcome}{failed} → {goal}", [*lines, *self.warnings])
+        return text_of(type(self).__name__, self.summary, [*lines, *self.warnings])
 
     def _repr_html_(self) -> str:
         try:
@@ -95,7 +119,7 @@ class RunReport:
         """Return the content that `--json` prints."""
         content = {item.name: getattr(self, item.name) for item in fields(self)}
         content |= {"out": str(self.out), "exit_code": self.exit_code}
-        return content
+        return content | {"counts": self.counts, "text": self.summary}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -176,10 +200,27 @@ class CasesReport(RunReport):
 
     @property
     def outcome(self) -> str:
+        scans, totals = format_count(len(self.done) + len(self.kept), "scan"), self._totals()
+        return scans if totals is None else f"{scans}: {text_of_lesions(*totals, self.noun)}"
+
+    @property
+    def noun(self) -> str:
+        """What a row of lesions.csv is: a lesion, or with `--objects labels` a structure."""
+        return NOUNS[self.objects]
+
+    @property
+    def counts(self) -> dict[str, int | float]:
+        n_lesions, volume_ml = self._totals() or (0, 0.0)
+        # zero-argument super() fails in a class with slots
+        counts = RunReport.counts.fget(self)  # type: ignore[attr-defined]
+        return {**counts, "lesions": n_lesions, "volume_ml": volume_ml}
+
+    def _totals(self) -> tuple[int, float] | None:
+        """Return number and volume of the lesions; None if the folder was moved or changed."""
         try:
-            return outcome_of_cases(self._shown_table())
-        except VolsegError:  # the folder was moved or changed since
-            return format_count(len(self.done) + len(self.kept), "scan")
+            return totals_of_cases(self._shown_table())
+        except VolsegError:
+            return None
 
     def _shown_table(self) -> DataFrame:
         """Return the rows of the cases of this call."""
@@ -199,13 +240,23 @@ class PreprocessReport(RunReport):
 
     fingerprint: Mapping[str, Any]  # of the dataset, in a few numbers
 
+    @property
+    def outcome(self) -> str:
+        return f"{format_count(len(self.done) + len(self.kept), 'case')} prepared"
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class ListingReport(RunReport):
     """The cases that were recognised; `masks` is the number of those with a mask."""
 
     masks: int
     channels: Sequence[str]
+
+    @property
+    def outcome(self) -> str:
+        one_image = list(self.channels) == ["image"]
+        of_channels = "" if one_image else f" of channels {', '.join(self.channels)}"
+        return f"{format_count(len(self.done), 'case')}{of_channels}, {self.masks} with a mask"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -229,6 +280,10 @@ class PlanReport(RunReport):
         decisions = format_count(len(self.reasons), "decision")
         return f"{format_count(self.cases, 'training case')}, {decisions}"
 
+    @property
+    def goal(self) -> Path | None:
+        return Path(self.plan_file) if self.plan_file else None
+
     def _shown_table(self) -> DataFrame:
         from pandas import DataFrame
 
@@ -241,6 +296,7 @@ class TrainReport(RunReport):
 
     Args:
         preview: path of the picture, if only that was asked for.
+        hint: what to know before the model is used.
         rank: of this process in a team of several.
     """
 
@@ -248,11 +304,14 @@ class TrainReport(RunReport):
     sha256: str = ""  # of the model
     preview: str = ""
     interrupted: bool = False
+    hint: str = ""
     rank: int = 0
 
     @property
     def outcome(self) -> str:
         """Mean Dice of the validation cases by label, where there are any."""
+        if self.preview:
+            return "augmented patches with their masks"
         dice = [
             f"{name.removeprefix('validation_dice_')} {value:.3f}"
             for name, value in self.metrics.items()
@@ -261,12 +320,18 @@ class TrainReport(RunReport):
         return f"validation Dice: {', '.join(dice)}" if dice else "a model"
 
     @property
+    def goal(self) -> Path | None:
+        return Path(self.preview) if self.preview else self.out
+
+    @property
     def exit_code(self) -> int:
         return INTERRUPTED if self.interrupted else SUCCESS
 
     def as_json(self) -> dict[str, Any]:
         hidden = (
-            ("rank", "metrics", "sha256", "interrupted") if self.preview else ("rank", "preview")
+            ("rank", "metrics", "sha256", "interrupted", "hint")
+            if self.preview
+            else ("rank", "preview")
         )
         content = RunReport.as_json(self)
         return {name: value for name, value in content.items() if name not in hidden}
@@ -276,14 +341,10 @@ class TrainReport(RunReport):
         return self.rank > 0
 
     @property
-    def late_warnings(self) -> Sequence[str]:
-        return ()
-
-    @property
     def remark(self) -> str:
-        if not self.interrupted:
-            return ""
-        return "interrupted: this is the best model so far; add --resume to continue"
+        if self.interrupted:
+            return "interrupted: this is the best model so far; add --resume to continue"
+        return self.hint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -295,6 +356,10 @@ class QuantiseReport(RunReport):
     seconds_per_patch: Mapping[str, float]
     versions: Mapping[str, str]
 
+    @property
+    def outcome(self) -> str:
+        return "int8 network, for `volseg infer --precision int8`"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class ImportReport(RunReport):
@@ -302,6 +367,15 @@ class ImportReport(RunReport):
 
     model: Mapping[str, str]
     sha256: str
+    hint: str = ""  # what to know before the model is used
+
+    @property
+    def remark(self) -> str:
+        return self.hint
+
+    @property
+    def outcome(self) -> str:
+        return f"model {self.done[0]}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -309,6 +383,18 @@ class PagesReport(RunReport):
     """What `report` made; `page` is the path of report.html."""
 
     page: str
+
+    @property
+    def outcome(self) -> str:
+        return f"{format_count(len(self.done), 'page')} rebuilt"
+
+    @property
+    def _kept_text(self) -> str:
+        return f"{len(self.kept)} could not be rebuilt"
+
+    @property
+    def goal(self) -> Path | None:
+        return Path(self.page)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -377,21 +463,32 @@ class CompareReport(RunReport):
     @property
     def outcome(self) -> str:
         """Number of patients, and how many have each response."""
-        responses = [str(row.get("response") or "no response") for row in self.patients]
+        compared = [row for row in self.patients if row.get("status") == "done"]
+        responses = [str(row.get("response") or "no response") for row in compared]
         counts = [f"{responses.count(name)} {name}" for name in sorted(set(responses))]
-        text = format_count(len(self.patients), "patient")
-        return f"{text}: {', '.join(counts)}" if counts else text
+        text = format_count(len(compared), "patient")
+        text = f"{text}: {', '.join(counts)}" if counts else text
+        n_alone = len(self.unpaired)
+        return f"{text}, {n_alone} without a partner" if n_alone else text
+
+    @property
+    def counts(self) -> dict[str, int | float]:
+        counts = RunReport.counts.fget(self)  # type: ignore[attr-defined]
+        return {**counts, "unpaired": len(self.unpaired)}
 
     def _shown_table(self) -> DataFrame:
         return self.responses
 
 
-def outcome_of_cases(cases: DataFrame) -> str:
-    """Return numbers of scans and lesions, and their volume, from rows of cases.csv."""
-    sums = cases[["n_lesions", "total_volume_ml"]].sum().tolist()
-    n_lesions, volume_ml = int(sums[0]), float(sums[1])
-    scans = format_count(len(cases), "scan")
-    return f"{scans}: {format_count(n_lesions, 'lesion')}, {volume_ml:.3g} mL"
+def totals_of_cases(cases: DataFrame) -> tuple[int, float]:
+    """Return the number of lesions and their volume in mL, from rows of cases.csv."""
+    n_lesions, volume_ml = cases[["n_lesions", "total_volume_ml"]].sum().tolist()
+    return int(n_lesions), float(volume_ml)
+
+
+def text_of_lesions(n: int, volume_ml: float, noun: str) -> str:
+    """Return number and volume of lesions, or of what else they are called."""
+    return f"{format_count(n, noun)}, {format_number(volume_ml)} mL" if n else f"no {noun}"
 
 
 def text_of(title: str, outcome: str, remarks: Sequence[str]) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 UNITS = ((86_400.0, "days"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
+# what a row of lesions.csv is, by the setting `objects`
+NOUNS = {"components": "lesion", "labels": "structure"}
 MIN_VALUE = 1.5  # below it, the next smaller unit is used
 
 
@@ -33,6 +35,16 @@ def format_count(number: int | None, noun: str) -> str:
     ('1 scan', '2 scans')
     """
     return "" if number is None else f"{number} {noun}{'s' * (number != 1)}"
+
+
+def lesion_noun(connectivities: Iterable[float | None]) -> str:
+    """Return what the rows of a table of lesions are, from their column `connectivity`.
+
+    >>> lesion_noun([26, 26]), lesion_noun([None]), lesion_noun([])
+    ('lesion', 'structure', 'lesion')
+    """
+    unknown = [number is None or number != number for number in connectivities]
+    return NOUNS["labels" if unknown and all(unknown) else "components"]
 
 
 def format_list(names: Sequence[str], most: int, noun: str = "") -> str:

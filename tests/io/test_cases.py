@@ -228,7 +228,7 @@ def test_nothing_found(tmp_path):
     assert problem_of(find_scans, [tmp_path]) == f"no scans found in {tmp_path}"
     assert problem_of(find_cases, tmp_path) == f"no scans found in {tmp_path}"
     missing = tmp_path / "none"
-    assert problem_of(find_cases, missing) == f"{missing}: no such file or folder"
+    assert problem_of(find_cases, missing) == f"{missing}: does not exist"
     assert "none.nii' does not exist" in problem_of(find_scans, [tmp_path / "none.nii"])
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from volseg import __version__
+from volseg.cli.announcer import Announcer
 from volseg.cli.progress import progress_on_stderr
 from volseg.cli.show import (
     announce,
@@ -105,13 +106,17 @@ def _typer_function(name: str, settings: type[Any]) -> Callable[..., None]:
 
     def call(**values: Any) -> None:
         as_json = values.pop("as_json")
+        announcer = Announcer()
         with progress_on_stderr("Starting" if name == "train" else "") as progress:
             from volseg import commands  # takes seconds, so `progress` must already be running
 
-            given: dict[str, Any] = {"progress": progress, "announce": announce}
+            given: dict[str, Any] = {"progress": progress, "announce": announcer}
             given["spent_seconds"] = process_age()
             values |= {key: value for key, value in given.items() if key in takes}
             report = getattr(commands, name)(**values)
+        if report.is_silent:
+            return
+        announcer.finish(report)
         _finish(report, as_json)
 
     parameters = [_parameter(settings, *named) for named in settings_of(settings)]
@@ -148,17 +153,11 @@ def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 
 
 def _finish(report: RunReport, as_json: bool) -> None:
-    """Print the report with its warnings and failures, and exit with its exit code."""
-    if report.is_silent:
-        return
+    """Print the report, and exit with its exit code."""
     if as_json:
         print_json(report.as_json())
     else:
         show(report)
-        for warning in report.late_warnings:
-            announce(f"warning: {warning}")
-        for case, reason in report.failed.items():
-            announce(f"failed: {case}: {reason}")
     if report.remark:
         announce(report.remark)
     raise typer.Exit(report.exit_code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterable, Mapping
 from functools import singledispatch
 from typing import Any
@@ -16,37 +17,46 @@ from volseg import reports
 from volseg.terminal import one_line, takes_unicode
 from volseg.words import format_count, format_sizes
 
-EVALUATION_FILES = {
+MAX_WIDTH = 100  # of running text: longer lines are hard to read
+FILES = {  # name → what it holds
+    "lesions.csv": "a row per lesion",
+    "cases.csv": "a row per scan",
+    "response.csv": "a row per patient",
+    "comparison.csv": "a row per pair of lesions",
     "evaluation.csv": "a row per case and label",
-    "detections.csv": "a row per lesion",
+    "detections.csv": "a row per lesion of either mask",
     "summary.json": "every mean, interval and limit of agreement",
     "agreement.png": "Bland-Altman and correlation of volumes",
     "froc.png": "sensitivity against false positives per scan",
 }
 
 
-@singledispatch
 def show(report: reports.RunReport) -> None:
-    """Print the report of a command as text."""
-    raise TypeError(f"no text for a {type(report).__name__}")
+    """Print the report of a command as text: details, then one line that sums it up, and files."""
+    show_details(report)
+    typer.echo(one_line(report.summary))
+    for path in report.paths.values():
+        if path != report.goal and path.name in FILES:
+            typer.echo(f"  {path}: {FILES[path.name]}")
 
 
-@show.register
+@singledispatch
+def show_details(report: reports.RunReport) -> None:
+    """Print what the summary of a report has no room for."""
+
+
+@show_details.register
 def _(report: reports.CasesReport) -> None:
-    typer.echo(f"{len(report.done)} done{_kept(report)}, {len(report.failed)} failed")
     if report.computed_with:
         backend, precision = report.computed_with["backend"], report.computed_with["precision"]
         typer.echo(f"computed with: {backend}, {precision}")
     if report.objects == "components":
         typer.echo("lesions: connected components of each label, 26 neighbours, 1 = largest")
     else:
-        typer.echo("lesions: one per mask value, in ascending order")
-    pages = ("report.html",) if report.pages else ()
-    for name in ("lesions.csv", "cases.csv", *pages):
-        typer.echo(f"  {report.out / name}")
+        typer.echo("structures: one per mask value, in ascending order")
 
 
-@show.register
+@show_details.register
 def _(report: reports.PreprocessReport) -> None:
     fingerprint = report.fingerprint
     spacing, target = (
@@ -66,38 +76,21 @@ def _(report: reports.PreprocessReport) -> None:
         typer.echo(one_line(text))
     voxels = ", ".join(f"{label}: {count}" for label, count in fingerprint["label_voxels"].items())
     typer.echo(one_line(f"voxels per label: {voxels}; resampled to {target} mm"))
-    typer.echo(f"{len(report.done)} prepared{_kept(report)} → {report.out}")
 
 
-@show.register
-def _(report: reports.ListingReport) -> None:
-    n, channels = len(report.done), ", ".join(report.channels)
-    of_channels = "" if report.channels == ["image"] else f" of channels {channels}"
-    text = f"{format_count(n, 'case')}{of_channels}, {report.masks} with a mask → {report.out}"
-    typer.echo(one_line(text))
-
-
-@show.register
+@show_details.register
 def _(report: reports.PlanReport) -> None:
-    table = Table("setting", "value", "why")
     for line in report.reasons:
-        table.add_row(*(one_line(line[name]) for name in ("setting", "value", "reason")))
-    print_table(table)
-    if report.plan_file:
-        typer.echo(f"plan → {report.plan_file}")
+        _print_entry(f"{line['setting']}: {line['value']}", line["reason"])
 
 
-@show.register
+@show_details.register
 def _(report: reports.TrainReport) -> None:
-    if report.preview:
-        typer.echo(f"augmented patches with their masks → {report.preview}")
-        return
     for name, value in report.metrics.items():
         typer.echo(f"{name}: {value}")
-    typer.echo(f"model → {report.out}")
 
 
-@show.register
+@show_details.register
 def _(report: reports.QuantiseReport) -> None:
     dice, seconds = report.validation["dice"], report.seconds_per_patch
     headings = (one_line(f"Dice {label}") for label in dice)
@@ -114,22 +107,15 @@ def _(report: reports.QuantiseReport) -> None:
     print_table(table)
     cases = format_count(report.validation["cases"], "validation case")
     typer.echo(f"mean over {cases}; seconds on this machine")
-    typer.echo(f"int8 network → {report.out}; use it with `volseg infer --precision int8`")
 
 
-@show.register
+@show_details.register
 def _(report: reports.ImportReport) -> None:
     for name, value in report.model.items():
         typer.echo(one_line(f"{name}: {value}"))
-    typer.echo(f"model → {report.out}")
 
 
-@show.register
-def _(report: reports.PagesReport) -> None:
-    typer.echo(f"{format_count(len(report.done), 'page')} written → {report.page}")
-
-
-@show.register
+@show_details.register
 def _(report: reports.EvaluateReport) -> None:
     shown = {  # column of evaluation.csv → its heading and the decimals of an interval
         "dice": ("Dice", 2),
@@ -162,12 +148,9 @@ def _(report: reports.EvaluateReport) -> None:
     if missing := report.summary["not_predicted"]:
         masks = format_count(len(missing), "reference mask")
         announce(f"{masks} without a prediction, such as {missing[0]}")
-    for name, content in EVALUATION_FILES.items():
-        if (report.out / name).is_file():
-            typer.echo(f"{content} → {report.out / name}")
 
 
-@show.register
+@show_details.register
 def _(report: reports.CompareReport) -> None:
     statuses = ("new", "gone", "merged", "split")
     headings = ("patient", "response", "sum %", *statuses, "volume %")
@@ -185,16 +168,6 @@ def _(report: reports.CompareReport) -> None:
     typer.echo("sum: of the target diameters; response.csv has the deciding rule for each patient")
     for patient, reason in report.unpaired.items():
         typer.echo(f"unpaired: {patient}: {reason}", err=True)
-    typer.echo(
-        f"{len(report.done)} compared{_kept(report)}, {len(report.failed)} failed, "
-        f"{len(report.unpaired)} without a partner"
-    )
-    for name in ("comparison.csv", "response.csv", "report.html"):
-        typer.echo(f"  {report.out / name}")
-
-
-def _kept(report: reports.RunReport) -> str:
-    return f", {len(report.kept)} already complete" if report.kept else ""
 
 
 def _mean_and_interval(metric: Mapping[str, Any], decimals: int) -> str:
@@ -234,11 +207,12 @@ def show_problems(path: Any, problems: list[dict[str, str]], n_errors: int) -> N
 
 
 def show_columns(tables: Mapping[str, Iterable[Any]]) -> None:
-    for name, lines in tables.items():
-        table = Table("column", "unit", "meaning", "source", title=name, title_justify="left")
-        for line in lines:
-            table.add_row(*line)
-        print_table(table)
+    for table, lines in tables.items():
+        typer.echo(f"{table}\n")
+        for name, unit, meaning, source in lines:
+            text = f"{meaning} [{source}]" if source else meaning
+            _print_entry(f"{name} ({unit})" if unit else name, text, margin=2)
+        typer.echo()
 
 
 def show_checks(checks: Iterable[Any]) -> None:
@@ -250,6 +224,16 @@ def show_checks(checks: Iterable[Any]) -> None:
         n, n_passed = n + 1, n_passed + check.is_passed
     print_table(table)
     typer.echo(f"{n_passed} of {n} numbers are within their tolerance")
+
+
+def _print_entry(head: str, text: str, margin: int = 0) -> None:
+    """Print a head and below it an indented text, no wider than the terminal."""
+    width = min(Console().width, MAX_WIDTH)
+    for part, indent in ((head, margin), (text, margin + 4)):
+        space = " " * indent
+        wrapper = textwrap.TextWrapper(width, initial_indent=space, subsequent_indent=space)
+        wrapper.break_long_words = wrapper.break_on_hyphens = False
+        typer.echo(wrapper.fill(one_line(part)))
 
 
 def print_table(table: Table) -> None:

@@ -67,10 +67,15 @@ def auto_recipe(
     names = " ".join(labels).casefold()
     # Mirroring would swap labels that name a side.
     flips = [axis for axis, words in SIDES.items() if not any(word in names for word in words)]
+    sought, modality = ", ".join(labels), "CT" if is_ct else "MR or other"
     content = {
         "name": _slug(dataset),
-        "description": f"Segments {', '.join(labels)} in {'CT' if is_ct else 'MR or other'} scans; "
+        "description": f"Segments {sought} in {modality} scans; "
         "everything that is not in the data follows from the plan.",
+        "intended_use": f"{sought} in {modality} scans like the training scans.",
+        "limits": "Not tested on scans from elsewhere.",
+        "data_source": f"The dataset in a folder named {_folder(dataset).name!r}; it was trained "
+        "without a recipe, so nothing else is known of its origin.",
         "data": {
             "channels": list(methods),
             "labels": labels,
@@ -190,6 +195,9 @@ class _Channel:
 
 
 def _slug(dataset: Path) -> str:
-    folder = dataset.parent if dataset.suffix == ".csv" else dataset
-    slug = re.sub(r"[^a-z0-9]+", "_", folder.resolve().name.casefold()).strip("_")
+    slug = re.sub(r"[^a-z0-9]+", "_", _folder(dataset).name.casefold()).strip("_")
     return slug or "auto"
+
+
+def _folder(dataset: Path) -> Path:
+    return (dataset.parent if dataset.suffix == ".csv" else dataset).resolve()

@@ -16,7 +16,7 @@ import numpy as np
 
 from volseg import __version__
 from volseg.commands.pages import page_budget, page_files, remake_page, write_report
-from volseg.commands.remarks import ORGAN, remarks_on_scans
+from volseg.commands.remarks import ORGAN, remark, remarks_on_scan
 from volseg.errors import ScanError, UnexpectedError, VolsegError
 from volseg.execution.local import Outcome
 from volseg.execution.memory import Budget
@@ -137,13 +137,14 @@ def run_cases(
             outcomes.close()  # waits for writes in progress
         rows = tally.write_tables(todo)
     kept, failed = without_damaged(tally.kept, tally.failed, rows)
-    remarks = [*tally.remarks, *damaged_warnings(rows)]
+    names = {case.id for case in cases}
+    of_scans = [text for row in rows if row.case_id in names for text in remarks_on_scan(row)]
     return CasesReport(
         out=batch.results.path,
         done=tally.done,
         kept=kept,
         failed=failed,
-        warnings=remarks + remarks_on_scans(rows, [case.id for case in cases]),
+        warnings=[*tally.remarks, *damaged_warnings(rows), *of_scans],
         objects=batch.objects,
         pages=batch.files.pages,
     )
@@ -173,7 +174,7 @@ class _Tally:
         outputs += chain(*(files.page_names(case.id) for case in kept))
         results.check_overwrites(outputs)
         self.kept = [case.id for case in kept]
-        self.remarks += [f"{EDITED}: {case.id}: {results.edited_text}" for case in edited]
+        self._remark(*(remark(EDITED, case.id, results.edited_text) for case in edited))
         for case in kept:
             results.keep(case.id, _scan_of(case))
         for case in cases_in(State.OTHER_INPUT):
@@ -187,13 +188,20 @@ class _Tally:
         return results.state_of(case.id, self._batch.key_of(case), inputs.of(case))
 
     def add(self, outcome: Outcome[Case, None]) -> None:
-        if outcome.error is None:
-            self.done.append(outcome.item.id)
-        else:
+        if outcome.error is not None:
             self._fail(outcome.item, outcome.error)
+            return
+        self.done.append(outcome.item.id)
+        if (record := self._batch.results.record(outcome.item.id)) is not None:
+            self._batch.options.warn(*remarks_on_scan(record.case))
+
+    def _remark(self, *warnings: str) -> None:
+        self.remarks += warnings
+        self._batch.options.warn(*warnings)
 
     def _fail(self, case: Case, error: VolsegError) -> None:
         self.failed[case.id] = failure_reason(self._batch.results, case.id, error)
+        self._batch.options.report_failure(case.id, self.failed[case.id])
         row = self._unmeasured(case, "failed", reason=self.failed[case.id])
         self._batch.results.commit_failure(row, self._batch.inputs.of(case))
 
@@ -216,7 +224,7 @@ class _Tally:
             if record is not None and not results.has_pages(record):
                 budget = budget or self._batch.page_budget()
                 if reason := remake_page(results, record, budget=budget):
-                    self.remarks.append(f"W_PAGE: {name} has no page: {reason}")
+                    self._remark(remark("W_PAGE", name, f"has no page: {reason}"))
 
     def write_tables(self, todo: Sequence[Case]) -> list[CaseRow]:
         """Write the tables, with rows for pending cases, and report.html."""
@@ -257,7 +265,7 @@ def without_damaged(
 def damaged_warnings(rows: Iterable[ItemRow], name_column: str = "case_id") -> list[str]:
     """Return a warning for each item whose record is damaged."""
     return [
-        f"W_RECORD: {getattr(row, name_column)}: {row.reason}"
+        remark("W_RECORD", getattr(row, name_column), row.reason)
         for row in rows
         if row.status == "unknown"
     ]

@@ -13,6 +13,7 @@ from volseg.commands.batch import damaged_warnings, run_description, without_dam
 from volseg.commands.jobs import Tally
 from volseg.commands.patient_comparison import PatientComparison, page_name
 from volseg.commands.patients import Patient, TimePoints, read_pairs, same_ids
+from volseg.commands.remarks import remarks_on_patient
 from volseg.commands.time_points import TimePoint
 from volseg.comparison.response import PatientResponse
 from volseg.errors import VolsegError
@@ -143,7 +144,7 @@ def _compare_patients(
     unpaired = _commit_unpaired(patients, times, results)
     refusals |= budget.refused(_peaks(todo, budget.process))
     settings.progress(STAGE, 0.0, f"{len(todo)} of {len(patients)} to do")
-    tally = Tally(results, STAGE, settings.progress)
+    tally = Tally(results, STAGE, settings)
     try:
         tally.run(todo, refusals)
     finally:
@@ -232,13 +233,9 @@ def _write_tables(results: ComparisonFolder, unreached: Sequence[Patient]) -> li
 
 def _warnings(rows: Sequence[PatientResponse]) -> Iterator[str]:
     """Yield the warnings of each patient, and one about all units in doubt."""
-    n_in_doubt = 0
     for row in rows:
-        texts = warnings_in(row.warnings) if row.warnings else []
-        others = [f"{code}: {sentence}" for code, sentence in texts if code != UNIT]
-        n_in_doubt += len(others) < len(texts)
-        if others:
-            yield f"{row.patient}: {'; '.join(others)}"
+        yield from remarks_on_patient(row)
+    n_in_doubt = sum(any(code == UNIT for code, _ in warnings_in(row.warnings)) for row in rows)
     if n_in_doubt:
         yield (
             f"{UNIT}: no intensity is compared for {format_count(n_in_doubt, 'patient')}, as the "

@@ -23,6 +23,7 @@ from volseg.errors import ScanError, VolsegError
 from volseg.io.cases import Case
 from volseg.io.formats import RESULT_SUFFIX
 from volseg.measurement.rows import CaseRow
+from volseg.measurement.units import warnings_in
 from volseg.options import MeasureOptions
 from volseg.pages.about import About
 from volseg.pages.model_box import read_model_box
@@ -64,7 +65,7 @@ def _measure_again(folder: ResultsFolder, about: About, options: MeasureOptions)
     masks = list(_corrected_masks(folder, rows, files))
     outputs = [path for mask in masks for path in files.names(mask.name)]
     folder.check_overwrites([*files.shared, *outputs])
-    tally, warnings = Tally(folder, STAGE, options.progress), []
+    tally, warnings = Tally(folder, STAGE, options), []
     options.progress(STAGE, 0.0, f"{len(masks)} of {len(rows)} masks were changed by hand")
     try:
         cases, limit = _measurable(masks), options.max_ram
@@ -74,17 +75,16 @@ def _measure_again(folder: ResultsFolder, about: About, options: MeasureOptions)
         if files.pages:
             budget = page_budget(options.max_ram, options.announce, has_run=bool(tally.done))
             warnings = write_report(folder, about, rows, budget=budget)
-    corrected, measured = {mask.name for mask in masks}, frozenset(tally.done)
+    corrected = {mask.name for mask in masks}
     complete = [row.case_id for row in rows if row.status == "done"]
     unchanged = [name for name in complete if name not in corrected]
     kept, failed = without_damaged(unchanged, tally.failed, rows)
-    of_measured = [f"{row.case_id}: {row.warnings}" for row in rows if row.case_id in measured]
     return CasesReport(
         out=folder.path,
         done=tally.done,
         kept=kept,
         failed=failed,
-        warnings=[*of_measured, *warnings, *damaged_warnings(rows)],
+        warnings=[*tally.warnings, *warnings, *damaged_warnings(rows)],
         objects="components",
         pages=files.pages,
     )
@@ -132,8 +132,8 @@ class _CorrectedMask:
         """Return the row that says that the numbers are out of date."""
         return CaseRow(case_id=self.name, status="failed", reason=reason)
 
-    def run(self, folder: ResultsFolder) -> None:
-        """Measure the mask, and write its files and its record.
+    def run(self, folder: ResultsFolder) -> list[str]:
+        """Measure the mask, write its files and its record, and return its warnings.
 
         Raises:
             ScanError: the scan has changed since the mask was made, or the mask cannot be measured.
@@ -158,6 +158,7 @@ class _CorrectedMask:
             corrected = {self._path: measured.sha256[-1]}
             new = replace(record, case=case_row, lesions=measured.lesions, corrected=corrected)
             folder.commit(replace(new, failed=None, remark=""), commit)
+        return [remark(code, self.name, text) for code, text in warnings_in(case_row.warnings)]
 
     def case_and_settings(self) -> tuple[Case, MaskSettings]:
         """Return the mask with its scan, and how it is measured.

@@ -10,6 +10,7 @@ from volseg.columns import row_of
 from volseg.commands.batch import failure_reason
 from volseg.commands.label_values import pairing_warnings
 from volseg.commands.mask_pairs import MaskPairs
+from volseg.commands.remarks import remark
 from volseg.evaluation.detection import DetectionRow, by_label, with_lesions
 from volseg.evaluation.overlap import ABSENT, METRICS, OverlapRow
 from volseg.evaluation.summary import (
@@ -21,6 +22,7 @@ from volseg.evaluation.summary import (
 )
 from volseg.execution.local import run
 from volseg.io.files import json_text
+from volseg.measurement.specks import SPECKS
 from volseg.options import EvaluateOptions, command
 from volseg.preprocessing.lattice import AXES, EXTENT
 from volseg.reports import EvaluateReport
@@ -57,7 +59,8 @@ def evaluate(options: EvaluateOptions) -> EvaluateReport:
         rows = _completed(listed, pairs)
         detections = [row for case in listed.values() for row in case.detections]
         results = _label_results(rows, detections)
-        warnings = [*_noisy(rows), *_placed(rows), *_stale(kept)]
+        warnings = [text for name in compared for text in _remarks(compared[name])]
+        warnings += _stale(kept)
         warnings += pairing_warnings(rows, [case.shared for case in listed.values()])
         warnings += filter(None, [pairs.reviews.remark(listed)])
         summary = {
@@ -91,8 +94,10 @@ def _compare(
         pairs.options.progress("Comparing", count / len(pairs.common), outcome.item)
         if outcome.error is None and outcome.value is not None:
             compared[outcome.item] = outcome.value
+            pairs.options.warn(*_remarks(outcome.value))
         elif outcome.error is not None:
             failed[outcome.item] = failure_reason(outputs, outcome.item, outcome.error)
+            pairs.options.report_failure(outcome.item, failed[outcome.item])
     return compared, failed
 
 
@@ -163,27 +168,12 @@ def _label_results(
     return [summarise_label(rows_of[label], lesions_of.get(label, ())) for label in sorted(rows_of)]
 
 
-def _noisy(rows: Sequence[OverlapRow]) -> list[str]:
-    """Return a warning for each case whose lesions were not matched."""
-    parts = {
-        row.case_id: part for row in rows for part in row.notes.split("; ") if "W_SPECKS" in part
-    }
-    return [f"{part.removeprefix('lesions: ')} ({case_id})" for case_id, part in parts.items()]
-
-
-def _placed(rows: Sequence[OverlapRow]) -> list[str]:
-    """Return a warning per kind of mask that was brought onto the grid of its reference."""
-    cases_of: dict[str, dict[str, str]] = {}
-    for row in rows:
-        for part in row.notes.split("; "):
-            code, _, text = part.partition(": ")
-            if code in (AXES, EXTENT):
-                cases_of.setdefault(code, {})[row.case_id] = text
-    return [
-        f"{code}: {format_count(len(cases), 'case')}, such as {case}: {text}"
-        for code, cases in cases_of.items()
-        for case, text in list(cases.items())[:1]
-    ]
+def _remarks(case: EvaluatedCase) -> list[str]:
+    """Return the warnings of a case: its mask looks like noise, or was brought onto a grid."""
+    notes = dict.fromkeys(part for row in case.overlap for part in row.notes.split("; "))
+    parts = (note.removeprefix("lesions: ").partition(": ") for note in notes)
+    name = case.overlap[0].case_id if case.overlap else ""
+    return [remark(code, name, text) for code, _, text in parts if code in (SPECKS, AXES, EXTENT)]
 
 
 def _overall(

@@ -32,7 +32,7 @@ def import_nnunet(options: ImportOptions) -> ImportReport:
         []
     """
     from volseg.bundle import bundle_files, load_bundle, save_bundle
-    from volseg.inference.export import export_bundle
+    from volseg.inference.export import export_bundle, half_precision_hint
     from volseg.inference.memory import check_patch
     from volseg.nnunet import read_nnunet
 
@@ -55,7 +55,11 @@ def import_nnunet(options: ImportOptions) -> ImportReport:
             export_bundle(bundle, commit.folder)
             commit.finish()
     return ImportReport(
-        out=out, done=[bundle.recipe.name], model=_facts(bundle), sha256=bundle.sha256
+        out=out,
+        done=[bundle.recipe.name],
+        model=_facts(bundle),
+        sha256=bundle.sha256,
+        hint=half_precision_hint(out),
     )
 
 

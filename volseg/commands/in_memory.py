@@ -32,9 +32,10 @@ from volseg.measurement.rows import CaseRow, LesionMeasurement
 from volseg.measurement.units import warnings_in
 from volseg.options import LoadModelOptions, MeasureMaskOptions, SegmentOptions, command
 from volseg.options.memory import Placed
-from volseg.reports import html_of, outcome_of_cases, text_of
+from volseg.reports import html_of, text_of, text_of_lesions, totals_of_cases
 from volseg.store.tables import frame_of
 from volseg.volume import Geometry, Volume
+from volseg.words import lesion_noun
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -88,7 +89,9 @@ class MaskResult:
         return like_source(self.volume(name), self.source)
 
     def __repr__(self) -> str:
-        return text_of(type(self).__name__, outcome_of_cases(self.cases), self.warnings)
+        noun = lesion_noun(self.lesions["connectivity"])
+        outcome = text_of_lesions(*totals_of_cases(self.cases), noun)
+        return text_of(type(self).__name__, outcome, self.warnings)
 
     def _repr_html_(self) -> str:
         return html_of(repr(self), self.lesions)
@@ -185,12 +188,6 @@ def load_model(options: LoadModelOptions) -> LoadedModel:
         >>> model.channels, model.labels
         (('ct',), {3: 'lesion'})
     """
-    if options.model is not None and not options.model.exists():
-        raise VolsegError(
-            f"{options.model}: is missing",
-            fix="give a folder made by `volseg train`",
-            code="E_MISSING",
-        )
     from volseg import segmentation
     from volseg.bundle import load_bundle, shipped_bundle
 

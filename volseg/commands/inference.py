@@ -85,8 +85,6 @@ def infer(options: InferOptions) -> CasesReport:
     from volseg.bundle import load_bundle, shipped_bundle
     from volseg.inference.memory import limited_gpu
 
-    if options.model is None:
-        options.announce(shipped_model_text())
     folder = options.model or shipped_bundle()
     bundle = load_bundle(folder)
     changes = _changes(bundle.recipe, options)
@@ -98,6 +96,8 @@ def infer(options: InferOptions) -> CasesReport:
         allow_missing=data.missing == "empty",
         remark=options.announce,
     )
+    if options.model is None:
+        options.announce(shipped_model_text())
     used = [*options.scans, folder, *(path for case in cases for path in case_files(case))]
     cases = [of_volume(case, options.volume) for case in cases]
     with ResultsFolder(options.out, "infer", inputs=used) as results:
@@ -213,8 +213,6 @@ def _plan_memory(
 
 def _announce_plans(plans: Mapping[str, MemoryPlan], model: Model, options: InferOptions) -> None:
     """Announce the peak memory and the number of tiles, and options that lower them."""
-    from volseg.inference.openvino_backend import find_half_type
-
     announce = options.announce
     name, largest = max(plans.items(), key=lambda item: item[1].footprint.total)
     gpu = max(plan.footprint.gpu for plan in plans.values())
@@ -227,9 +225,6 @@ def _announce_plans(plans: Mapping[str, MemoryPlan], model: Model, options: Infe
             "use; scans that still do not fit are skipped with a reason"
         )
     announce(_cost_of_tiles(largest.shape, model))
-    is_fp32 = model.segmentation.identity == {"backend": "openvino", "precision": "fp32"}
-    if is_fp32 and find_half_type():
-        announce("precision: fp32; --precision fp16 takes about half the time on this CPU")
 
 
 def _bytes_per_voxel(headers: Sequence[ScanHeader]) -> int:

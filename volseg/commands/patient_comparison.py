@@ -14,6 +14,7 @@ import numpy as np
 from volseg import __version__
 from volseg.commands.batch import input_key
 from volseg.commands.patients import Cases, Patient, TimePoints
+from volseg.commands.remarks import remarks_on_patient
 from volseg.commands.time_points import CaseAtTime
 from volseg.comparison.changes import LesionChange, lesion_changes
 from volseg.comparison.groups import ScanPair, centroids_mm
@@ -153,8 +154,8 @@ class PatientComparison:
         """Return the row of the patient if the comparison failed."""
         return self.patient.row("failed", reason)
 
-    def run(self, results: ComparisonFolder) -> None:
-        """Compare the patient, and write the rows and the picture.
+    def run(self, results: ComparisonFolder) -> list[str]:
+        """Compare the patient, write the rows and the picture, and return the warnings.
 
         Raises:
             ScanError: the patient cannot be compared.
@@ -182,6 +183,7 @@ class PatientComparison:
                 response=response, lesions=rows, key=self.key, inputs=self.inputs
             )
             results.commit(record, commit)
+        return remarks_on_patient(response)
 
     def _write_pictures(self, compared: Sequence[_Compared], commit: Commit) -> None:
         """Write the picture of all pairs of scans, and the page of the first."""

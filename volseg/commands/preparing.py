@@ -35,6 +35,7 @@ from volseg.io.prepared import (
 )
 from volseg.measurement.rows import CaseRow
 from volseg.options import PreprocessOptions, Progress, command
+from volseg.options.shared import failure_line
 from volseg.postprocessing.lesions import label_lesions
 from volseg.preprocessing.channels import completed
 from volseg.recipe import Recipe
@@ -91,7 +92,7 @@ def prepare_dataset(
         VolsegError: the dataset or recipe is wrong, or no case could be read.
     """
     recipe = recipe_for(options.dataset, options.recipe, options.progress)
-    data = TrainingSet(options.dataset, recipe, options.seed, options.progress)
+    data = TrainingSet(options.dataset, recipe, options.seed, options.progress, options.announce)
     cases = data.cases(survey := data.survey())
     inputs = input_paths(options.dataset, options.recipe, *chain(*map(case_files, cases)))
     with OutputFolder(options.out, "preprocess", inputs=inputs) as outputs:
@@ -102,6 +103,8 @@ def prepare_dataset(
         fingerprint, failed = (stored, {}) if stored else data.fingerprint(cases, outputs)
         if failed and refuse:
             refuse_dataset(options.dataset, failed)
+        warnings = [*survey.remarks, *warnings_of(fingerprint, recipe)]
+        options.warn(*warnings)
         planned = _plan(recipe, fingerprint, earlier, budget)
         facts = {
             "key": key,
@@ -113,7 +116,6 @@ def prepare_dataset(
         _keep_fingerprint(outputs, facts, failed)
         work = Preparation(data, planned.recipe, outputs, digests)
         done, kept = work.run([case for case in cases if case.id not in failed], failed)
-        warnings = [*survey.remarks, *warnings_of(fingerprint, recipe)]
         warnings += _finish(work, facts, cases, failed, warnings)
     return PreprocessReport(
         out=options.out,
@@ -159,6 +161,7 @@ class Preparation:
                 done.append(name)
             else:
                 failed[name] = failure_reason(self.outputs, name, outcome.error)
+                self.data.announce(failure_line(name, failed[name]))
         return done, [case.id for case in kept]
 
     def key_of(self, case: Case) -> str:

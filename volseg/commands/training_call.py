@@ -79,6 +79,5 @@ class Call:
         )
 
     def warn(self, *warnings: str) -> None:
-        for warning in warnings:
-            self.warnings.append(warning)
-            self.options.announce(f"warning: {warning}")
+        self.warnings.extend(warnings)
+        self.options.warn(*warnings)

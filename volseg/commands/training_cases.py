@@ -19,7 +19,8 @@ from volseg.io.cases import Case, Survey
 from volseg.io.layouts import survey_cases
 from volseg.io.volumes import read_mask, read_volume
 from volseg.measurement.units import judge_unit
-from volseg.options import Progress, ignore_progress
+from volseg.options import Announce, Progress, ignore_progress, ignore_text
+from volseg.options.shared import failure_line
 from volseg.preprocessing.channels import on_one_grid
 from volseg.preprocessing.lattice import difference
 from volseg.recipe import Recipe
@@ -46,6 +47,7 @@ class TrainingSet:
     recipe: Recipe
     seed: int = 0
     progress: Progress = field(default=ignore_progress, compare=False)
+    announce: Announce = field(default=ignore_text, compare=False)
 
     def survey(self) -> Survey:
         """Return the usable cases of the dataset, with mistakes and remarks."""
@@ -124,6 +126,7 @@ class TrainingSet:
             self.progress(ANALYSING, count / len(cases), case.id)
             if error is not None:
                 failed[case.id] = failure_reason(outputs, case.id, error)
+                self.announce(failure_line(case.id, failed[case.id]))
             elif case.split == "train" and fingerprint is not None:
                 fingerprints[case.id] = fingerprint
         if not fingerprints and failed:

@@ -25,7 +25,7 @@ from volseg.commands.training_networks import NetworkTraining, Result
 from volseg.commands.training_pictures import preview_png, worst_cases_png
 from volseg.errors import VolsegError
 from volseg.evaluation.validation import ValidationRow
-from volseg.inference.export import export_bundle
+from volseg.inference.export import export_bundle, half_precision_hint
 from volseg.io.files import TEMPORARY_PREFIX
 from volseg.io.prepared import PreparedCase
 from volseg.options.training import MAX_FOLDS
@@ -84,6 +84,7 @@ class _Training:
             metrics=dict(bundle.metrics),
             sha256=bundle.sha256,
             interrupted=result.is_interrupted,
+            hint=half_precision_hint(options.out),
         )
 
     def _open(self) -> None:

@@ -19,6 +19,7 @@ from volseg.errors import EnvironmentProblem, VolsegError
 from volseg.inference.openvino_backend import (
     OpenVINOBackend,
     core,
+    find_half_type,
     import_openvino,
     openvino_is_installed,
 )
@@ -53,6 +54,13 @@ def export_bundle(
             write_exported(model, folder, f"{name}.fp32", {"model_sha256": bundle.sha256})
     if bundle.coarse_bundle is not None:
         export_bundle(bundle.coarse_bundle, folder, before=before)
+
+
+def half_precision_hint(folder: Path) -> str:
+    """Return how to run the exported model of a folder faster on this CPU; empty if it cannot."""
+    if not (folder / EXPORTED).is_dir() or find_half_type() is None:
+        return ""
+    return "on this CPU, `volseg infer --precision fp16` takes about half the time with this model"
 
 
 def write_exported(

@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from volseg.errors import VolsegError
+from volseg.errors import VolsegError, missing_path
 from volseg.inputs import shorten
 from volseg.io.cases import (
     ONE_CHANNEL,
@@ -128,7 +128,7 @@ def _has_description(folder: Path) -> bool:
 def _read_dataset(dataset: Path, channels: Channels, *, may_split: bool = False) -> Listing:
     """Read the rows of a data set with the reader for its layout."""
     if not os.path.exists(dataset):
-        raise VolsegError(f"{dataset}: no such file or folder", fix="check the path")
+        raise missing_path(dataset)
     if not os.path.isdir(dataset):  # opening it refuses a pipe or a device
         return read_cases_csv(dataset, channels)
     if (dataset / "cases.csv").is_file():

@@ -62,9 +62,9 @@ class Unit:
         return self.name == HU and not self.doubt
 
 
-def warnings_in(text: str) -> list[tuple[str, str]]:
-    """Split the `warnings` cell of cases.csv into (code, sentence) pairs."""
-    parts = re.split(r"; (?=W_[A-Z]+: )", text)
+def warnings_in(text: str | None) -> list[tuple[str, str]]:
+    """Split a `warnings` cell, of cases.csv for example, into (code, sentence) pairs."""
+    parts = re.split(r"; (?=W_[A-Z]+: )", text) if text else []
     return [(code, sentence) for code, _, sentence in (part.partition(": ") for part in parts)]
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import inspect
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
@@ -18,7 +19,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar, dataclass_transform, overload
 
-from volseg.errors import VolsegError
+from volseg.errors import VolsegError, missing_path
 from volseg.inputs import shorten
 
 Progress = Callable[[str, float, str], None]  # stage, fraction of it that is done, detail
@@ -263,6 +264,27 @@ def paths(value: PathLike[str] | str | Sequence[PathLike[str] | str]) -> tuple[P
     is_list = isinstance(value, Iterable) and not isinstance(value, str | PathLike | Mapping)
     is_list &= not hasattr(value, "shape")  # an image in memory
     return tuple(map(path, value)) if is_list else (path(value),)  # type: ignore[arg-type]
+
+
+def input_path(value: PathLike[str] | str) -> Path:
+    """Return the path of an existing file or folder.
+
+    Raises:
+        VolsegError: there is none; no command needs to load anything to notice it.
+    """
+    existing = path(value)
+    if not os.path.exists(existing):
+        raise missing_path(existing)
+    return existing
+
+
+def optional_input_path(value: PathLike[str] | str | None) -> Path | None:
+    return None if value is None else input_path(value)
+
+
+def input_paths(value: PathLike[str] | str | Sequence[PathLike[str] | str]) -> tuple[Path, ...]:
+    """Return one or several paths of existing files or folders as a tuple."""
+    return tuple(map(input_path, paths(value)))
 
 
 def names(value: Sequence[str] | str | None) -> tuple[str, ...]:

@@ -8,11 +8,12 @@ from volseg.options.declare import (
     Range,
     amount,
     argument,
+    input_path,
+    input_paths,
     option,
-    optional_path,
+    optional_input_path,
     options,
     path,
-    paths,
 )
 from volseg.options.shared import (
     RESULTS,
@@ -54,12 +55,12 @@ class InferOptions(LoadOptions, OfSeries, Limited, Pictured, Announcing):
     """
 
     scans: tuple[Path, ...] = argument(
-        "Scans, folders of scans, or tables of cases.", converter=paths
+        "Scans, folders of scans, or tables of cases.", converter=input_paths
     )
     model: Path | None = option(
         "Folder made by `volseg train`; default: the model that ships with volseg.",
         default=None,
-        converter=optional_path,
+        converter=optional_input_path,
         short="-m",
     )
     out: Path = option(RESULTS, default="volseg_results", converter=path, short="-o")
@@ -108,11 +109,11 @@ class ReportOptions(Progressing):
     """
 
     results: Path = argument(
-        "Results folder of `volseg infer` or `volseg measure`.", converter=path
+        "Results folder of `volseg infer` or `volseg measure`.", converter=input_path
     )
     review: Path | None = option(
         "review.csv downloaded from a page; its verdicts and comments appear in report.html. "
         "Default: review.csv in the results folder, if there is one.",
         default=None,
-        converter=optional_path,
+        converter=optional_input_path,
     )

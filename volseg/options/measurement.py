@@ -10,9 +10,11 @@ from volseg.options.declare import (
     Options,
     Range,
     argument,
+    input_path,
     label_pairs,
     names,
     option,
+    optional_input_path,
     optional_names,
     optional_path,
     options,
@@ -83,22 +85,22 @@ class MeasureOptions(MaskOptions, OfSeries, Limited, Pictured, Announcing):
     results: Path | None = argument(
         "Results of `volseg infer`; masks corrected by hand are measured again.",
         default=None,
-        converter=optional_path,
+        converter=optional_input_path,
     )
     image: Path | None = option(
         "Scan on which the mask was drawn, or a folder of scans.",
         default=None,
-        converter=optional_path,
+        converter=optional_input_path,
     )
     mask: Path | None = option(
         "Mask on the grid of the scan, or a folder of masks with equal file names.",
         default=None,
-        converter=optional_path,
+        converter=optional_input_path,
     )
     cases: Path | None = option(
         "Table or dataset with scans and masks, instead of --image and --mask.",
         default=None,
-        converter=optional_path,
+        converter=optional_input_path,
     )
     out: Path | None = option(
         "Folder for the results (default: volseg_results); created if missing.",
@@ -119,10 +121,10 @@ class EvaluateOptions(Limited, Announcing):
     """
 
     reference: Path = option(
-        "Folder of reference masks, or a dataset that has them as labels.", converter=path
+        "Folder of reference masks, or a dataset that has them as labels.", converter=input_path
     )
     predicted: Path = option(
-        "Folder of predicted masks, or a results folder of `volseg infer`.", converter=path
+        "Folder of predicted masks, or a results folder of `volseg infer`.", converter=input_path
     )
     out: Path = option(RESULTS, converter=path, short="-o")
     min_iou: float = option(
@@ -147,7 +149,7 @@ class EvaluateOptions(Limited, Announcing):
         "review.csv of the predicted results folder: lesions rejected there are removed from the "
         "predicted masks first.",
         default=None,
-        converter=optional_path,
+        converter=optional_input_path,
     )
 
 
@@ -163,9 +165,9 @@ class CompareOptions(Limited, Announcing):
     """
 
     baseline: Path = argument(
-        "Results of `volseg infer` or `volseg measure` on the earlier scans.", converter=path
+        "Results of `volseg infer` or `volseg measure` on the earlier scans.", converter=input_path
     )
-    followup: Path = argument("Results on the later scans.", converter=path)
+    followup: Path = argument("Results on the later scans.", converter=input_path)
     out: Path = option(
         "Folder for comparison.csv and response.csv; created if missing.",
         converter=path,
@@ -175,23 +177,27 @@ class CompareOptions(Limited, Announcing):
         "CSV with the columns patient, baseline and followup (case ids), one line per pair of "
         "scans; a patient may have several. Default: equal ids are the same patient.",
         default=None,
-        converter=optional_path,
+        converter=optional_input_path,
     )
     baseline_scans: Path | None = option(
-        "Folder with the earlier scans, found by file name.", default=None, converter=optional_path
+        "Folder with the earlier scans, found by file name.",
+        default=None,
+        converter=optional_input_path,
     )
     followup_scans: Path | None = option(
-        "Folder with the later scans, found by file name.", default=None, converter=optional_path
+        "Folder with the later scans, found by file name.",
+        default=None,
+        converter=optional_input_path,
     )
     baseline_review: Path | None = option(
         "review.csv of the baseline results: lesions rejected there are left out.",
         default=None,
-        converter=optional_path,
+        converter=optional_input_path,
     )
     followup_review: Path | None = option(
         "review.csv of the follow-up results, used in the same way.",
         default=None,
-        converter=optional_path,
+        converter=optional_input_path,
     )
     registration: bool = option(
         "Register the later scan to the earlier one, or rely on their world coordinates, which "

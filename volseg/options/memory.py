@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from volseg.options.declare import Options, argument, option, optional_path, options
+from volseg.options.declare import (
+    Options,
+    argument,
+    option,
+    optional_input_path,
+    options,
+)
 from volseg.options.inference import LoadOptions
 from volseg.options.measurement import MaskOptions
 from volseg.options.shared import Progressing
@@ -41,7 +47,7 @@ class LoadModelOptions(LoadOptions):
     model: Path | None = argument(
         "Folder made by `volseg train`; default: the model that ships with volseg.",
         default=None,
-        converter=optional_path,
+        converter=optional_input_path,
     )
 
 

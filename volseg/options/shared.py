@@ -35,11 +35,30 @@ class Progressing(Options):
 
 @options
 class Announcing(Progressing):
-    """Also announces what it expects, such as memory and duration, before it starts."""
+    """Also announces what it expects, such as memory and duration, and what goes wrong."""
 
     announce: Announce = callback(
-        "Called with sentences such as the expected peak memory.", default=ignore_text
+        "Called with sentences such as the expected peak memory, and with each warning and failure "
+        "when it occurs.",
+        default=ignore_text,
     )
+
+    def warn(self, *warnings: str) -> None:
+        """Announce warnings when they occur."""
+        for text in warnings:
+            self.announce(warning_line(text))
+
+    def report_failure(self, name: str, reason: str) -> None:
+        """Announce that an item failed."""
+        self.announce(failure_line(name, reason))
+
+
+def warning_line(text: str) -> str:
+    return f"warning: {text}"
+
+
+def failure_line(name: str, reason: str) -> str:
+    return f"failed: {name}: {reason}"
 
 
 @options

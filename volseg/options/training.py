@@ -11,13 +11,15 @@ from volseg.options.declare import (
     amount,
     argument,
     callback,
+    input_path,
+    input_paths,
     listed_names,
     names,
     option,
+    optional_input_path,
     optional_path,
     options,
     path,
-    paths,
     seconds,
 )
 from volseg.options.shared import (
@@ -47,7 +49,7 @@ class CasesOptions(Options):
     each case was recognised by. Look at the table, edit it, and give it to any other command.
     """
 
-    folders: tuple[Path, ...] = argument("Folders of scans and masks.", converter=paths)
+    folders: tuple[Path, ...] = argument("Folders of scans and masks.", converter=input_paths)
     out: Path = option(
         "CSV file to write; an existing one is not replaced.",
         default=Path("cases.csv"),
@@ -91,7 +93,7 @@ class TimedOptions(PlanningOptions):
 
 
 @options
-class PreprocessOptions(PlanningOptions, Progressing):
+class PreprocessOptions(PlanningOptions, Announcing):
     """Resample, crop and normalise a dataset for training.
 
     Writes a memory-mapped array and a JSON file per case, and prints the dataset's fingerprint.
@@ -99,7 +101,7 @@ class PreprocessOptions(PlanningOptions, Progressing):
     the recipe leaves network and patch size to the plan, --vram sets the memory they must fit.
     """
 
-    dataset: Path = argument(DATASET, converter=path)
+    dataset: Path = argument(DATASET, converter=input_path)
     out: Path = option(RESULTS, converter=path, short="-o")
 
 
@@ -111,7 +113,7 @@ class PlanOptions(TimedOptions, Progressing):
     the plan becomes a recipe, which you can edit and pass to `volseg train --recipe`.
     """
 
-    dataset: Path = argument(DATASET, converter=path)
+    dataset: Path = argument(DATASET, converter=input_path)
     out: Path | None = option(
         "Also write the plan to this TOML file, as a recipe with the reasons as comments.",
         default=None,
@@ -130,7 +132,9 @@ class TrainOptions(TimedOptions, Announcing):
     learning-rate schedule ends within the budget.
     """
 
-    dataset: Path = argument(f"{DATASET} Or a folder made by `volseg preprocess`.", converter=path)
+    dataset: Path = argument(
+        f"{DATASET} Or a folder made by `volseg preprocess`.", converter=input_path
+    )
     out: Path = option("Folder for the model.", converter=path, short="-o")
     recipe: Path | str | Recipe | None = option(
         "TOML file, such as a plan, or name of a shipped recipe; a prepared folder brings its own. "
@@ -148,7 +152,9 @@ class TrainOptions(TimedOptions, Announcing):
     )
     resume: bool = option("Continue the interrupted run in --out.", default=False)
     init: Path | None = option(
-        "Model folder whose weights training starts from.", default=None, converter=optional_path
+        "Model folder whose weights training starts from.",
+        default=None,
+        converter=optional_input_path,
     )
     freeze: tuple[str, ...] = option(
         "Freeze the layers that match this pattern, e.g. 'downsamples.*'; repeatable.",
@@ -188,10 +194,11 @@ class QuantiseOptions(Progressing):
     """
 
     model: Path = argument(
-        "Folder made by `volseg train`; the int8 network is added to it.", converter=path
+        "Folder made by `volseg train`; the int8 network is added to it.", converter=input_path
     )
     dataset: Path = argument(
-        "Dataset that the model was trained on, or its `volseg preprocess` folder.", converter=path
+        "Dataset that the model was trained on, or its `volseg preprocess` folder.",
+        converter=input_path,
     )
     cases: int = option(
         "Calibrate with at most this many training cases.", default=30, values=COUNT
@@ -216,7 +223,7 @@ class ImportOptions(Options):
     folder: Path = argument(
         "Folder <trainer>__<plans>__<configuration> of a trained model, with plans.json, "
         "dataset.json and fold_*.",
-        converter=path,
+        converter=input_path,
     )
     out: Path = option("Folder for the model.", converter=path, short="-o")
     folds: tuple[str, ...] | None = option(

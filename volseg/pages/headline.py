@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from volseg.measurement.rows import CaseRow
+from volseg.measurement.rows import CaseRow, LesionMeasurement
 from volseg.measurement.units import UNIT, UNLIKE, warnings_in
 from volseg.pages.about import About
 from volseg.pages.model_box import ModelBox, Similarity
-from volseg.words import format_count, format_list, format_number
+from volseg.words import format_count, format_list, format_number, lesion_noun
 
 # Warnings that put the numbers in doubt come first, in this order; then the others.
 GRAVE = ("W_SPECKS", "W_STALE", "W_EDITED", *UNLIKE, UNIT, "W_NAN")
@@ -39,6 +39,11 @@ class Warnings:
     n_more: int = 0
 
 
+def noun_of_lesions(lesions: Iterable[LesionMeasurement]) -> str:
+    """Return what the rows are: lesions, or with `--objects labels` structures."""
+    return lesion_noun(lesion.connectivity for lesion in lesions)
+
+
 def run_sentence(
     about: About,
     cases: Sequence[CaseRow],
@@ -46,6 +51,7 @@ def run_sentence(
     n_lesions: int,
     total_ml: float,
     boxes: Sequence[tuple[ModelBox, Similarity]] = (),
+    noun: str = "lesion",
 ) -> str:
     """Say in one sentence what was run, on what, what it found, and how sure that is."""
     n_done = sum(case.status == "done" for case in cases)
@@ -53,9 +59,9 @@ def run_sentence(
     of_all = f" of {len(cases)}" if n_done < len(cases) else ""
     n_scans = f"{n_done}{of_all} scan{'s' * ((len(cases) if of_all else n_done) != 1)}"
     model = f" with {about.model}" if about.model else ""
-    result = "no lesion"
+    result = f"no {noun}"
     if n_lesions:
-        result = f"{format_count(n_lesions, 'lesion')} in {format_count(n_with, 'scan')}"
+        result = f"{format_count(n_lesions, noun)} in {format_count(n_with, 'scan')}"
         result += f", {format_number(total_ml)} mL in total" if total_ml else ""
     verb = VERBS.get(about.command, "has the results of")
     return f"volseg {verb} {n_scans}{model} and found {result}; {_certainty(boxes)}."

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # this import loads torch, which takes seconds
 
 POOR_DICE = 0.5  # validation Dice below which training warns and the model box says "poor model"
 MAX_LABELS = 8  # labels listed with their Dice; of more, those with the lowest Dice
-NOT_STATED = "not stated by the recipe"
+NOT_STATED = "not stated"
 
 
 class LabelDice(BaseModel):

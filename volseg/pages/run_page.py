@@ -6,7 +6,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from urllib.parse import quote
 
 from markupsafe import Markup
@@ -14,7 +14,7 @@ from markupsafe import Markup
 from volseg.inputs import shorten
 from volseg.measurement.rows import CaseRow, LesionMeasurement
 from volseg.pages.about import About
-from volseg.pages.headline import Warnings, run_sentence, warning_kinds
+from volseg.pages.headline import Warnings, noun_of_lesions, run_sentence, warning_kinds
 from volseg.pages.model_box import ModelBox, Similarity, similarity_of_run
 from volseg.pages.montage import smaller_jpeg
 from volseg.pages.page import CONTENT_BYTES, as_base64, json_size, render_page
@@ -75,7 +75,7 @@ class RunPage:
     Args:
         made_with: versions of volseg and the model, and the start of the run.
         failed: (name, code, reason) of each failed scan or patient, of which there are `n_cases`.
-        noun: of them. files: the tables in words.
+        noun: of them. lesion_noun: of a row of the table of lesions. files: the tables in words.
         sentence: what was run, on what, what it found, and how sure that is.
         warnings: of the scans.
         remarks: sentences above the numbers. facts: (name, value).
@@ -93,6 +93,7 @@ class RunPage:
     facts: Sequence[tuple[str, str]]
     tables: Sequence[PageTable]
     noun: str = "scans"
+    lesion_noun: str = "lesion"
     files: str = "cases.csv and lesions.csv"
     sentence: str = ""
     warnings: Warnings = field(default_factory=Warnings)
@@ -142,7 +143,8 @@ def run_page(
     left = CONTENT_BYTES - sum(map(json_size, (pictures, linked, failed, remarks, entries)))
     left -= sum(len(plot.svg.encode()) for plot in plots)
     scans = scan_table(cases, with_pictures=bool(pictures), max_bytes=left // 2)
-    table = fitting_table(LESIONS, lesions, max_bytes=left - json_size(scans.content))
+    layout = replace(LESIONS, caption=f"{noun_of_lesions(lesions).capitalize()}s")
+    table = fitting_table(layout, lesions, max_bytes=left - json_size(scans.content))
     return RunPage(
         title=f"volseg {about.command or 'results'}: {format_count(len(cases), 'scan')}",
         made_with=about.made_with,
@@ -152,6 +154,7 @@ def run_page(
         warnings=warning_kinds(cases),
         boxes=boxes,
         remarks=remarks,
+        lesion_noun=noun_of_lesions(lesions),
         facts=_facts(cases, lesions),
         plots=plots,
         plot_note=f"A dot is a {_dot_noun(lesions)}; select it to open it. {OUTLIER_RULE}.",
@@ -170,7 +173,14 @@ def _sentence(
     boxes: Sequence[tuple[ModelBox, Similarity]],
 ) -> str:
     n_lesions, total_ml = _totals(cases, lesions)
-    return run_sentence(about, cases, n_lesions=n_lesions, total_ml=total_ml, boxes=boxes)
+    return run_sentence(
+        about,
+        cases,
+        n_lesions=n_lesions,
+        total_ml=total_ml,
+        boxes=boxes,
+        noun=noun_of_lesions(lesions),
+    )
 
 
 def _remarks(
@@ -237,12 +247,13 @@ def _facts(cases: Sequence[CaseRow], lesions: Sequence[LesionMeasurement]) -> li
         for state in ("done", "failed", "pending")
         if state in states
     ]
-    facts.append(("scans without lesions", str(sum(case.n_lesions == 0 for case in cases))))
+    noun = noun_of_lesions(lesions)
+    facts.append((f"scans without {noun}s", str(sum(case.n_lesions == 0 for case in cases))))
     n_lesions, total_ml = _totals(cases, lesions)
-    facts.append(("lesions", str(n_lesions)))
+    facts.append((f"{noun}s", str(n_lesions)))
     if volumes:
         facts.append(("total volume", f"{format_number(total_ml)} mL"))
-        facts.append(("largest lesion", f"{format_number(max(volumes))} mL"))
+        facts.append((f"largest {noun}", f"{format_number(max(volumes))} mL"))
     return facts
 
 
@@ -258,7 +269,7 @@ def _totals(cases: Sequence[CaseRow], lesions: Sequence[LesionMeasurement]) -> t
 
 
 def _dot_noun(lesions: Sequence[LesionMeasurement]) -> str:
-    return "lesion" if len(lesions) <= MAX_DOTS else "scan"
+    return noun_of_lesions(lesions) if len(lesions) <= MAX_DOTS else "scan"
 
 
 def _plots(
@@ -277,17 +288,18 @@ def _plots(
 def _lesion_strips(
     lesions: Sequence[LesionMeasurement], linked: Container[str]
 ) -> Iterator[Strip | None]:
+    noun = noun_of_lesions(lesions)
+
     def dots(column: str, unit: str, rows: Sequence[LesionMeasurement]) -> dict[str, list[Dot]]:
         groups: dict[str, list[Dot]] = defaultdict(list)
         for row in rows:
             value = getattr(row, column)
             if value is not None:
-                name = f"{row.case_id}, lesion {row.lesion_id}: {format_number(value)} {unit}"
+                name = f"{row.case_id}, {noun} {row.lesion_id}: {format_number(value)} {unit}"
                 page = _page(row.case_id, linked, f"#lesion={row.lesion_id}")
                 groups[shorten(row.label_name or "")].append(Dot(value, name.rstrip(), page))
         return groups
 
-    noun = "lesion"
     yield strip_of(dots("volume_ml", "mL", lesions), title="Volume", unit="mL", noun=noun)
     for unit in sorted({lesion.intensity_unit or "" for lesion in lesions}):
         rows = [lesion for lesion in lesions if (lesion.intensity_unit or "") == unit]

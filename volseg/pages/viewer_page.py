@@ -12,6 +12,7 @@ from markupsafe import Markup
 from volseg import __version__
 from volseg.measurement.rows import CaseRow, LesionMeasurement
 from volseg.measurement.units import shown_unit, unit_doubt_in
+from volseg.pages.headline import noun_of_lesions
 from volseg.pages.marks import axis_ends, lesion_colour, lesion_points
 from volseg.pages.model_box import ModelBox, similarity_of_scan
 from volseg.pages.page import CONTENT_BYTES, as_base64, asset, json_size, json_value, render_page
@@ -47,19 +48,19 @@ def viewer_html(
     rows = sorted(lesions, key=lambda lesion: lesion.lesion_id)[:MAX_VIEWER_ROWS]
     rows = with_doubts(rows, [case])
     unit = shown_unit(unit, is_doubted=bool(unit_doubt_in(case.warnings)))
-    n_lesions = max(case.n_lesions or 0, len(lesions))
+    n_lesions, noun = max(case.n_lesions or 0, len(lesions)), noun_of_lesions(rows)
     return render_page(
         "viewer.html.jinja",
         scripts=("table.js", "review.js", "slices.js", "surface.js", "viewer.js"),
         allowed=(asset("vendor", NIIVUE, is_packed=True),),
         case=case,
-        facts=_facts(case, has_lesions=bool(lesions)),
+        facts=_facts(case, noun, has_lesions=bool(lesions)),
         unit=unit,
         shown_part=_shown_part(preview),
         box=box,
         similarity=similarity_of_scan(case.warnings),
-        invitation="Select a lesion in the table or the slices." if rows else "No lesions found.",
-        remark=_remark(preview, len(rows), n_lesions),
+        invitation=f"Select a {noun} in the table or the slices." if rows else f"No {noun}s found.",
+        remark=_remark(preview, len(rows), n_lesions, noun),
         content=_content(case, preview, rows, unit),
         montage=as_base64(montage),
         image=as_base64(preview.packed_image),
@@ -79,6 +80,7 @@ def _content(
         "case": case.case_id,
         "table": page_table(LESIONS_OF_A_SCAN, rows).content,
         "unit": unit,
+        "noun": noun_of_lesions(rows),
         "window": [json_value(value) for value in preview.window],
         "presets": [
             {"name": preset.name, "low": json_value(preset.low), "high": json_value(preset.high)}
@@ -90,26 +92,26 @@ def _content(
     }
 
 
-def _remark(preview: Preview, n_rows: int, n_lesions: int) -> str:
+def _remark(preview: Preview, n_rows: int, n_lesions: int, noun: str) -> str:
     remarks = []
     if n_rows < n_lesions:
         remarks.append(
-            f"Showing the first {n_rows} of {n_lesions} lesions; lesions.csv has them all."
+            f"Showing the first {n_rows} of {n_lesions} {noun}s; lesions.csv has them all."
         )
     if preview.not_drawn:
         remarks.append(
-            f"Not drawn: {format_count(preview.not_drawn, 'lesion')}, too small at this "
+            f"Not drawn: {format_count(preview.not_drawn, noun)}, too small at this "
             "resolution or beyond the drawing limit."
         )
     return " ".join(remarks)
 
 
-def _facts(case: CaseRow, *, has_lesions: bool) -> list[str]:
+def _facts(case: CaseRow, noun: str, *, has_lesions: bool) -> list[str]:
     facts = [
         case.image,
         case.model,
         f"volseg {__version__}",
-        format_count(case.n_lesions, "lesion"),
+        format_count(case.n_lesions, noun),
         f"{format_number(case.total_volume_ml)} mL" if has_lesions else "",
     ]
     return [fact for fact in facts if fact]

@@ -127,9 +127,10 @@ def close(
     )
     why = {"spacing": why_spacing, "patches on labels": why_fraction} | why_size
     for name in recipe.data.channels:
-        if keys := recipe.preprocess.normaliser_of(name).open_keys:
-            statistics = ", ".join(WINDOW[key][1] for key in keys)
-            why[_intensities(name)] = f"{statistics} under the training labels"
+        form = recipe.preprocess.normaliser_of(name)
+        statistics = ", ".join(WINDOW[key][1] for key in form.open_keys)
+        text = f"{statistics} under the training labels" if statistics else form.why
+        why[_intensities(name)] = text or STATED
     lines = _decisions(recipe, closed)
     reasons = [line.model_copy(update={"reason": why.get(line.setting, STATED)}) for line in lines]
     return Closed(closed, (*reasons, *_context(recipe, closed, fingerprint)))

@@ -95,6 +95,11 @@ class Normaliser(Section, ABC):
         return str(getattr(self, "method", ""))
 
     @property
+    def why(self) -> str:
+        """What speaks for it in a plan, if it leaves nothing to the plan; empty: nothing known."""
+        return ""
+
+    @property
     def open_keys(self) -> list[str]:
         """Keys that are "auto" and for a plan to fill in."""
         return [key for key, value in self if value == AUTO]
@@ -136,6 +141,10 @@ class ZScore(Normaliser):
     method: Literal["zscore"] = "zscore"
     # Voxels over which the mean and SD are taken; with `nonzero` all other voxels stay 0.
     region: Literal["body", "scan", "nonzero"] = "body"
+
+    @property
+    def why(self) -> str:
+        return "each scan by its own mean and standard deviation, which needs no fixed unit"
 
     def fit(self, array: np.ndarray, body: np.ndarray | None = None) -> Scaling:
         inside = _inside(array, body, self.region)

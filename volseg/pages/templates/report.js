@@ -145,7 +145,8 @@ class Review {
 
   show() {
     const [name, lesion] = this.key(this.row), verdict = this.table.value(this.row, "verdict");
-    at("review-lesion").textContent = `of ${name}, lesion ${lesion}`;
+    const title = at("review-lesion");
+    title.textContent = `of ${name}, ${title.dataset.noun} ${lesion}`;
     at("accept").setAttribute("aria-pressed", String(verdict === "accepted"));
     at("reject").setAttribute("aria-pressed", String(verdict === "rejected"));
     at("comment").value = this.table.value(this.row, "comment");

@@ -3,6 +3,7 @@
 const BORDER = 0.35; // extra opacity of a lesion's border
 const HARDLY = 0.001; // opacity; NiiVue does not draw a layer with opacity 0
 const content = island("content");
+const NOUN = content.noun.charAt(0).toUpperCase() + content.noun.slice(1);
 const reviews = new Reviews(new URL("../", location.href).pathname);
 let viewer = null;
 let selected = null;
@@ -21,7 +22,7 @@ const table = new DataTable(at("lesions"), content.table, {
     const number = owner.value(row, "lesion_id");
     const swatch = make("span", { class: "swatch", "aria-hidden": "true" });
     swatch.style.background = colourOf(number);
-    const button = make("button", { type: "button", "data-key": String(number), "aria-label": `Show lesion ${number}` }, swatch, String(number));
+    const button = make("button", { type: "button", "data-key": String(number), "aria-label": `Show ${content.noun} ${number}` }, swatch, String(number));
     return make("td", {}, button, make("span", { class: "verdict" }));
   },
   look: (line, row, owner) => {
@@ -48,7 +49,7 @@ function choose(number, { move = true } = {}) {
     viewer.drawScene();
     viewer.createOnLocationChange();
   } else if (move && viewer) {
-    at("place").textContent = `Lesion ${number} is not drawn at this resolution.`;
+    at("place").textContent = `${NOUN} ${number} is not drawn at this resolution.`;
   }
 }
 
@@ -58,7 +59,7 @@ function chooseFirst() {
   const last = content.table.rows.at(-1);
   const asked = words === "last" && last ? table.value(last, "lesion_id") : Number(words === "first" ? 0 : words);
   if (rowOf(asked)) choose(asked);
-  else if (asked) say(`Lesion ${asked} is not listed on this page; lesions.csv lists all lesions.`);
+  else if (asked) say(`${NOUN} ${asked} is not listed on this page; lesions.csv lists all ${content.noun}s.`);
   else if (content.table.rows.length) choose(table.value(content.table.rows[0], "lesion_id"));
 }
 
@@ -76,7 +77,7 @@ function showNumbers(row) {
   }
   const reasons = make("ul", {}, ...unknown.map((column) => make("li", {}, `${column.name}: ${table.reason(column, row)}`)));
   const details = make("details", {}, make("summary", {}, `${unknown.length} unknown`), reasons);
-  at("numbers").replaceChildren(make("h3", {}, `Lesion ${table.value(row, "lesion_id")}`), list, ...(unknown.length ? [details] : []));
+  at("numbers").replaceChildren(make("h3", {}, `${NOUN} ${table.value(row, "lesion_id")}`), list, ...(unknown.length ? [details] : []));
 }
 
 // ---- from lesion to lesion and from scan to scan
@@ -255,7 +256,7 @@ function showPlace(location) {
   const number = Math.round(id);
   const place = at("place");
   Object.assign(place.dataset, { r, a, s, id: number, value });
-  place.textContent = `R ${r.toFixed(1)}  A ${a.toFixed(1)}  S ${s.toFixed(1)} mm · about ${shown(Math.round(value * 10) / 10)} ${content.unit} · ${number ? `lesion ${number}` : "no lesion"}`;
+  place.textContent = `R ${r.toFixed(1)}  A ${a.toFixed(1)}  S ${s.toFixed(1)} mm · about ${shown(Math.round(value * 10) / 10)} ${content.unit} · ${number ? `${content.noun} ${number}` : `no ${content.noun}`}`;
   showSlice();
   if (number && number !== selected) choose(number, { move: false });
 }
@@ -297,7 +298,7 @@ async function showSurface() {
   let cells = 0;
   for (const [number, box] of [...boxesOf(lesions.img, dims)].sort((a, b) => a[0] - b[0])) {
     cells += box[0].reduce((product, low, axis) => product * (box[1][axis] - low + 3), 1);
-    if (cells > MAX_SURFACE_CELLS) { say("Only the largest lesions have a surface."); break; }
+    if (cells > MAX_SURFACE_CELLS) { say(`Only the largest ${content.noun}s have a surface.`); break; }
     const { points, triangles } = surfaceOf(lesions.img, dims, number, box);
     const colour = [1, 3, 5].map((start) => parseInt(colourOf(number).slice(start, start + 2), 16));
     solid.addMesh(new niivue.NVMesh(toMm(points, lesions.hdr.affine), triangles, `lesion ${number}`, new Uint8Array([...colour, 255]), 1, true, solid.gl));
