@@ -168,6 +168,19 @@ class Options:
             value = setting.check(name, str(types[name]), getattr(self, name))
             object.__setattr__(self, name, value)
 
+    def refuse_missing_inputs(self) -> None:
+        """Check that the files and folders to read exist, before anything is loaded.
+
+        Raises:
+            VolsegError: one does not (`E_MISSING`).
+        """
+        for name, setting in settings_of(type(self)):
+            if setting.converter in INPUT_CONVERTERS:
+                value = getattr(self, name)
+                for given in value if isinstance(value, tuple) else (value,):
+                    if given is not None and not os.path.exists(given):
+                        raise missing_path(given)
+
     def stated(self) -> dict[str, Any]:
         """Return the settings that differ from their defaults, as JSON."""
         settings = dict(settings_of(type(self)))
@@ -205,7 +218,9 @@ def command(settings: Callable[P, T]) -> Callable[[Callable[[T], R]], Callable[P
                 signature.bind(*args, **kwargs)
             except TypeError as error:
                 raise TypeError(f"{call.__name__}() {error}") from None
-            return function(settings(*args, **kwargs))
+            options: Any = settings(*args, **kwargs)
+            options.refuse_missing_inputs()
+            return function(options)
 
         call.__signature__ = signature  # type: ignore[attr-defined]
         call.__annotations__ = {
@@ -267,15 +282,8 @@ def paths(value: PathLike[str] | str | Sequence[PathLike[str] | str]) -> tuple[P
 
 
 def input_path(value: PathLike[str] | str) -> Path:
-    """Return the path of an existing file or folder.
-
-    Raises:
-        VolsegError: there is none; no command needs to load anything to notice it.
-    """
-    existing = path(value)
-    if not os.path.exists(existing):
-        raise missing_path(existing)
-    return existing
+    """Return a path; a command that is called with it refuses to start if nothing is there."""
+    return path(value)
 
 
 def optional_input_path(value: PathLike[str] | str | None) -> Path | None:
@@ -283,8 +291,11 @@ def optional_input_path(value: PathLike[str] | str | None) -> Path | None:
 
 
 def input_paths(value: PathLike[str] | str | Sequence[PathLike[str] | str]) -> tuple[Path, ...]:
-    """Return one or several paths of existing files or folders as a tuple."""
+    """Return one or several such paths as a tuple."""
     return tuple(map(input_path, paths(value)))
+
+
+INPUT_CONVERTERS = (input_path, optional_input_path, input_paths)
 
 
 def names(value: Sequence[str] | str | None) -> tuple[str, ...]:
