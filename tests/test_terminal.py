@@ -54,7 +54,7 @@ def test_the_last_lines_say_what_came_out_and_where(tmp_path):
     (data / "images" / "b.nii.gz").write_bytes(b"damaged")
     done = measured(data, out, "--no-report")
     assert done.returncode == 3
-    line = f"2 scans: 4 lesions, 0.288 mL, 2 of them already complete, 1 failed → {out}"
+    line = f"2 scans: 4 lesions, 0.288 mL, 2 of them already complete, 1 failed → {out}\n"
     assert line in done.stdout
 
 
