@@ -203,7 +203,10 @@ def test_cuda_where_there_is_none_is_exit_code_5(model, dataset, tmp_path):
     assert done.returncode == 5
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
+)
 def test_an_interrupted_batch_leaves_a_table_with_pending_rows(
     number, code, model, dataset, tmp_path
 ):
@@ -301,7 +304,11 @@ def test_ctrl_c_ends_training_with_a_usable_model_and_resume_goes_on(
 ):
     # A prepared folder brings its recipe.
     slow = tiny_recipe.model_copy(
-        update={"train": tiny_recipe.train.model_copy(update={"epochs": 400, "patience": 400})}
+        update={
+            "train": tiny_recipe.train.model_copy(
+                update={"epochs": 400, "patience": 400, "steps_per_epoch": 3}
+            )
+        }
     )
     commands.preprocess(dataset, recipe=slow, out=tmp_path / "p")
     out = tmp_path / "m"

@@ -286,7 +286,11 @@ def test_lesions_add_up_to_the_mask(seed):
         assert any(row.touches_border for row in parts) == total.touches_border
 
 
-@pytest.mark.parametrize("spacing_mm", [SPACING_MM, (0.625, 0.625, 0.625)], ids=str)
+@pytest.mark.parametrize(
+    "spacing_mm",
+    [SPACING_MM, pytest.param((0.625, 0.625, 0.625), marks=pytest.mark.slow)],
+    ids=str,
+)
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS.keys())
 def test_all_48_orientations_give_identical_rows(grid, spacing_mm):
     image, mask = random_scan(background=0.97)
@@ -354,6 +358,7 @@ def printed(row):
     return [f"{value:.4f}" for value in asdict(row).values() if isinstance(value, float)]
 
 
+@pytest.mark.slow  # tests/commands/test_measuring.py does it with the command
 def test_the_same_real_scan_in_48_files():
     folder = real_data("nifti_zoo/orientations48")
     expected = None

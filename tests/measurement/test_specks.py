@@ -201,7 +201,7 @@ def test_a_lesion_as_large_as_the_scan_is_measured_slab_by_slab():
         assert_equal_rows(rows, expected)
 
 
-@pytest.mark.parametrize("density", [0.01, 0.2, 1.0])
+@pytest.mark.parametrize("density", [pytest.param(0.01, marks=pytest.mark.slow), 0.2, 1.0])
 def test_measuring_takes_a_few_bytes_per_voxel_and_per_lesion_whatever_the_mask(density):
     shape = (90, 100, 100)
     mask = np.asfortranarray(noise(density, 1, shape=shape))
