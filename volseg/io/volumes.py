@@ -138,7 +138,7 @@ def checked_mask(
     Args:
         path: of the mask, or its name in memory, for messages.
     """
-    value_range(stored.array, path)  # NaN labels
+    value_range(stored.array, path, fill="0, the background")  # NaN labels
     if threshold is not None and holds_fractions(stored):
         labels = np.empty(stored.array.shape, np.uint8, order="F")
         for k in range(stored.geometry.shape[2]):

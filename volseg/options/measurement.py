@@ -15,6 +15,7 @@ from volseg.options.declare import (
     names,
     option,
     optional_input_path,
+    optional_label,
     optional_names,
     optional_path,
     options,
@@ -61,6 +62,7 @@ class MaskOptions(Options):
         "Label (name or value) of the organ that contains the lesions; `burden` is the fraction of "
         "its volume that they fill.",
         default=None,
+        converter=optional_label,
     )
     lymph_nodes: tuple[str, ...] = option(
         "Label of lymph nodes, measured along their short axis; repeatable.",
