@@ -131,6 +131,29 @@ SHORT_AXES = """() => {
 
 
 @pytest.mark.browser
+def test_on_a_phone_the_picture_stays_in_view_while_lesions_are_chosen(browser, tmp_path):
+    scan, ids, rows, _ = scene(n_small=60)
+    (tmp_path / "a.html").write_text(page_of(scan, ids, rows), encoding="utf-8")
+    context = browser.new_context(viewport={"width": 390, "height": 700}, offline=True)
+    page = context.new_page()
+    page.goto((tmp_path / "a.html").as_uri())
+    page.wait_for_selector("html[data-ready]", state="attached", timeout=60_000)
+    for _ in range(30):
+        page.keyboard.press("n")
+    page.wait_for_function("document.getElementById('place').dataset.id === '31'")
+    assert page.evaluate("scrollY") == 0
+    box, row = (
+        page.evaluate(
+            f"(() => {{ const r = document.querySelector({name!r})"
+            ".getBoundingClientRect(); return [r.top, r.bottom] })()"
+        )
+        for name in (".side .wide", '.side [aria-current="true"]')
+    )
+    assert box[0] <= row[0] and row[1] <= box[1]  # in view within the table
+    context.close()
+
+
+@pytest.mark.browser
 def test_a_diameter_is_drawn_where_it_was_measured(browser, tmp_path):
     """Clicking an end of the drawn short axis moves the crosshair to its end in the table."""
     scan, ids, rows, _ = scene()
