@@ -14,23 +14,15 @@ from pathlib import Path
 import pytest
 from nnunet_folder import write_model
 
-from volseg import commands, reports
+from volseg import commands, options, reports
 from volseg.cli import progress
 from volseg.cli.show import show
 
 COMMANDS = (
-    "preprocess",
-    "plan",
-    "train",
-    "infer",
-    "quantise",
-    "measure",
-    "evaluate",
-    "compare",
-    "report",
-    "import-nnunet",
+    *(name.replace("_", "-") for name in options.COMMANDS),
     "check",
     "columns",
+    "selftest",
 )
 
 
@@ -185,6 +177,7 @@ def test_a_label_with_markup_is_shown_as_it_is_in_a_table(monkeypatch, capsys):
         "n_patients": 3,
         "patients": "a patient per case",
         "not_predicted": [],
+        "settings": {"objects": "components"},
     }
     show(reports.EvaluateReport(out=Path("nowhere"), summary=summary))
     printed = capsys.readouterr()

@@ -118,7 +118,7 @@ def test_an_empty_mask_in_memory_has_no_lesion_and_keeps_the_columns(pair, of_fi
     assert len(result.lesions) == 0
     assert list(result.lesions.columns) == list(of_files.lesions.columns)
     assert result.cases["n_lesions"].tolist() == [0]
-    assert "0 lesions" in repr(result)
+    assert "no lesion" in repr(result)
     assert result._repr_html_()
 
 

@@ -9,12 +9,10 @@ import pytest
 
 from volseg.commands.batch import Batch, CaseFiles, run_cases
 from volseg.commands.patients import read_pairs
-from volseg.commands.remarks import remarks_on_scans
 from volseg.errors import VolsegError
 from volseg.inputs import parse_json, read_toml
 from volseg.io.cases import Case
 from volseg.io.layouts import find_cases
-from volseg.measurement.rows import CaseRow
 from volseg.nnunet.plans import Dataset, configuration_of
 from volseg.options import MeasureOptions
 from volseg.pages.about import About
@@ -85,11 +83,6 @@ def table_of_one_patient(folder, n):
     return lambda: read_pairs(folder / "one.csv", times(folder, names))
 
 
-def remarks(folder, n):
-    rows = [CaseRow(case_id=f"c{number}", status="done") for number in range(n)]
-    return lambda: remarks_on_scans(rows, [row.case_id for row in rows])
-
-
 def cases_that_are_complete(folder, n):
     cases = [Case(f"c{number}", {"image": Path("scan.nii")}) for number in range(n)]
     results = SimpleNamespace(
@@ -139,7 +132,6 @@ def nnunet_configurations(folder, n):
         (table_of_many_channels, 6_000),
         (table_of_pairs, 3_000),
         (table_of_one_patient, 3_000),
-        (remarks, 5_000),
         (cases_that_are_complete, 5_000),
         (nnunet_channels, 6_000),
         (nnunet_configurations, 6_000),

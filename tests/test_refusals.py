@@ -637,7 +637,9 @@ def test_training_works_in_an_encoding_without_arrows(monkeypatch, tmp_path, dat
     options = ["--recipe", recipe, "--out", model]
     code, text, messages = printed(monkeypatch, encoding, "train", dataset, *options)
     assert code == 0, messages
-    assert text.splitlines()[-1] == f"model -> {str(model)[:-1]}\\u2603"
+    last = text.splitlines()[-1]
+    assert last.startswith("a model, validation Dice: ")
+    assert last.endswith(f" -> {str(model)[:-1]}\\u2603")
     assert (model / "model.json").is_file()
 
 

@@ -75,10 +75,10 @@ class RunReport:
         return {name: len(getattr(self, name)) for name in names}
 
     @property
-    def summary(self) -> str:
+    def headline(self) -> str:
         """One line: what came out, what is wrong with it, and where to look.
 
-        >>> str(RunReport(out=Path("results"), done=["a", "b"], warnings=["W_NAN: a: …"]).summary)
+        >>> str(RunReport(out=Path("results"), done=["a", "b"], warnings=["W_NAN: a: …"]).headline)
         '2 cases, 1 warning → results'
         """
         parts = [self.outcome]
@@ -97,7 +97,7 @@ class RunReport:
 
     def __repr__(self) -> str:
         lines = [f"failed: {case}: {reason}" for case, reason in self.failed.items()]
-        return text_of(type(self).__name__, self.summary, [*lines, *self.warnings])
+        return text_of(type(self).__name__, self.headline, [*lines, *self.warnings])
 
     def _repr_html_(self) -> str:
         try:
@@ -119,7 +119,7 @@ class RunReport:
         """Return the content that `--json` prints."""
         content = {item.name: getattr(self, item.name) for item in fields(self)}
         content |= {"out": str(self.out), "exit_code": self.exit_code}
-        return content | {"counts": self.counts, "text": self.summary}
+        return content | {"counts": self.counts, "text": self.headline}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -317,7 +317,7 @@ class TrainReport(RunReport):
             for name, value in self.metrics.items()
             if name.startswith("validation_dice_") and isinstance(value, float)
         ]
-        return f"validation Dice: {', '.join(dice)}" if dice else "a model"
+        return f"a model, validation Dice: {', '.join(dice)}" if dice else "a model"
 
     @property
     def goal(self) -> Path | None:
@@ -488,7 +488,7 @@ def totals_of_cases(cases: DataFrame) -> tuple[int, float]:
 
 def text_of_lesions(n: int, volume_ml: float, noun: str) -> str:
     """Return number and volume of lesions, or of what else they are called."""
-    return f"{format_count(n, noun)}, {format_number(volume_ml)} mL" if n else f"no {noun}"
+    return f"{format_count(n, noun)}, {format_number(volume_ml, 3)} mL" if n else f"no {noun}"
 
 
 def text_of(title: str, outcome: str, remarks: Sequence[str]) -> str:

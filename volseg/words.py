@@ -68,9 +68,11 @@ def format_sizes(sizes: Iterable[float]) -> str:
     return " × ".join(str(size) if isinstance(size, int) else f"{size:g}" for size in sizes)
 
 
-def format_number(value: float | None) -> str:
+def format_number(value: float | None, digits: int = 4) -> str:
     """Format a value with four digits, or as whole number; a dash means unknown."""
-    return "–" if value is None else f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    if value is None:
+        return "–"
+    return f"{value:.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
 
 
 def duration(seconds: float) -> str:

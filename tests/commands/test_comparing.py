@@ -682,9 +682,9 @@ def test_models_and_grids_that_differ_are_warned_of(baseline, tmp_path):
     )
     change_record(thick, "stays", lambda record: record["case"].update(model="other@12"))
     report = volseg.compare(baseline, thick, out=tmp_path / "out", registration=False)
-    (warning,) = report.warnings
-    assert "W_MODEL: the masks are of different origin (none; other@12)" in warning
-    assert "W_GRID: voxels of 1.5 × 1.5 × 2 mm and 1.5 × 1.5 × 5 mm" in warning
+    origin, grid = sorted(report.warnings, reverse=True)
+    assert "W_MODEL: stays: the masks are of different origin (none; other@12)" in origin
+    assert "W_GRID: stays: voxels of 1.5 × 1.5 × 2 mm and 1.5 × 1.5 × 5 mm" in grid
 
 
 def test_lymph_nodes_are_those_that_were_measured_as_such_or_that_are_named(tmp_path):

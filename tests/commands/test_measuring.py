@@ -1,6 +1,7 @@
 import csv
 import json
 import re
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -128,7 +129,10 @@ def test_volumes_of_all_117_labels_equal_the_published_statistics(subject, tmp_p
 @pytest.mark.parametrize(
     "arguments", [{}, {"image": "a.nii"}, {"image": "a.nii", "mask": "b.nii", "cases": "c.csv"}]
 )
-def test_a_pair_or_a_table_is_needed(arguments, tmp_path):
+def test_a_pair_or_a_table_is_needed(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in arguments.values():
+        Path(name).touch()
     with pytest.raises(VolsegError, match="needs a scan and its mask"):
         volseg.measure(**arguments, out=tmp_path / "out")
 

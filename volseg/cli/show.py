@@ -15,8 +15,9 @@ from rich.table import Table
 
 from volseg import reports
 from volseg.terminal import one_line, takes_unicode
-from volseg.words import format_count, format_sizes
+from volseg.words import NOUNS, format_count, format_sizes
 
+MAX_PATIENTS = 30  # listed
 MAX_WIDTH = 100  # of running text: longer lines are hard to read
 FILES = {  # name → what it holds
     "lesions.csv": "a row per lesion",
@@ -34,7 +35,7 @@ FILES = {  # name → what it holds
 def show(report: reports.RunReport) -> None:
     """Print the report of a command as text: details, then one line that sums it up, and files."""
     show_details(report)
-    typer.echo(one_line(report.summary))
+    typer.echo(one_line(report.headline))
     for path in report.paths.values():
         if path != report.goal and path.name in FILES:
             typer.echo(f"  {path}: {FILES[path.name]}")
@@ -125,7 +126,8 @@ def _(report: reports.EvaluateReport) -> None:
         "volume_error_ml": ("volume mL", 1),
     }
     headings = (heading for heading, _ in shown.values())
-    table = Table("label", *headings, "lesion F1", box=SIMPLE, padding=(0, 1, 0, 0))
+    noun = NOUNS[report.summary["settings"]["objects"]]
+    table = Table("label", *headings, f"{noun} F1", box=SIMPLE, padding=(0, 1, 0, 0))
     labels = report.summary["labels"].values()
     for label in labels:
         cells = [
@@ -155,9 +157,8 @@ def _(report: reports.CompareReport) -> None:
     statuses = ("new", "gone", "merged", "split")
     headings = ("patient", "response", "sum %", *statuses, "volume %")
     table = Table(*headings, title="RECIST 1.1")
-    for row in report.patients:
-        if row["status"] != "done":
-            continue
+    compared = [row for row in report.patients if row["status"] == "done"]
+    for row in compared[:MAX_PATIENTS]:
         counts = (str(row[f"n_{status}"]) for status in statuses)
         sums, volume = (
             "" if row[name] is None else f"{row[name]:+.1f}"
@@ -165,6 +166,8 @@ def _(report: reports.CompareReport) -> None:
         )
         table.add_row(one_line(row["patient"]), row["response"] or "", sums, *counts, volume)
     print_table(table)
+    if (more := len(compared) - MAX_PATIENTS) > 0:
+        typer.echo(f"and {format_count(more, 'more patient')}")
     typer.echo("sum: of the target diameters; response.csv has the deciding rule for each patient")
     for patient, reason in report.unpaired.items():
         typer.echo(f"unpaired: {patient}: {reason}", err=True)

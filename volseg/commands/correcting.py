@@ -19,6 +19,7 @@ from volseg.commands.batch import (
 from volseg.commands.jobs import Tally
 from volseg.commands.mask_measurement import MaskSettings, measure_mask, refused_masks
 from volseg.commands.pages import page_budget, read_run, write_report
+from volseg.commands.remarks import remark
 from volseg.errors import ScanError, VolsegError
 from volseg.io.cases import Case
 from volseg.io.formats import RESULT_SUFFIX
@@ -147,11 +148,11 @@ class _CorrectedMask:
                 code="E_CHANGED",
             )
         model = record.case.model
-        remark = (
+        by_hand = (
             f"W_CORRECTED: the mask of {model} was corrected by hand, "
             "so there is no confidence and no class"
         )
-        measured = replace(measured, model=model, remarks=[*measured.remarks, remark])
+        measured = replace(measured, model=model, remarks=[*measured.remarks, by_hand])
         with folder.staged() as commit:
             box = read_model_box(record.source.model_box)
             case_row = write_case(measured, self.files, commit, box)

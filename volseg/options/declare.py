@@ -182,6 +182,19 @@ class Options:
                 problem = f"{field.name} must be a function, got {_shown(value)}"
                 raise VolsegError(problem, fix=field.metadata[CALLBACK], code="E_USAGE")
 
+    def refuse_missing_inputs(self) -> None:
+        """Check that the files and folders to read exist, before anything is loaded.
+
+        Raises:
+            VolsegError: one does not (`E_MISSING`).
+        """
+        for name, setting in settings_of(type(self)):
+            if setting.converter in INPUT_CONVERTERS:
+                value = getattr(self, name)
+                for given in value if isinstance(value, tuple) else (value,):
+                    if given is not None and not os.path.exists(given):
+                        raise missing_path(given)
+
     def stated(self) -> dict[str, Any]:
         """Return the settings that differ from their defaults, as JSON."""
         settings = dict(settings_of(type(self)))
@@ -220,7 +233,9 @@ def command(settings: Callable[P, T]) -> Callable[[Callable[[T], R]], Callable[P
             except TypeError as error:
                 hint = _spelling_of(kwargs.keys() - signature.parameters.keys(), settings)
                 raise TypeError(f"{call.__name__}() {error}{hint}") from None
-            return function(settings(*args, **kwargs))
+            options: Any = settings(*args, **kwargs)
+            options.refuse_missing_inputs()
+            return function(options)
 
         call.__signature__ = signature  # type: ignore[attr-defined]
         call.__annotations__ = {
@@ -295,15 +310,8 @@ def paths(value: PathLike[str] | str | Sequence[PathLike[str] | str]) -> tuple[P
 
 
 def input_path(value: PathLike[str] | str) -> Path:
-    """Return the path of an existing file or folder.
-
-    Raises:
-        VolsegError: there is none; no command needs to load anything to notice it.
-    """
-    existing = path(value)
-    if not os.path.exists(existing):
-        raise missing_path(existing)
-    return existing
+    """Return a path; a command that is called with it refuses to start if nothing is there."""
+    return path(value)
 
 
 def optional_input_path(value: PathLike[str] | str | None) -> Path | None:
@@ -311,8 +319,11 @@ def optional_input_path(value: PathLike[str] | str | None) -> Path | None:
 
 
 def input_paths(value: PathLike[str] | str | Sequence[PathLike[str] | str]) -> tuple[Path, ...]:
-    """Return one or several paths of existing files or folders as a tuple."""
+    """Return one or several such paths as a tuple."""
     return tuple(map(input_path, paths(value)))
+
+
+INPUT_CONVERTERS = (input_path, optional_input_path, input_paths)
 
 
 def names(value: Sequence[str] | str | None) -> tuple[str, ...]:
