@@ -91,7 +91,7 @@ def test_all_48_orders_of_a_prediction_evaluate_alike(scan, tmp_path):
         assert all(of_case == by_case["o00"] for of_case in by_case.values()), first_notes
     notes = {row["case_id"]: row["notes"] for row in rows(tmp_path / "out" / "evaluation.csv")}
     assert "W_AXES" not in notes.pop("o00") and all("W_AXES" in text for text in notes.values())
-    assert [w for w in report.warnings if w.startswith("W_AXES: 47 cases, such as o01: ")]
+    assert len([text for text in report.warnings if text.startswith("W_AXES: o")]) == 47
 
 
 def test_check_plan_and_preprocess_take_masks_and_channels_in_any_order(
