@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -227,6 +228,20 @@ def test_a_loaded_model_serves_many_scans_and_equals_its_folder(loaded, model, d
     assert "tiny@" in repr(loaded)
 
 
+@pytest.mark.parametrize("backend", ["torch", "openvino"])
+def test_a_loaded_model_serves_several_threads(backend, model, dataset):
+    if backend == "openvino":
+        pytest.importorskip("openvino")
+    loaded = volseg.load_model(model, device="cpu", backend=backend)
+    paths = [dataset / "images" / f"scan_{number}.nii.gz" for number in (5, 6, 7, 6)]
+    expected = [loaded(path).mask for path in paths]
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(3):
+            masks = [result.mask for result in threads.map(loaded, paths)]
+            for mask, alone in zip(masks, expected, strict=True):
+                np.testing.assert_array_equal(mask, alone)
+
+
 def test_a_loaded_model_is_a_model_for_infer_too(loaded, dataset, inferred, tmp_path):
     scan = dataset / "images" / "scan_7.nii.gz"
     report = volseg.infer(scan, model=loaded, out=tmp_path / "out", pages=False)
@@ -325,6 +340,13 @@ WRONG = [
     "volseg.segment(array, spacing_mm=(1, 1, 1), progress=3)",
     "volseg.load_model(backend=3)",
     "volseg.load_model(device=None)",
+    "volseg.read_volume(array)",
+    "volseg.read_mask(itk)",
+    "volseg.read_table(frame)",
+    "volseg.write_volume(array, 'a.nii.gz')",
+    "volseg.check(array)",
+    "volseg.cases(array)",
+    "volseg.report(array)",
     "volseg.load_model(array)",
     "volseg.load_model('no_such_folder')",
     "volseg.infer(array)",
