@@ -95,7 +95,7 @@ class MeasureOptions(MaskOptions, OfSeries, Limited, Pictured, Announcing):
         converter=optional_input_path,
     )
     mask: Path | None = option(
-        "Mask on the grid of the scan, or a folder of masks with equal file names.",
+        "Mask on the grid of the scan, or a folder of masks, paired with the scans by name.",
         default=None,
         converter=optional_input_path,
     )
