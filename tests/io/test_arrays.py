@@ -192,6 +192,12 @@ REFUSED = {
         nibabel.Nifti1Image(np.ones((4, 4, 4, 9)), np.eye(4)), {}, "E_NDIM", "image.slicer",
     ),
     "nibabel without a grid": (unplaced(), {}, "E_NOGEOM", "left and right"),
+    "nibabel without an affine": (
+        nibabel.Nifti1Image(scan().array, None), {}, "E_NOGEOM", r"no affine.*Nifti1Image\(array",
+    ),
+    "larger slice of SimpleITK": (
+        sitk.Image(9, 9, sitk.sitkUInt8), {}, "E_NDIM", r"2 axes.*k:k\+1",
+    ),
     "ANALYZE": (nibabel.AnalyzeImage(scan().array, np.eye(4)), {}, "E_NOGEOM", "ANALYZE"),
 }  # fmt: skip
 

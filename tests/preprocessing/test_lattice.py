@@ -133,3 +133,21 @@ def test_a_displacement_along_one_axis_has_its_direction_and_no_overlap_no_resam
     affine[2, 2] = 3
     problem, fix = difference(Geometry(scan.shape, affine), scan)
     assert "500 mm to R, 1 mm to A and " in problem and "resample" not in fix
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_crop_off_the_lattice_is_told_by_how_much_in_any_order(grid):
+    volume = volume_of(grid)
+    geometry = volume.geometry
+    i, j, k = geometry.shape
+    affine = geometry.affine.copy()
+    affine[:3, 3] += affine[:3, :3] @ [2, 1, 1.4]
+    crop = Volume(volume.array[: i - 3, : j - 2, : k - 3], Geometry((i - 3, j - 2, k - 3), affine))
+    mm = 0.4 * geometry.spacing_mm[2]
+    for array, stored in orientations(crop):
+        problem, fix = difference(Geometry(array.shape, stored), geometry)
+        assert f"its voxels lie 0.4 voxels ({mm:.3g} mm) off those of the scan" in problem
+        assert "reference volume" in fix
+    affine[:3, 3] = geometry.affine[:3, 3] + 5 * geometry.affine[:3, 0]
+    problem, _ = difference(Geometry((i - 1, j, k), affine), geometry)
+    assert "beyond the scan on one side and ends short of it on the other" in problem

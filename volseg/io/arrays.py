@@ -361,6 +361,8 @@ def _from_simpleitk(image: Any, name: str) -> Stored:
     if image.GetDimension() != 3:
         volume_shape(image.GetSize(), name)
         fix = "take one volume: image[:, :, :, 0]"
+        if image.GetDimension() == 2:
+            fix = "keep the third axis: image[:, :, k:k+1] of the volume"
         raise refusal(name, "E_NDIM", f"has {image.GetDimension()} axes", fix)
     if image.GetNumberOfComponentsPerPixel() > 1:
         fix = "SimpleITK.VectorIndexSelectionCast(image, 0)"
@@ -385,9 +387,10 @@ def _from_nibabel(image: Any, name: str) -> Stored:
     """Read an image with its stored values; the header must say where it lies, as in a file."""
     one = "take one of them: image.slicer[..., 0]"
     header, shape = image.header, volume_shape(image.shape, name, one=one).shape
-    if image.affine is None or (
-        isinstance(header, AnalyzeHeader) and not isinstance(header, Nifti1Header)
-    ):
+    if image.affine is None:
+        fix = "give it one: nibabel.Nifti1Image(array, affine)"
+        raise refusal(name, "E_NOGEOM", "has no affine", fix)
+    if isinstance(header, AnalyzeHeader) and not isinstance(header, Nifti1Header):
         fix = "convert it to NIfTI from the original: ANALYZE does not store left and right"
         raise refusal(name, "E_NOGEOM", "left and right are unknown", fix)
     geometry, warnings = checked_grid(shape, image.affine, name, source="affine")

@@ -173,7 +173,8 @@ def difference(mask: Geometry, scan: Geometry, other: str = "scan") -> tuple[str
     save_again = f"{give}, or save it again with this {other} as the reference volume"
     if reordered.shape != scan.shape:
         of_mask, of_scan = format_sizes(reordered.shape), format_sizes(scan.shape)
-        return f"{of_mask} voxels instead of {of_scan}, {problem}", save_again
+        where = _off_lattice(reordered, scan, other)
+        return f"it has {of_mask} voxels, the {other} {of_scan}; {where}", save_again
     if order != IN_ORDER:
         stored = f"it is stored as {mask.axis_codes}, the {other} as {scan.axis_codes}"
         fix = f"{save_again}; do not {copy}, which would mirror it"
@@ -194,6 +195,18 @@ def _lost_position(mask: Geometry, scan: Geometry, other: str) -> str:
     if is_diagonal and is_at_origin and is_usual:
         return f"its affine holds only the spacing {_lengths(mask.spacing_mm)} mm, no position"
     return ""
+
+
+def _off_lattice(reordered: Geometry, scan: Geometry, other: str) -> str:
+    """Describe how a part of a scan, or more than it, does not lie on the scan's voxels."""
+    mapped = scan.to_index(reordered.to_world_mm(reordered.corners()))
+    offsets = mapped - np.rint(mapped)
+    furthest = offsets[np.abs(offsets).max(axis=1).argmax()]
+    voxels = np.abs(furthest).max()
+    if voxels < SAME_GRID_TOLERANCE_VOXELS:
+        return f"it reaches beyond the {other} on one side and ends short of it on the other"
+    mm = np.linalg.norm(scan.voxel_steps_mm @ furthest)
+    return f"its voxels lie {voxels:.2g} voxels ({mm:.3g} mm) off those of the {other}"
 
 
 def _off(reordered: Geometry, scan: Geometry) -> str:
