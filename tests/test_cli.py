@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from command_line import run
 from nnunet_folder import write_model
 
 from volseg import commands, options, reports
@@ -24,16 +25,6 @@ COMMANDS = (
     "columns",
     "selftest",
 )
-
-
-def run(*arguments, **options):
-    return subprocess.run(
-        [sys.executable, "-m", "volseg", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        **options,
-    )
 
 
 def test_help_needs_neither_torch_nor_a_second_of_cpu_time():
@@ -60,7 +51,7 @@ def test_a_command_loads_only_the_libraries_that_it_uses():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_a_help_page_with_every_option_explained(command):
-    done = run(command, "--help", env=os.environ | {"COLUMNS": "200"})
+    done = run(command, "--help", COLUMNS="200")
     assert done.returncode == 0
     options = [line for line in done.stdout.splitlines() if re.match(r"\s+--\w", line)]
     assert options
@@ -240,7 +231,7 @@ def test_columns_prints_every_column():
     done = run("columns", "--json")
     tables = json.loads(done.stdout)
     assert {"name": "volume_mm3", "unit": "mm³"}.items() <= tables["lesions.csv"][5].items()
-    assert "volume_mm3" in run("columns", env=os.environ | {"COLUMNS": "200"}).stdout
+    assert "volume_mm3" in run("columns", COLUMNS="200").stdout
 
 
 def test_the_version_is_that_of_the_package():

@@ -1,6 +1,5 @@
 """Bad input of any kind is refused soon, in one line with a code, and never with a traceback."""
 
-import io
 import json
 import os
 import pickle
@@ -18,6 +17,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 import torch
+from command_line import Stream, run
 from conftest import TINY
 from mutations import KINDS, mask, outcome, scan, untrained_model
 from nnunet_folder import architecture, checkpoint, configuration, plans, state_dict, write_model
@@ -571,33 +571,8 @@ def test_files_do_not_get_the_numbers_of_closed_streams():
     assert done.stdout.strip() == "True"
 
 
-class Stream(io.TextIOWrapper):
-    """A standard stream with another encoding, as with PYTHONIOENCODING, that keeps its text."""
-
-    def __init__(self, encoding):
-        super().__init__(io.BytesIO(), encoding=encoding, errors="strict")
-
-    @property
-    def text(self):
-        self.flush()
-        return self.buffer.getvalue().decode(self.encoding)
-
-
-def printed(monkeypatch, encoding, *arguments):
-    """Return exit code, stdout and stderr of a command whose streams have this encoding."""
-    out, err = Stream(encoding), Stream(encoding)
-    monkeypatch.setattr(sys, "stdout", out)
-    monkeypatch.setattr(sys, "stderr", err)
-    monkeypatch.setattr(sys, "argv", ["volseg", *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    return end.value.code, out.text, err.text
-
-
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_every_command_prints_in_an_encoding_without_arrows(
-    monkeypatch, tmp_path, untrained, encoding
-):
+def test_every_command_prints_in_an_encoding_without_arrows(tmp_path, untrained, encoding):
     image, out = scan(tmp_path / "scän.nii.gz"), tmp_path / "r → ☃"
     pair = ["--image", image, "--mask", mask(tmp_path / "mask.nii.gz")]
     model = ["--model", untrained, "--backend", "torch"]
@@ -617,27 +592,28 @@ def test_every_command_prints_in_an_encoding_without_arrows(
     names = [command.name or command.callback.__name__ for command in cli.app.registered_commands]
     commands |= {(name, "--help"): 0 for name in names}
     for command, expected in commands.items():
-        code, text, messages = printed(monkeypatch, encoding, *command)
+        done = run(*command, encoding=encoding)
+        code, text, messages = done.returncode, done.stdout, done.stderr
         assert code == expected, (command, messages)
         assert "Traceback" not in messages
         assert text or messages
-    _, text, _ = printed(monkeypatch, encoding, "measure", *pair, "--out", out / "a", "--json")
+    text = run("measure", *pair, "--out", out / "a", "--json", encoding=encoding).stdout
     assert json.loads(text)["out"] == str(out / "a")
 
 
-@pytest.mark.parametrize("encoding", ENCODINGS)
-def test_training_works_in_an_encoding_without_arrows(monkeypatch, tmp_path, dataset, encoding):
+def test_training_works_in_an_encoding_without_arrows(tmp_path, dataset):
+    encoding = "ascii"
     recipe, model = tmp_path / "recipe.toml", tmp_path / "☃"
     recipe.write_text(TINY.replace("epochs = 5", "epochs = 1"))
-    code, text, messages = printed(monkeypatch, encoding, "plan", dataset)
-    assert code == 0, messages
+    done = run("plan", dataset, encoding=encoding)
+    assert done.returncode == 0, done.stderr
     options = ["--recipe", "hippocampus_mri", "--out", tmp_path / "p"]
-    _, text, messages = printed(monkeypatch, encoding, "preprocess", dataset, *options)
-    assert "Traceback" not in messages
+    done = run("preprocess", dataset, *options, encoding=encoding)
+    assert "Traceback" not in done.stderr
     options = ["--recipe", recipe, "--out", model]
-    code, text, messages = printed(monkeypatch, encoding, "train", dataset, *options)
-    assert code == 0, messages
-    last = text.splitlines()[-1]
+    done = run("train", dataset, *options, encoding=encoding)
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1]
     assert last.startswith("a model, validation Dice: ")
     assert last.endswith(f" -> {str(model)[:-1]}\\u2603")
     assert (model / "model.json").is_file()

@@ -72,7 +72,11 @@ class RunReport:
     def counts(self) -> dict[str, int | float]:
         """How many items were done, kept and failed, how many warnings there are, and results."""
         names = ("done", "kept", "failed", "warnings")
-        return {name: len(getattr(self, name)) for name in names}
+        return {name: len(getattr(self, name)) for name in names} | self._more_counts
+
+    @property
+    def _more_counts(self) -> dict[str, int | float]:
+        return {}
 
     @property
     def headline(self) -> str:
@@ -204,16 +208,18 @@ class CasesReport(RunReport):
         return scans if totals is None else f"{scans}: {text_of_lesions(*totals, self.noun)}"
 
     @property
+    def goal(self) -> Path | None:
+        return self.paths.get("report", self.out) if self.pages else self.out  # it may be older
+
+    @property
     def noun(self) -> str:
         """What a row of lesions.csv is: a lesion, or with `--objects labels` a structure."""
         return NOUNS[self.objects]
 
     @property
-    def counts(self) -> dict[str, int | float]:
+    def _more_counts(self) -> dict[str, int | float]:
         n_lesions, volume_ml = self._totals() or (0, 0.0)
-        # zero-argument super() fails in a class with slots
-        counts = RunReport.counts.fget(self)  # type: ignore[attr-defined]
-        return {**counts, "lesions": n_lesions, "volume_ml": volume_ml}
+        return {"lesions": n_lesions, "volume_ml": volume_ml}
 
     def _totals(self) -> tuple[int, float] | None:
         """Return number and volume of the lesions; None if the folder was moved or changed."""
@@ -472,9 +478,8 @@ class CompareReport(RunReport):
         return f"{text}, {n_alone} without a partner" if n_alone else text
 
     @property
-    def counts(self) -> dict[str, int | float]:
-        counts = RunReport.counts.fget(self)  # type: ignore[attr-defined]
-        return {**counts, "unpaired": len(self.unpaired)}
+    def _more_counts(self) -> dict[str, int | float]:
+        return {"unpaired": len(self.unpaired)}
 
     def _shown_table(self) -> DataFrame:
         return self.responses

@@ -89,8 +89,11 @@ def test_a_corrected_mask_is_measured_within_the_memory_that_is_announced(model,
     assert list(report.failed) == ["scan_6"] and report.failed["scan_6"].startswith("E_RAM")
     report = volseg.measure(out, max_ram="20G", announce=texts.append)
     assert list(report.done) == ["scan_6"]
-    (text,) = texts
+    text, *warnings = texts
     assert text.startswith("memory: at most") and text.endswith("for scan_6")
+    assert [warning.partition(": the mask")[0] for warning in warnings] == [
+        "warning: W_CORRECTED: scan_6"
+    ]
 
 
 def test_a_mask_corrected_by_hand_is_kept_and_measured(model, data, tmp_path):
