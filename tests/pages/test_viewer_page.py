@@ -19,7 +19,7 @@ def test_a_viewer_page_of_a_large_noisy_scan_stays_within_six_megabytes():
     ids[100:110, 120:130, 20:24], ids[400:404, 380:390, 180:184] = 1, 2
     scan = Volume(noise, Geometry(shape, lps((0.7, 0.7, 1.0))))
     rows = [
-        lesion(lesion_id=n, n_voxels=9, label_name=HOSTILE, notes=HOSTILE * 3)
+        lesion(lesion_id=n, n_voxels=9, connectivity=26, label_name=HOSTILE, notes=HOSTILE * 3)
         for n in range(1, 1500)
     ]
     page = page_of(scan, ids, rows)
