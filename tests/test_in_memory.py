@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -227,6 +228,20 @@ def test_a_loaded_model_serves_many_scans_and_equals_its_folder(loaded, model, d
     assert "tiny@" in repr(loaded)
 
 
+@pytest.mark.parametrize("backend", ["torch", "openvino"])
+def test_a_loaded_model_serves_several_threads(backend, model, dataset):
+    if backend == "openvino":
+        pytest.importorskip("openvino")
+    loaded = volseg.load_model(model, device="cpu", backend=backend)
+    paths = [dataset / "images" / f"scan_{number}.nii.gz" for number in (5, 6, 7, 6)]
+    expected = [loaded(path).mask for path in paths]
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(3):
+            masks = [result.mask for result in threads.map(loaded, paths)]
+            for mask, alone in zip(masks, expected, strict=True):
+                np.testing.assert_array_equal(mask, alone)
+
+
 def test_a_loaded_model_is_a_model_for_infer_too(loaded, dataset, inferred, tmp_path):
     scan = dataset / "images" / "scan_7.nii.gz"
     report = volseg.infer(scan, model=loaded, out=tmp_path / "out", pages=False)
@@ -310,6 +325,28 @@ WRONG = [
     "volseg.measure_mask(frame, array)",
     "volseg.measure_mask(array, array, spacing_mm=(1, 1))",
     "volseg.measure_mask(array, array, spacing_mm=(1, 1, 1), objects='blobs')",
+    "volseg.measure_mask(array, array, spacing_mm=(1, 1, 1), intensity_unit=3)",
+    "volseg.measure_mask(array, array, spacing_mm=(1, 1, 1), calcium='yes')",
+    "volseg.measure_mask(array, array, spacing_mm=(1, 1, 1), label_names=['a'])",
+    "volseg.measure_mask(array, array, spacing_mm=(1, 1, 1), label_names={'a': 'b'})",
+    "volseg.measure_mask(array, array, spacing_mm=(1, 1, 1), label_names={1: 2})",
+    "volseg.measure_mask(array, array, spacing_mm=(1, 1, 1), label_names=7)",
+    "volseg.measure_mask(array, array, spacing_mm=(1, 1, 1), recipe=7)",
+    "volseg.measure_mask(array, array, spacing_mm=(1, 1, 1), organ=array)",
+    "volseg.measure_mask(array, array, spacing_mm=(1, 1, 1), case_id=7)",
+    "volseg.measure_mask(array, array, spacing_mm=(1, 1, 1), lymph_nodes=array)",
+    "volseg.segment(array, spacing_mm=(1, 1, 1), case_id=None)",
+    "volseg.segment(array, spacing_mm=(1, 1, 1), accept_mismatch='no')",
+    "volseg.segment(array, spacing_mm=(1, 1, 1), progress=3)",
+    "volseg.load_model(backend=3)",
+    "volseg.load_model(device=None)",
+    "volseg.read_volume(array)",
+    "volseg.read_mask(itk)",
+    "volseg.read_table(frame)",
+    "volseg.write_volume(array, 'a.nii.gz')",
+    "volseg.check(array)",
+    "volseg.cases(array)",
+    "volseg.report(array)",
     "volseg.load_model(array)",
     "volseg.load_model('no_such_folder')",
     "volseg.infer(array)",
@@ -345,6 +382,23 @@ def test_every_wrong_type_is_one_line_before_torch_is_loaded():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
+
+
+def test_label_names_are_read_in_either_direction_and_from_numpy(pair):
+    for names in ({1: "liver", 2: "node"}, {"liver": 1, "node": 2}, {"1": "liver", "2": "node"}):
+        result = volseg.measure_mask(*pair, label_names=names, organ=1)
+        assert result.lesions["label_name"].tolist() == ["node"]
+        assert result.cases["burden"][0] > 0
+    numpy_keys = {np.uint8(1): "liver", np.int64(2): "node"}
+    result = volseg.measure_mask(*pair, label_names=numpy_keys)
+    assert result.lesions["label_name"].tolist() == ["liver", "node"]
+
+
+def test_an_argument_spelled_as_on_the_command_line_is_recognised(pair):
+    with pytest.raises(TypeError, match="'unit'; did you mean 'intensity_unit'"):
+        volseg.measure_mask(*pair, unit="HU")
+    with pytest.raises(TypeError, match="'lymph_node'; did you mean 'lymph_nodes'"):
+        volseg.measure_mask(*pair, lymph_node="node")
 
 
 # ---- results of commands

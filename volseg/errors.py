@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from os import PathLike
 from pathlib import Path
 
 MAX_MESSAGE = 200  # characters of an unexpected exception's text in a row
@@ -61,6 +62,22 @@ class EnvironmentProblem(VolsegError):
     """A problem of the machine: disk full, folder not writable or in use by another run."""
 
     exit_code = 5
+
+
+def given_path(path: PathLike[str] | str) -> Path:
+    """Return a path that a caller gave.
+
+    Raises:
+        VolsegError: it is of another type, such as an image in memory (`E_TYPE`).
+    """
+    if isinstance(path, str | PathLike):
+        return Path(path)
+    kind = type(path)
+    raise VolsegError(
+        f"a path is needed, not a {kind.__module__.partition('.')[0]}.{kind.__qualname__}",
+        fix="give the path of a file; volseg.segment and volseg.measure_mask take scans in memory",
+        code="E_TYPE",
+    )
 
 
 def missing_path(path: Path) -> VolsegError:

@@ -11,6 +11,7 @@ from operator import lt, sub
 import numpy as np
 
 WORLD_AXES = {"R": 0, "A": 1, "S": 2}  # name of each canonical axis → its index
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # affines of DICOM and ITK → those of NIfTI
 SLAB_VOXELS = 4_000_000  # processed together, which limits temporary memory
 SAME_GRID_TOLERANCE_VOXELS = 0.1  # smallest corner displacement between different grids
 SAMPLED_PER_AXIS = 24  # voxels that estimate how much two grids overlap

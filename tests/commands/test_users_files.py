@@ -138,6 +138,26 @@ def test_a_mask_corrected_by_hand_is_kept_and_measured(model, data, tmp_path):
     assert list(volseg.measure(out).done) == ["scan_6"]
 
 
+def test_probabilities_of_the_model_outlive_a_correction_of_its_mask(model, data, tmp_path):
+    out = tmp_path / "out"
+    given = {"model": model, "out": out, "pages": False, "probabilities": True}
+    volseg.infer(data / "images", **given)
+    stored = out / "probabilities" / "label_3" / "scan_6.nii.gz"
+    before = stored.read_bytes()
+    erode(out / "masks" / "scan_6.nii.gz")
+    report = volseg.measure(out, pages=False)
+    assert (list(report.done), stored.read_bytes()) == (["scan_6"], before)
+    case = {row["case_id"]: row for row in rows(out / "cases.csv")}["scan_6"]
+    assert "probabilities/ holds those of the model, from before the correction" in case["warnings"]
+    assert list(volseg.measure(out, pages=False).done) == []
+    stored.unlink()  # not needed for the case to be complete
+    volseg.measure(out, pages=False)
+    assert list(volseg.measure(out, pages=False).done) == []
+    (out / "masks" / "scan_6.nii.gz").unlink()  # the model segments the scan again
+    assert "scan_6" in volseg.infer(data / "images", **given).done
+    assert stored.read_bytes() == before
+
+
 def test_other_results_that_were_changed_by_hand_are_refused_not_replaced(
     model, data, tmp_path, refused
 ):

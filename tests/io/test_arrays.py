@@ -166,7 +166,12 @@ def complex_itk():
 REFUSED = {
     "array without a grid": (scan().array, {}, "E_NOGEOM", "give affine="),
     "two axes": (np.ones((4, 4)), {"spacing_mm": (1, 1, 1)}, "E_NDIM", "three axes"),
-    "channels of an array": (np.ones((2, 4, 4, 4)), {"spacing_mm": (1, 1, 1)}, "E_NDIM", "shape"),
+    "channels of an array": (
+        np.ones((2, 4, 4, 4)), {"spacing_mm": (1, 1, 1)}, "E_NDIM", r"array\[0\]",
+    ),
+    "series of an array": (
+        np.ones((9, 9, 9, 3)), {"spacing_mm": (1, 1, 1)}, "E_NDIM", r"fix: .*array\[\.\.\., 0\]",
+    ),
     "constant": (np.ones((4, 4, 4)), {"spacing_mm": (1, 1, 1)}, "E_CONST", "every voxel is 1"),
     "complex": (np.ones((4, 4, 4), complex), {"spacing_mm": (1, 1, 1)}, "E_DTYPE", "complex"),
     "text": (np.full((4, 4, 4), "a"), {"spacing_mm": (1, 1, 1)}, "E_DTYPE", "type"),
@@ -184,9 +189,15 @@ REFUSED = {
     "slice of SimpleITK": (sitk.Image(4, 4, sitk.sitkUInt8), {}, "E_NDIM", "shape"),
     "complex SimpleITK": (complex_itk(), {}, "E_DTYPE", "type"),
     "series of nibabel": (
-        nibabel.Nifti1Image(np.ones((4, 4, 4, 9)), np.eye(4)), {}, "E_NDIM", "shape",
+        nibabel.Nifti1Image(np.ones((4, 4, 4, 9)), np.eye(4)), {}, "E_NDIM", "image.slicer",
     ),
     "nibabel without a grid": (unplaced(), {}, "E_NOGEOM", "left and right"),
+    "nibabel without an affine": (
+        nibabel.Nifti1Image(scan().array, None), {}, "E_NOGEOM", r"no affine.*Nifti1Image\(array",
+    ),
+    "larger slice of SimpleITK": (
+        sitk.Image(9, 9, sitk.sitkUInt8), {}, "E_NDIM", r"2 axes.*k:k\+1",
+    ),
     "ANALYZE": (nibabel.AnalyzeImage(scan().array, np.eye(4)), {}, "E_NOGEOM", "ANALYZE"),
 }  # fmt: skip
 

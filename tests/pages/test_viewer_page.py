@@ -19,7 +19,7 @@ def test_a_viewer_page_of_a_large_noisy_scan_stays_within_six_megabytes():
     ids[100:110, 120:130, 20:24], ids[400:404, 380:390, 180:184] = 1, 2
     scan = Volume(noise, Geometry(shape, lps((0.7, 0.7, 1.0))))
     rows = [
-        lesion(lesion_id=n, n_voxels=9, label_name=HOSTILE, notes=HOSTILE * 3)
+        lesion(lesion_id=n, n_voxels=9, connectivity=26, label_name=HOSTILE, notes=HOSTILE * 3)
         for n in range(1, 1500)
     ]
     page = page_of(scan, ids, rows)
@@ -128,6 +128,29 @@ SHORT_AXES = """() => {
   }
   return points;
 }"""
+
+
+@pytest.mark.browser
+def test_on_a_phone_the_picture_stays_in_view_while_lesions_are_chosen(browser, tmp_path):
+    scan, ids, rows, _ = scene(n_small=60)
+    (tmp_path / "a.html").write_text(page_of(scan, ids, rows), encoding="utf-8")
+    context = browser.new_context(viewport={"width": 390, "height": 700}, offline=True)
+    page = context.new_page()
+    page.goto((tmp_path / "a.html").as_uri())
+    page.wait_for_selector("html[data-ready]", state="attached", timeout=60_000)
+    for _ in range(30):
+        page.keyboard.press("n")
+    page.wait_for_function("document.getElementById('place').dataset.id === '31'")
+    assert page.evaluate("scrollY") == 0
+    box, row = (
+        page.evaluate(
+            f"(() => {{ const r = document.querySelector({name!r})"
+            ".getBoundingClientRect(); return [r.top, r.bottom] })()"
+        )
+        for name in (".side .wide", '.side [aria-current="true"]')
+    )
+    assert box[0] <= row[0] and row[1] <= box[1]  # in view within the table
+    context.close()
 
 
 @pytest.mark.browser

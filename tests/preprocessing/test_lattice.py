@@ -104,3 +104,50 @@ def test_a_view_takes_no_memory_and_placing_one_copy_of_the_target():
     tracemalloc.stop()
     assert of_view < 2**16
     assert placed.array.nbytes <= of_copy < placed.array.nbytes + 2**16
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_an_affine_that_a_tool_made_up_is_named_and_copying_that_of_the_scan_is_the_fix(grid):
+    scan = volume_of(grid).geometry
+    lps = np.diag([-1.0, -1, 1, 1]) @ scan.affine
+    spacing = np.diag([*scan.spacing_mm, 1])
+    plain = np.eye(4)
+    for affine, sign in ((lps, "in LPS"), (plain, "1 × 1 × 1 mm, no"), (spacing, "no position")):
+        problem, fix = difference(Geometry(scan.shape, affine), scan)
+        assert sign in problem and "a corner is off by " in problem
+        assert "if its voxels are in the order of the scan, copy the scan's affine" in fix
+        assert "resample" not in fix
+    i, j, k = scan.shape
+    problem, fix = difference(Geometry((i, j, k + 1), np.eye(4)), scan)
+    assert "no position" not in problem and "copy" not in fix
+
+
+def test_a_displacement_along_one_axis_has_its_direction_and_no_overlap_no_resampling():
+    scan = Geometry((20, 20, 20), np.diag([-1.0, -1, 2, 1]))
+    affine = scan.affine.copy()
+    affine[:3, 3] = [5, 0, 0]
+    assert "(5 mm) to R" in difference(Geometry(scan.shape, affine), scan)[0]
+    affine[:3, 3] = [5, 0, -2]
+    assert "5 mm to R and 2 mm to I" in difference(Geometry(scan.shape, affine), scan)[0]
+    affine[:3, 3] = [500, 1, -2]
+    affine[2, 2] = 3
+    problem, fix = difference(Geometry(scan.shape, affine), scan)
+    assert "500 mm to R, 1 mm to A and " in problem and "resample" not in fix
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_crop_off_the_lattice_is_told_by_how_much_in_any_order(grid):
+    volume = volume_of(grid)
+    geometry = volume.geometry
+    i, j, k = geometry.shape
+    affine = geometry.affine.copy()
+    affine[:3, 3] += affine[:3, :3] @ [2, 1, 1.4]
+    crop = Volume(volume.array[: i - 3, : j - 2, : k - 3], Geometry((i - 3, j - 2, k - 3), affine))
+    mm = 0.4 * geometry.spacing_mm[2]
+    for array, stored in orientations(crop):
+        problem, fix = difference(Geometry(array.shape, stored), geometry)
+        assert f"its voxels lie 0.4 voxels ({mm:.3g} mm) off those of the scan" in problem
+        assert "reference volume" in fix
+    affine[:3, 3] = geometry.affine[:3, 3] + 5 * geometry.affine[:3, 0]
+    problem, _ = difference(Geometry((i - 1, j, k), affine), geometry)
+    assert "beyond the scan on one side and ends short of it on the other" in problem

@@ -11,7 +11,7 @@ from volseg.columns import columns_of
 from volseg.commands.placing import place_mask
 from volseg.commands.preparing import PREPARED_FILE
 from volseg.commands.training_cases import read_training_case
-from volseg.errors import VolsegError
+from volseg.errors import VolsegError, given_path
 from volseg.inputs import read_json
 from volseg.io.cases import Case
 from volseg.io.layouts import survey_cases
@@ -35,7 +35,7 @@ def check(path: Path | str, recipe: Path | str | Recipe | None = None) -> list[P
         >>> [problem["code"] for problem in volseg.check("sample_data")]
         ['W_EMPTY', 'W_EMPTY']
     """
-    path, problems = Path(path), []
+    path, problems = given_path(path), []
     try:
         problems.extend(_problems(path, recipe))
     except VolsegError as error:

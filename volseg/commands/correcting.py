@@ -31,7 +31,7 @@ from volseg.pages.model_box import read_model_box
 from volseg.recipe import Measure, parse_unit
 from volseg.reports import CasesReport
 from volseg.store.outputs import SAME_KIND, folder_content
-from volseg.store.records import LESION_IDS, MASKS, CaseRecord
+from volseg.store.records import LESION_IDS, MASKS, PROBABILITIES, CaseRecord
 from volseg.store.results import ResultsFolder, State
 
 STAGE = "Measuring"
@@ -152,13 +152,15 @@ class _CorrectedMask:
             f"W_CORRECTED: the mask of {model} was corrected by hand, "
             "so there is no confidence and no class"
         )
+        if any(name.startswith(f"{PROBABILITIES}/") for name in record.files):
+            by_hand += f"; {PROBABILITIES}/ holds those of the model, from before the correction"
         measured = replace(measured, model=model, remarks=[*measured.remarks, by_hand])
         with folder.staged() as commit:
             box = read_model_box(record.source.model_box)
             case_row = write_case(measured, self.files, commit, box)
             corrected = {self._path: measured.sha256[-1]}
             new = replace(record, case=case_row, lesions=measured.lesions, corrected=corrected)
-            folder.commit(replace(new, failed=None, remark=""), commit)
+            folder.commit(replace(new, failed=None, remark=""), commit, keep=PROBABILITIES)
         return [remark(code, self.name, text) for code, text in warnings_in(case_row.warnings)]
 
     def case_and_settings(self) -> tuple[Case, MaskSettings]:

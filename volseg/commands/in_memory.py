@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -120,11 +121,14 @@ class SegmentResult(MaskResult):
 class LoadedModel(PathLike[str]):
     """A model with its networks loaded; call it for as many scans as you like.
 
-    Every command that takes the folder of a model takes this too, and loads it again.
+    Threads may share it: their scans are segmented one after another. Every command that takes the
+    folder of a model takes this too, and loads it again.
     """
 
     folder: Path
     network: Model
+    # OpenVINO refuses two calls of one network at the same time.
+    lock: Lock = field(default_factory=Lock)
 
     @property
     def name(self) -> str:
@@ -230,13 +234,14 @@ def segment(options: SegmentOptions) -> SegmentResult:
     first = scans[next(name for name in model.channels if name in scans)]
     from volseg.segmentation import segment_case
 
-    result = segment_case(
-        {name: scan.volume for name, scan in scans.items()},
-        model.network,
-        case_id=options.case_id,
-        accept_mismatch=options.accept_mismatch,
-        on_tile=lambda done, total: options.progress(STAGE, done / total, f"{done} of {total}"),
-    )
+    with model.lock:
+        result = segment_case(
+            {name: scan.volume for name, scan in scans.items()},
+            model.network,
+            case_id=options.case_id,
+            accept_mismatch=options.accept_mismatch,
+            on_tile=lambda done, total: options.progress(STAGE, done / total, f"{done} of {total}"),
+        )
     assert result.confidence is not None
     measured = MeasuredCase(
         path=_path_of(first),

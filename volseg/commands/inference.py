@@ -49,7 +49,7 @@ from volseg.preprocessing.lattice import same_voxels
 from volseg.recipe import Recipe, parse_recipe
 from volseg.reports import CasesReport
 from volseg.store.outputs import RECORDS, Commit
-from volseg.store.records import LESION_IDS, MASKS, CaseRecord
+from volseg.store.records import LESION_IDS, MASKS, PROBABILITIES, CaseRecord
 from volseg.store.results import ResultsFolder
 from volseg.volume import Volume
 from volseg.words import format_sizes
@@ -61,7 +61,6 @@ if TYPE_CHECKING:  # torch takes seconds to import; only a command that needs it
     from volseg.segmentation import CaseResult, Model, OnTile
 
 STAGE, TILES = "Segmenting", "Tiles"
-PROBABILITIES = "probabilities"
 
 
 @command(InferOptions)

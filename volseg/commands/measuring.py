@@ -184,9 +184,7 @@ def settings_of_masks(options: MaskOptions) -> MaskSettings:
     unit, recipe_unit = _unit_of(options.intensity_unit), None
     if recipe is not None and not recipe.data.unit_guessed:
         recipe_unit = recipe.data.intensity_unit
-    names = options.label_names
-    if isinstance(names, Path | str):
-        names = read_label_names(Path(names))
+    names = None if options.label_names is None else read_label_names(options.label_names)
     arguments = {
         "organ": options.organ,
         "lymph_nodes": options.lymph_nodes,

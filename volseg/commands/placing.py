@@ -42,7 +42,7 @@ def place_mask(
         problem, fix = difference(mask.geometry, grid, other)
     else:
         problem = f"{format_count(outside, 'labelled voxel')} of it would be lost"
-        fix = f"give the mask that belongs to this {other}; if this one does, cut it to the {other}"
+        fix = f"give the mask that belongs to this {other}; if this does, crop it to the {other}"
     overlap = mask.geometry.fraction_inside(grid)
     raise ScanError(
         f"{mask_name}: is not on the grid of its {other} {grid_name}: {problem}; "

@@ -30,13 +30,12 @@ from volseg.io.volumes import (
     read_mask,
     read_volume,
 )
-from volseg.volume import Geometry, Volume
+from volseg.volume import LPS_TO_RAS, Geometry, Volume
 
 ACCEPTED = (
     "a path, a NumPy array or torch tensor with affine= or spacing_mm=, a nibabel image, a "
     "SimpleITK image, a MONAI MetaTensor or a volseg.Volume"
 )
-LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 GRID, AXES = "W_GRID", "W_AXES"
 # torch has few operations for these.
 _TORCH_TYPES = {"uint16": np.int32, "uint32": np.int64}
@@ -319,7 +318,13 @@ def _voxels(array: np.ndarray, name: str) -> np.ndarray:
         array = array.astype(array.dtype.newbyteorder("="))
     if array.ndim == 4 and array.shape[0] == 1:  # the channel axis of torch and MONAI
         array = array[0]
-    return array.reshape(volume_shape(array.shape, name).shape)
+    return array.reshape(volume_shape(array.shape, name, one=_one_of(array)).shape)
+
+
+def _one_of(array: np.ndarray) -> str:
+    """Return how to take one volume of an array of several: its shortest outer axis has them."""
+    is_first = array.ndim == 4 and array.shape[0] < array.shape[-1]
+    return "take one of them, such as array[0]" if is_first else "take one of them: array[..., 0]"
 
 
 def _shape_of(array: np.ndarray) -> tuple[int, int, int]:
@@ -356,6 +361,8 @@ def _from_simpleitk(image: Any, name: str) -> Stored:
     if image.GetDimension() != 3:
         volume_shape(image.GetSize(), name)
         fix = "take one volume: image[:, :, :, 0]"
+        if image.GetDimension() == 2:
+            fix = "keep the third axis: image[:, :, k:k+1] of the volume"
         raise refusal(name, "E_NDIM", f"has {image.GetDimension()} axes", fix)
     if image.GetNumberOfComponentsPerPixel() > 1:
         fix = "SimpleITK.VectorIndexSelectionCast(image, 0)"
@@ -378,10 +385,12 @@ def _to_simpleitk(volume: Volume, source: Any) -> Any:
 
 def _from_nibabel(image: Any, name: str) -> Stored:
     """Read an image with its stored values; the header must say where it lies, as in a file."""
-    header, shape = image.header, volume_shape(image.shape, name).shape
-    if image.affine is None or (
-        isinstance(header, AnalyzeHeader) and not isinstance(header, Nifti1Header)
-    ):
+    one = "take one of them: image.slicer[..., 0]"
+    header, shape = image.header, volume_shape(image.shape, name, one=one).shape
+    if image.affine is None:
+        fix = "give it one: nibabel.Nifti1Image(array, affine)"
+        raise refusal(name, "E_NOGEOM", "has no affine", fix)
+    if isinstance(header, AnalyzeHeader) and not isinstance(header, Nifti1Header):
         fix = "convert it to NIfTI from the original: ANALYZE does not store left and right"
         raise refusal(name, "E_NOGEOM", "left and right are unknown", fix)
     geometry, warnings = checked_grid(shape, image.affine, name, source="affine")

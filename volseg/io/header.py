@@ -113,12 +113,13 @@ class SeriesShape:
 
 
 def volume_shape(
-    sizes: Sequence[int], path: Path | str, *, volume: int | None = None
+    sizes: Sequence[int], path: Path | str, *, volume: int | None = None, one: str = ""
 ) -> SeriesShape:
     """Return the sizes of the chosen volume; refuse lines, and a series if none is chosen.
 
     Args:
         volume: number of the volume in a series, from 1; a file of one volume ignores it.
+        one: how to take one of several, for the message about a series in memory.
     """
     sizes = list(sizes)
     while len(sizes) > 3 and sizes[-1] == 1:
@@ -137,7 +138,8 @@ def volume_shape(
         return SeriesShape((i, j, k))
     if volume is None:
         fix = f"choose one of them with --volume 1 to {n} (infer and measure), or store it alone"
-        raise refusal(path, "E_NDIM", f"{text}: {n} volumes in one file", fix)
+        problem = f"{text}: {n} volumes" if one else f"{text}: {n} volumes in one file"
+        raise refusal(path, "E_NDIM", problem, one or fix)
     if volume > n:
         problem = f"has {n} volumes, so there is no volume {volume}"
         raise refusal(path, "E_NDIM", problem, f"give --volume 1 to {n}")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from volseg.errors import VolsegError
 from volseg.inputs import MAX_LABEL, MAX_NAME, label_value, read_json, shorten
@@ -16,23 +18,25 @@ COLUMNS = {
 }
 
 
-def read_label_names(path: Path | str) -> dict[int, str]:
-    """Read value → name from a JSON object or a CSV with columns `label` and `name`.
+def read_label_names(names_or_path: Mapping[Any, Any] | Path | str) -> dict[int, str]:
+    """Read value → name from a mapping, a JSON object or a CSV with columns `label` and `name`.
 
-    The JSON object may map values to names or names to values.
+    A mapping or JSON object may map values to names or names to values.
 
     Raises:
-        VolsegError: E_LABELS, the file is not such a list.
+        VolsegError: E_LABELS, the file or mapping is not such a list.
     """
-    path = Path(path)
+    if isinstance(names_or_path, str | PathLike):
+        where, read = str(names_or_path), lambda: _pairs_in(Path(names_or_path))
+    else:
+        where, read = "label_names", lambda: _pairs_of(names_or_path)
     names: dict[int, str] = {}
     try:
-        for stated, name in _pairs_in(path):
+        for stated, name in read():
             value = _label_value(stated)
             if value is None or not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
-                parts = [json.dumps(part, ensure_ascii=False) for part in (stated, name)]
                 raise ValueError(
-                    f"{' = '.join(map(shorten, parts))}: a value must be a whole number, "
+                    f"{_shown(stated)} = {_shown(name)}: a value must be a whole number, "
                     f"a name must have 1 to {MAX_NAME} characters"
                 )
             if names.setdefault(value, name) != name:
@@ -41,7 +45,7 @@ def read_label_names(path: Path | str) -> dict[int, str]:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise VolsegError(
-            f"{path}: is not a list of label names ({reason})",
+            f"{where}: is not a list of label names ({reason})",
             fix='give JSON such as {"1": "spleen"}, or a CSV with columns label and name',
             code="E_LABELS",
         ) from error
@@ -50,12 +54,29 @@ def read_label_names(path: Path | str) -> dict[int, str]:
 def _pairs_in(path: Path) -> Iterable[tuple[object, object]]:
     """Return the stated values and names."""
     if path.suffix.lower() == ".json":
-        pairs = read_json(path).items()
-        return [(key, item) if key.isdecimal() else (item, key) for key, item in pairs]
+        return _pairs_of(read_json(path))
     path.stat()  # a missing file raises OSError
     table = read_table(path, COLUMNS)
     label, name = table.columns.index("label"), table.columns.index("name")
     return [(cells[label], cells[name]) for _, cells in table.lines]
+
+
+def _pairs_of(names: Mapping[Any, Any]) -> Iterable[tuple[object, object]]:
+    """Return the stated values and names of a mapping in either direction."""
+    pairs = ((_plain(key), _plain(item)) for key, item in names.items())
+    return [
+        (item, key) if isinstance(key, str) and not key.isdecimal() else (key, item)
+        for key, item in pairs
+    ]
+
+
+def _shown(part: object) -> str:
+    return shorten(json.dumps(part, ensure_ascii=False, default=repr))
+
+
+def _plain(stated: Any) -> object:
+    """Return a Python number for a scalar of NumPy."""
+    return stated.item() if hasattr(stated, "dtype") and hasattr(stated, "item") else stated
 
 
 def _label_value(stated: object) -> int | None:

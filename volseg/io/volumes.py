@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from volseg.errors import ScanError
+from volseg.errors import ScanError, VolsegError, given_path
 from volseg.io import nifti
 from volseg.io.formats import WRITABLE, format_of, is_scan
 from volseg.io.gzip_stream import opened_raw, refusal, skip
@@ -74,7 +74,7 @@ def read_volume(path: Path | str, *, is_finite: bool = True) -> Volume:
         >>> scan.array.shape == scan.geometry.shape, scan.geometry.affine.shape
         (True, (4, 4))
     """
-    path = Path(path)
+    path = given_path(path)
     return checked_scan(_read_stored(path), path, is_finite=is_finite)
 
 
@@ -119,7 +119,7 @@ def read_mask(
         >>> sorted(set(mask.array.ravel().tolist()))
         [0, 1]
     """
-    path = Path(path)
+    path = given_path(path)
     if not format_of(path).holds_masks:
         problem = f"{format_of(path).name} holds intensities only, no mask"
         raise refusal(path, "E_LABELS", problem, "give the mask in another format, such as NIfTI")
@@ -138,7 +138,7 @@ def checked_mask(
     Args:
         path: of the mask, or its name in memory, for messages.
     """
-    value_range(stored.array, path)  # NaN labels
+    value_range(stored.array, path, fill="0, the background")  # NaN labels
     if threshold is not None and holds_fractions(stored):
         labels = np.empty(stored.array.shape, np.uint8, order="F")
         for k in range(stored.geometry.shape[2]):
@@ -204,7 +204,14 @@ def write_volume(volume: Volume, path: Path | str, like: Path | str | None = Non
         >>> mask = read_mask("sample_data/labels/phantom_15.nii.gz")
         >>> write_volume(mask.with_array(1 - mask.array), "background.nii.gz")
     """
-    path = Path(path)
+    path = given_path(path)
+    if not isinstance(volume, Volume):
+        raise VolsegError(
+            f"{path}: a volume is needed, which has a grid, not a value of type "
+            f"{type(volume).__name__}",
+            fix="give result.volume('mask'), or volseg.Volume(array, geometry)",
+            code="E_TYPE",
+        )
     encode = format_of(path).encode
     if encode is None or not is_scan(path):
         raise ValueError(f"volumes are written as {WRITABLE}, not {path.name!r}")

@@ -131,8 +131,14 @@ def _verify(temporary: Path, path: Path, content: FileContent) -> None:
 # ---- values
 
 
-def value_range(array: np.ndarray, path: Path | str) -> tuple[float, float]:
-    """Return the smallest and largest stored value; refuse values that are not finite."""
+def value_range(
+    array: np.ndarray, path: Path | str, *, fill: str = "the value of air"
+) -> tuple[float, float]:
+    """Return the smallest and largest stored value; refuse values that are not finite.
+
+    Args:
+        fill: what to put in place of these, for the message.
+    """
     with np.errstate(invalid="ignore"):
         low, high = float(array.min()), float(array.max())
     if not (math.isfinite(low) and math.isfinite(high)):
@@ -141,7 +147,7 @@ def value_range(array: np.ndarray, path: Path | str) -> tuple[float, float]:
             path,
             "E_NAN",
             f"{n_nan:,} voxels are NaN and {n_infinite:,} infinite, of {array.size:,}",
-            "fill them in the tool that made the scan, for example with the value of air",
+            f"fill them in the tool that made the file, for example with {fill}",
         )
     return low, high
 

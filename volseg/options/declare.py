@@ -33,6 +33,13 @@ BYTES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 AMOUNT = re.compile(r"(.{1,30}?)\s*([KMGT]?)B?")
 DURATION = re.compile(r"(.{1,30}?)\s*([SMH]?)")
 SECONDS = {"": 1, "S": 1, "M": 60, "H": 3600}
+# annotation of a field without a converter → types of its values, and what they are called
+KINDS: dict[str, tuple[Any, str]] = {
+    "int": (int, "a number"),
+    "float": ((int, float), "a number"),
+    "str": (str, "text"),
+    "bool": (bool, "True or False"),
+}
 NOT_A_PATH = "give a path; volseg.segment and volseg.measure_mask take scans in memory"
 
 
@@ -85,7 +92,7 @@ class Setting:
             value = self._converted(annotation, _plain(value))
         except (TypeError, ValueError) as error:
             problem, fix = (
-                error.args if len(error.args) == 2 else (f"cannot be {value!r}", self.help)
+                error.args if len(error.args) == 2 else (f"cannot be {_shown(value)}", self.help)
             )
             raise VolsegError(f"{shown} {problem}", fix=fix, code="E_USAGE") from error
         if self.values and value is not None and value not in self.values:
@@ -99,10 +106,12 @@ class Setting:
     def _converted(self, annotation: str, value: Any) -> Any:
         if self.converter is not None:
             return self.converter(value)
-        kind = {"int": int, "float": (int, float)}.get(annotation.removesuffix(" | None"))
-        is_number = kind is None or (isinstance(value, kind) and not isinstance(value, bool))
-        if not is_number and not (value is None and annotation.endswith("None")):
-            raise ValueError(f"must be a number, got {value!r}", "give a number")
+        if value is None and annotation.endswith("None"):
+            return value
+        kinds, what = KINDS.get(annotation.removesuffix(" | None"), (object, ""))
+        is_bool = isinstance(value, bool) and kinds not in (bool, object)
+        if is_bool or not isinstance(value, kinds):
+            raise ValueError(f"must be {what}, got {_shown(value)}", f"give {what}")
         return value
 
     def flag_of(self, name: str) -> str:
@@ -167,6 +176,11 @@ class Options:
         for name, setting in settings_of(type(self)):
             value = setting.check(name, str(types[name]), getattr(self, name))
             object.__setattr__(self, name, value)
+        for field in dataclasses.fields(cls):
+            value = getattr(self, field.name)
+            if CALLBACK in field.metadata and callable(field.default) and not callable(value):
+                problem = f"{field.name} must be a function, got {_shown(value)}"
+                raise VolsegError(problem, fix=field.metadata[CALLBACK], code="E_USAGE")
 
     def refuse_missing_inputs(self) -> None:
         """Check that the files and folders to read exist, before anything is loaded.
@@ -217,7 +231,8 @@ def command(settings: Callable[P, T]) -> Callable[[Callable[[T], R]], Callable[P
             try:
                 signature.bind(*args, **kwargs)
             except TypeError as error:
-                raise TypeError(f"{call.__name__}() {error}") from None
+                hint = _spelling_of(kwargs.keys() - signature.parameters.keys(), settings)
+                raise TypeError(f"{call.__name__}() {error}{hint}") from None
             options: Any = settings(*args, **kwargs)
             options.refuse_missing_inputs()
             return function(options)
@@ -230,6 +245,15 @@ def command(settings: Callable[P, T]) -> Callable[[Callable[[T], R]], Callable[P
         return call
 
     return decorate
+
+
+def _spelling_of(unknown: Iterable[str], cls: Any) -> str:
+    """Return a hint for an argument that is spelled as on the command line, such as `unit`."""
+    spellings = {setting.flag_of(name): name for name, setting in settings_of(cls)}
+    for name in unknown:
+        if field := spellings.get("--" + name.replace("_", "-")):
+            return f"; did you mean {field!r}?"
+    return ""
 
 
 def _signature(cls: Any, returned: Any) -> inspect.Signature:
@@ -263,11 +287,15 @@ def path(value: PathLike[str] | str) -> Path:
     """
     if isinstance(value, str | PathLike):
         return Path(value)
+    raise ValueError(f"must be a path, got {_shown(value)}", NOT_A_PATH)
+
+
+def _shown(value: Any) -> str:
+    """Return a value on one short line: that of a library by its type."""
     kind = type(value)
-    shown = f"a {kind.__module__.partition('.')[0]}.{kind.__qualname__}"
     if kind.__module__ == "builtins":
-        shown = shorten(repr(value))
-    raise ValueError(f"must be a path, got {shown}", NOT_A_PATH)
+        return shorten(repr(value))
+    return f"a {kind.__module__.partition('.')[0]}.{kind.__qualname__}"
 
 
 def optional_path(value: PathLike[str] | str | None) -> Path | None:
@@ -308,6 +336,13 @@ def optional_names(value: Sequence[str] | str | None) -> tuple[str, ...] | None:
     if value is None:
         return None
     return (value,) if isinstance(value, str) else tuple(map(str, value))
+
+
+def optional_label(value: int | str | None) -> str | None:
+    """Return a label, given by its name or value, as text."""
+    if value is None or (isinstance(value, int | str) and not isinstance(value, bool)):
+        return None if value is None else str(value)
+    raise ValueError(f"must be a label, got {_shown(value)}", "give its name or value")
 
 
 def listed_names(value: Sequence[str] | str | None) -> tuple[str, ...] | None:

@@ -15,6 +15,7 @@ from volseg.options.declare import (
     names,
     option,
     optional_input_path,
+    optional_label,
     optional_names,
     optional_path,
     options,
@@ -61,6 +62,7 @@ class MaskOptions(Options):
         "Label (name or value) of the organ that contains the lesions; `burden` is the fraction of "
         "its volume that they fill.",
         default=None,
+        converter=optional_label,
     )
     lymph_nodes: tuple[str, ...] = option(
         "Label of lymph nodes, measured along their short axis; repeatable.",
@@ -93,7 +95,7 @@ class MeasureOptions(MaskOptions, OfSeries, Limited, Pictured, Announcing):
         converter=optional_input_path,
     )
     mask: Path | None = option(
-        "Mask on the grid of the scan, or a folder of masks with equal file names.",
+        "Mask on the grid of the scan, or a folder of masks, paired with the scans by name.",
         default=None,
         converter=optional_input_path,
     )

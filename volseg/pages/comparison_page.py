@@ -13,7 +13,7 @@ from volseg.comparison.response import PatientResponse
 from volseg.pages.about import About
 from volseg.pages.page import CONTENT_BYTES, json_size
 from volseg.pages.page_tables import CHANGES, PATIENTS, Layout, fitting_table
-from volseg.pages.run_page import Plot, RunPage, failures, unprocessed
+from volseg.pages.run_page import Plot, RunPage, count_fact, failures, unprocessed
 from volseg.pages.spaghetti import Line, spaghetti_svg
 from volseg.words import format_count
 
@@ -110,11 +110,13 @@ def _facts(patients: Sequence[PatientResponse]) -> list[tuple[str, str]]:
     responses = Counter(
         row.response or "not classified" for row in patients if row.status == "done"
     )
+    n_new = sum(row.n_new or 0 for row in patients)
+    n_gone = sum(row.n_gone or 0 for row in patients)
     return [
-        ("patients", str(len(patients))),
+        count_fact(len(patients), "patient"),
         *((name, str(count)) for name, count in sorted(responses.items())),
-        ("new lesions", str(sum(row.n_new or 0 for row in patients))),
-        ("lesions gone", str(sum(row.n_gone or 0 for row in patients))),
+        count_fact(n_new, "new lesion"),
+        count_fact(n_gone, "lesion", "gone"),
     ]
 
 

@@ -239,18 +239,29 @@ def _fitting_pictures(montages: Mapping[str, bytes]) -> tuple[int, dict[str, str
     return height, pictures, len(names) - len(pictures)
 
 
+def count_fact(number: int, noun: str, state: str = "") -> tuple[str, str]:
+    """Return a number of things with their name.
+
+    >>> count_fact(1, "scan", "done"), count_fact(0, "new lesion")
+    (('scan done', '1'), ('new lesions', '0'))
+    """
+    nouns = format_count(number, noun).partition(" ")[2]
+    return f"{nouns} {state}".rstrip(), str(number)
+
+
 def _facts(cases: Sequence[CaseRow], lesions: Sequence[LesionMeasurement]) -> list[tuple[str, str]]:
     states = [case.status for case in cases]
     volumes = _known("volume_ml", lesions)
     facts = [
-        (f"scans {state}", str(states.count(state)))
+        count_fact(states.count(state), "scan", state)
         for state in ("done", "failed", "pending")
         if state in states
     ]
     noun = noun_of_lesions(lesions)
-    facts.append((f"scans without {noun}s", str(sum(case.n_lesions == 0 for case in cases))))
+    n_without = sum(case.n_lesions == 0 for case in cases)
+    facts.append(count_fact(n_without, "scan", f"without {noun}s"))
     n_lesions, total_ml = _totals(cases, lesions)
-    facts.append((f"{noun}s", str(n_lesions)))
+    facts.append(count_fact(n_lesions, noun))
     if volumes:
         facts.append(("total volume", f"{format_number(total_ml)} mL"))
         facts.append((f"largest {noun}", f"{format_number(max(volumes))} mL"))

@@ -15,6 +15,7 @@ from volseg.words import format_count
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 400, 16, 16, 24, 36
 ROW, RADIUS = 62, 3.2  # height of a group and radius of a dot, in units of the picture
 MAX_GROUPS = 6
+MANY = 100  # dots that cover each other: they are drawn more transparent
 ALL = ""  # name of the only group, which needs none
 
 
@@ -94,15 +95,15 @@ def _row(
     )
     place = f'x="{lower:.1f}" y="{top + 12}" width="{max(upper - lower, 1):.1f}"'
     yield f'<rect class="quartiles" {place} height="{ROW - 16}"/>'
-    yield f'<path class="middle" d="M{median:.1f} {top + 12}v{ROW - 16}"/>'
     if name:
         yield _soft(name, LEFT, top + 9, "start")
     for n, (dot, is_out) in enumerate(zip(dots, is_outlier)):
         x, y = _x(scale.fraction(dot.value)), top + 16 + (ROW - 24) * _spread(n)
-        kind = "dot outlier" if is_out else "dot"
+        kind = "dot outlier" if is_out else "dot many" if len(dots) > MANY else "dot"
         circle = f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{RADIUS}"/>'
         link = f'href="{escape(dot.href)}" ' if dot.href else ""
         yield f'<a {link}tabindex="-1" aria-label="{escape(dot.name)}">{circle}</a>'
+    yield f'<path class="middle" d="M{median:.1f} {top + 8}v{ROW - 8}"/>'  # over the dots
 
 
 def _spread(n: int) -> float:

@@ -9,6 +9,7 @@ from itertools import permutations
 import numpy as np
 
 from volseg.volume import (
+    LPS_TO_RAS,
     SAME_GRID_TOLERANCE_VOXELS,
     AxisOrder,
     BoundingBox,
@@ -153,27 +154,59 @@ def difference(mask: Geometry, scan: Geometry, other: str = "scan") -> tuple[str
     """
     order = order_towards(mask, scan)
     reordered = mask.reordered(order)
-    lengths = reordered.spacing_mm, scan.spacing_mm
     problem, give = _off(reordered, scan), f"give the mask that belongs to this {other}"
+    copy = f"copy the {other}'s affine"
+    if lost := _lost_position(mask, scan, other):
+        check = f"if its voxels are in the order of the {other}, {copy}; else that mirrors it"
+        return f"{lost}; {problem}", f"{give}; {check}"
+    lengths = reordered.spacing_mm, scan.spacing_mm
     if np.abs(np.divide(*lengths) - 1).max() > SPACING_TOLERANCE:
         of_mask, of_scan = map(_lengths, lengths)
-        fix = f"{give}, or resample it to the grid of the {other} with nearest neighbour"
-        return f"its voxels measure {of_mask} mm, those of the {other} {of_scan} mm; {problem}", fix
+        problem = f"its voxels measure {of_mask} mm, those of the {other} {of_scan} mm; {problem}"
+        resample = f", or resample it to the grid of the {other} with nearest neighbour"
+        return problem, give + (resample if mask.fraction_inside(scan) else "")
     cosines = np.clip((reordered.directions * scan.directions).sum(axis=0), -1, 1)
     tilt = float(np.degrees(np.arccos(cosines)).max())
     if tilt > TILT_DEG:
-        fix = f"{give}; a mask of another {other} must be registered and resampled to this"
+        fix = f"{give}; a mask of another {other} must be registered and resampled to this one"
         return f"its axes are rotated by {tilt:.3g}°; {problem}", fix
     save_again = f"{give}, or save it again with this {other} as the reference volume"
     if reordered.shape != scan.shape:
         of_mask, of_scan = format_sizes(reordered.shape), format_sizes(scan.shape)
-        return f"{of_mask} voxels instead of {of_scan}, {problem}", save_again
+        where = _off_lattice(reordered, scan, other)
+        return f"it has {of_mask} voxels, the {other} {of_scan}; {where}", save_again
     if order != IN_ORDER:
         stored = f"it is stored as {mask.axis_codes}, the {other} as {scan.axis_codes}"
-        fix = f"{save_again}; do not copy the affine of the {other}, which would mirror it"
-        return f"{problem}; {stored}", fix
-    fix = f"{give}; if it was drawn on this one and lost its position, copy the {other}'s affine"
-    return problem, fix
+        fix = f"{save_again}; do not {copy}, which would mirror it"
+        return f"{problem}; {stored}", f"{fix} unless its voxels are in the order of the {other}"
+    return problem, f"{give}; if it was drawn on this one and lost its position, {copy}"
+
+
+def _lost_position(mask: Geometry, scan: Geometry, other: str) -> str:
+    """Describe an affine that a tool made up for the voxels of the scan; empty if it is none."""
+    if mask.shape != scan.shape:
+        return ""
+    if Geometry(scan.shape, LPS_TO_RAS @ scan.affine).matches(mask):
+        return f"its affine is that of the {other} in LPS, but NIfTI means RAS"
+    lengths = np.abs(np.diag(mask.voxel_steps_mm))
+    is_diagonal = np.array_equal(np.diag(lengths), np.abs(mask.voxel_steps_mm))
+    is_at_origin = not mask.affine[:3, 3].any()
+    is_usual = any(np.allclose(lengths, usual, rtol=1e-4) for usual in (1, scan.spacing_mm))
+    if is_diagonal and is_at_origin and is_usual:
+        return f"its affine holds only the spacing {_lengths(mask.spacing_mm)} mm, no position"
+    return ""
+
+
+def _off_lattice(reordered: Geometry, scan: Geometry, other: str) -> str:
+    """Describe how a part of a scan, or more than it, does not lie on the scan's voxels."""
+    mapped = scan.to_index(reordered.to_world_mm(reordered.corners()))
+    offsets = mapped - np.rint(mapped)
+    furthest = offsets[np.abs(offsets).max(axis=1).argmax()]
+    voxels = np.abs(furthest).max()
+    if voxels < SAME_GRID_TOLERANCE_VOXELS:
+        return f"it reaches beyond the {other} on one side and ends short of it on the other"
+    mm = np.linalg.norm(scan.voxel_steps_mm @ furthest)
+    return f"its voxels lie {voxels:.2g} voxels ({mm:.3g} mm) off those of the {other}"
 
 
 def _off(reordered: Geometry, scan: Geometry) -> str:
@@ -181,13 +214,16 @@ def _off(reordered: Geometry, scan: Geometry) -> str:
     offsets = reordered.to_world_mm(reordered.corners()) - scan.to_world_mm(scan.corners())
     furthest = offsets[np.linalg.norm(offsets, axis=1).argmax()]
     parts = [
-        f"{abs(mm):.3g} mm to {'RAS'[axis] if mm > 0 else 'LPI'[axis]}"
+        (f"{abs(mm):.3g} mm", "RAS"[axis] if mm > 0 else "LPI"[axis])
         for axis, mm in enumerate(furthest)
         if abs(mm) >= 0.005
     ]
     steps = np.abs(scan.to_index(scan.affine[:3, 3] + furthest[None]))[0]
     text = f"a corner is off by {steps.max():.3g} voxels ({np.linalg.norm(furthest):.3g} mm)"
-    return f"{text}, {' and '.join(parts)}" if len(parts) > 1 else text
+    if len(parts) < 2:
+        return f"{text} to {parts[0][1]}" if parts else text
+    *others, last = (f"{length} to {side}" for length, side in parts)
+    return f"{text}, {', '.join(others)} and {last}"
 
 
 def _lengths(values: Sequence[float]) -> str:

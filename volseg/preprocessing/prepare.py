@@ -20,6 +20,7 @@ from volseg.preprocessing.crop import (
     body_threshold,
     scaled_box,
 )
+from volseg.preprocessing.lattice import difference
 from volseg.preprocessing.resample import (
     CPU,
     Interpolation,
@@ -401,10 +402,10 @@ def _stored_threshold(
 def _check_one_grid(images: Mapping[str, Volume]) -> None:
     (first_name, first), *others = images.items()
     for name, volume in others:
-        difference = first.geometry.difference(volume.geometry)
-        if difference:
+        if not first.geometry.matches(volume.geometry):
+            problem, _ = difference(volume.geometry, first.geometry)
             raise ScanError(
-                f"channel {name!r} is not on the grid of {first_name!r}: {difference}",
+                f"channel {name!r} is not on the grid of {first_name!r}: {problem}",
                 fix=f"resample {name!r} onto the grid of {first_name!r}",
                 code="E_PAIR",
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from os import PathLike
 from pathlib import Path
 from typing import Any, get_args
 
@@ -45,8 +46,20 @@ def load_recipe(recipe: str | Path) -> Recipe:
 
 
 def as_recipe(recipe: Path | str | Recipe) -> Recipe:
-    """Return the recipe itself, or read it from a file or by its name."""
-    return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    """Return the recipe itself, or read it from a file or by its name.
+
+    Raises:
+        VolsegError: it is none of these (`E_TYPE`), or as `load_recipe`.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if not isinstance(recipe, str | PathLike):
+        raise VolsegError(
+            f"recipe is of type {type(recipe).__name__}",
+            fix="give a Recipe, the path of a TOML file or the name of a shipped recipe",
+            code="E_TYPE",
+        )
+    return load_recipe(recipe)
 
 
 def parse_recipe(content: object, *, where: str) -> Recipe:

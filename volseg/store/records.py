@@ -54,7 +54,7 @@ Item = TypeVar("Item", bound=ItemRow)
 Lesions = TypeVar("Lesions", bound=Iterable[Any], covariant=True)  # rows of a case or patient
 
 MAX_ROW_BYTES = 2**20  # per line of a stranger's file; volseg's rows take about a thousandth
-MASKS, LESION_IDS = "masks", "lesion_ids"
+MASKS, LESION_IDS, PROBABILITIES = "masks", "lesion_ids", "probabilities"  # folders
 STALE = "W_STALE"
 _VOLUME_ML = re.compile(rb'"volume_ml": ([0-9]{1,18}(?:\.[0-9]{1,30})?(?:e[+-]?[0-9]{1,3})?)\b')
 _N_VOXELS = re.compile(rb'"n_voxels": ([0-9]{1,18})\b')

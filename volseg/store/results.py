@@ -85,17 +85,23 @@ class RecordFolder(OutputFolder, Generic[R, Item]):
             return False
         return self._is_intact(record)
 
-    def commit(self, record: R, commit: Commit) -> None:
+    def commit(self, record: R, commit: Commit, *, keep: str = "") -> None:
         """Record an item that was done; delete its other files of an earlier call.
 
         Args:
             record: without files; its lesions are consumed one at a time, so that they need not fit
                 in memory.
             commit: holds the other files of the item.
+            keep: folder whose files of an earlier call stay, and stay recorded.
         """
         earlier = self.record(record.name)
         commit.write(rows_name(record.name), lambda file: write_rows(file, record.lesions))
         files = commit.hashes()
+        if earlier is not None and keep:
+            kept_files = [name for name in earlier.files if name.startswith(f"{keep}/")]
+            # One that was deleted or changed is the user's: it need not be intact any more.
+            intact = {name for name in kept_files if self._is_as(name, earlier.files[name])}
+            files = {name: earlier.files[name] for name in intact} | files
         content = replace(record, files=files).as_json()
         commit.write(record_name(record.name), json_text(content, indent=None))
         # A corrected mask stays, even if it was changed back to a mask that volseg once wrote.

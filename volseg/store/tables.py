@@ -22,7 +22,7 @@ from typing import (
 from volseg.columns import column_names
 from volseg.comparison.changes import LesionChange
 from volseg.comparison.response import PatientResponse
-from volseg.errors import VolsegError
+from volseg.errors import VolsegError, given_path
 from volseg.evaluation.detection import DetectionRow
 from volseg.evaluation.overlap import OverlapRow
 from volseg.evaluation.validation import ValidationRow
@@ -112,7 +112,7 @@ def read_table(path: Path | str) -> DataFrame:
         >>> volseg.read_table("measured/cases.csv")["case_id"].tolist()
         ['phantom_15']
     """
-    path = Path(path)
+    path = given_path(path)
     row_type = TABLES.get(path.name)
     if row_type is None:
         raise VolsegError(

@@ -102,6 +102,7 @@ class Review {
     this.isStarted = isMarked;
     if (isMarked) this.table.mark(row);
     this.show();
+    if (isMarked) at("review").scrollIntoView({ block: "nearest" });
   }
 
   // The first key chooses the first lesion, the next ones go on from there.

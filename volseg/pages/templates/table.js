@@ -167,7 +167,7 @@ class DataTable {
     return `unknown (${column.meaning})`;
   }
 
-  // Mark a row as current and turn to its page.
+  // Mark a row as current and turn to its page. Only the table scrolls: a picture next to it stays.
   mark(row) {
     this.marked = row;
     const index = this.rows.indexOf(row);
@@ -175,7 +175,10 @@ class DataTable {
     const focused = document.activeElement?.dataset?.key;
     this.refresh();
     if (focused) this.body.querySelector(`[data-key="${CSS.escape(focused)}"]`)?.focus();
-    this.body.querySelector('[aria-current="true"]')?.scrollIntoView({ block: "nearest" });
+    const line = this.body.querySelector('[aria-current="true"]'), box = line?.closest(".wide");
+    if (!line) return;
+    const top = line.offsetTop - this.head.offsetHeight, bottom = line.offsetTop + line.offsetHeight;
+    box.scrollTop = Math.max(Math.min(box.scrollTop, top), bottom - box.clientHeight);
   }
 }
 
