@@ -19,12 +19,11 @@ from volseg.commands.batch import (
 from volseg.commands.jobs import Tally
 from volseg.commands.mask_measurement import MaskSettings, measure_mask, refused_masks
 from volseg.commands.pages import page_budget, read_run, write_report
-from volseg.commands.remarks import remark
+from volseg.commands.remarks import remarks_on_scan
 from volseg.errors import ScanError, VolsegError
 from volseg.io.cases import Case
 from volseg.io.formats import RESULT_SUFFIX
 from volseg.measurement.rows import CaseRow
-from volseg.measurement.units import warnings_in
 from volseg.options import MeasureOptions
 from volseg.pages.about import About
 from volseg.pages.model_box import read_model_box
@@ -161,7 +160,7 @@ class _CorrectedMask:
             corrected = {self._path: measured.sha256[-1]}
             new = replace(record, case=case_row, lesions=measured.lesions, corrected=corrected)
             folder.commit(replace(new, failed=None, remark=""), commit, keep=PROBABILITIES)
-        return [remark(code, self.name, text) for code, text in warnings_in(case_row.warnings)]
+        return remarks_on_scan(case_row)
 
     def case_and_settings(self) -> tuple[Case, MaskSettings]:
         """Return the mask with its scan, and how it is measured.

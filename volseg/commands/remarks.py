@@ -4,22 +4,14 @@ from __future__ import annotations
 
 from volseg.comparison.response import PatientResponse
 from volseg.measurement.rows import CaseRow
-from volseg.measurement.specks import SPECKS
-from volseg.measurement.units import CODES, UNIT, warnings_in
-from volseg.preprocessing.lattice import AXES, EXTENT
+from volseg.measurement.units import UNIT, warnings_in
 
 ORGAN = "W_ORGAN"  # the organ is missing, or all that there is
-# Noise, unit, training data, organ, grid: they matter to the run; the others are in cases.csv.
-CODES_OF_SCANS = frozenset((SPECKS, *CODES, ORGAN, AXES, EXTENT))
 
 
 def remarks_on_scan(case: CaseRow) -> list[str]:
-    """Return the warnings of a scan that matter to the run."""
-    return [
-        remark(code, case.case_id, text)
-        for code, text in warnings_in(case.warnings)
-        if code in CODES_OF_SCANS
-    ]
+    """Return the warnings of a scan."""
+    return [remark(code, case.case_id, text) for code, text in warnings_in(case.warnings)]
 
 
 def remark(code: str, name: str, text: str) -> str:
