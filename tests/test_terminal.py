@@ -208,6 +208,8 @@ def test_the_time_is_estimated_before_the_first_scan_is_done(model, dataset, tmp
         progress=lambda stage, done, text: events.append((time.monotonic() - started, text)),
     )
     texts = [text for _, text in events]
-    estimate = next(n for n, text in enumerate(texts) if re.search(r"about .* (s|min|second)", text))
+    estimate = next(
+        n for n, text in enumerate(texts) if re.search(r"about .* (s|min|second)", text)
+    )
     first_done = next(n for n, text in enumerate(texts) if "measuring" in text)
     assert estimate < first_done

@@ -60,7 +60,8 @@ def auto_recipe(
     """
     labels, ignore = _labels(dataset, cases, progress)
     regions, order = stated_regions(dataset)
-    channels = [_Channel(name, dataset, cases) for name in cases[0].images]
+    names_of_channels = dict.fromkeys(name for case in cases for name in case.images)
+    channels = [_Channel(name, dataset, cases) for name in names_of_channels]
     methods = {channel.name: channel.normalisation() for channel in channels}
     first = channels[0]
     is_ct = methods[first.name] == "window"
@@ -188,9 +189,10 @@ class _Channel:
     def _looks_like_ct(self) -> bool:
         """Tell whether the scans that can be read, of a sample, all look like CT."""
         are_ct_like = []
-        for case in self.cases[:: max(1, len(self.cases) // CT_SCANS)][:CT_SCANS]:
+        scans = [case.images[self.name] for case in self.cases if self.name in case.images]
+        for path in scans[:: max(1, len(scans) // CT_SCANS)][:CT_SCANS]:
             with suppress(VolsegError):  # preparing reports scans that cannot be read
-                are_ct_like.append(looks_like_ct(read_volume(case.images[self.name])))
+                are_ct_like.append(looks_like_ct(read_volume(path)))
         return bool(are_ct_like) and all(are_ct_like)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from volseg.columns import columns_of
 from volseg.commands.placing import place_mask
 from volseg.commands.preparing import PREPARED_FILE
-from volseg.commands.training_cases import read_training_case
+from volseg.commands.training_cases import TrainingSet, read_training_case
 from volseg.errors import VolsegError
 from volseg.inputs import read_json
 from volseg.io.cases import Case
@@ -86,11 +86,9 @@ def _check_scan(path: Path) -> list[Problem]:
 
 
 def _check_dataset(path: Path, recipe: Recipe | None) -> Iterator[Problem]:
-    channels = None if recipe is None else recipe.data.channels
-    allow_missing = recipe is not None and recipe.data.missing == "empty"
-    survey = survey_cases(path, channels, allow_missing=allow_missing)
+    survey = survey_cases(path) if recipe is None else TrainingSet(path, recipe).survey()
     for mistake in survey.mistakes:
-        yield _problem(str(path), "E_REQUEST", mistake, "correct the dataset")
+        yield _problem(str(path), "E_DATASET", mistake, "correct the dataset")
     for remark in survey.remarks:
         code, _, text = remark.partition(": ")
         yield _problem(str(path), code, text, "`volseg cases` writes a table to look at and edit")
