@@ -163,7 +163,7 @@ def verdicts_of(
         ),
         "train": lambda announce: volseg.train(
             data.path,
-            recipe=recipe or recipe_of(data),
+            recipe=recipe_of(data) if data.scope is Scope.NONE else recipe,
             out=work / "t",
             device="cpu",
             folds=1,
@@ -257,6 +257,8 @@ def disagreements(data: Dataset, verdicts: Mapping[str, Verdict]) -> list[str]:
 def _not_named(data: Dataset, command: str, verdict: Verdict, check: Verdict) -> list[str]:
     """Return how a command that reads the fault does not name it as it should."""
     refuses = data.scope in OF_DATASETS or command in REFUSING
+    # Without a recipe the labels are those of dataset.json, so there is nothing to prepare with.
+    refuses |= data.scope is Scope.TRAINING and not data.has_recipe
     if refuses != bool(verdict.problems):
         return [f"{command} gives no {'error' if refuses else 'row'}: {verdict.text}"]
     if not refuses and set(verdict.failed) != {faulty_id(data)}:
