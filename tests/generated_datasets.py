@@ -404,7 +404,7 @@ def no_scan_at_all(data: Dataset) -> Sequence[str]:
         data.scan(n, channel).unlink()
     if data.layout.kind == "table":
         return (data.scan(1).name, "does not exist")
-    return (data.mask(1).name,)
+    return ("no scans found",) if data.name == "nnunet" else (data.mask(1).name,)
 
 
 # -- dataset.json

@@ -52,11 +52,13 @@ def _read_nnunet(dataset: Path, description: Mapping[str, Any], channels: Channe
         stems = raw.stems(images)
         rows = [raw.row_of(stem, images, labels, split) for stem in stems]
         listing.rows += rows
-        listing.mistakes += raw.lone_labels({row.reference for row in rows}, labels, stems)
+        references = {row.reference for row in rows if row.reference is not None}
+        listing.mistakes += raw.lone_labels(references, stems)
+    in_folder = set(raw.stems("imagesTr"))
     listing.mistakes += [
-        f"{FILE} training: {shorten(_image_of(pair))} is not in imagesTr"
+        f"{pair['where']}: {shorten(_image_of(pair))} is not in imagesTr"
         for pair in pairs
-        if not raw.has_scan(_case_in(pair))
+        if _case_in(pair) not in in_folder
     ]
     if not listing.rows and (scans := scans_in(dataset / "imagesTr")):
         listing.mistakes.append(
@@ -86,9 +88,6 @@ class _RawFolders:
         """Return the names of the cases in a folder."""
         return sorted({match[1] for match in _numbered(self.dataset / images, self.suffix)})
 
-    def has_scan(self, stem: str) -> bool:
-        return stem in self.stems("imagesTr")
-
     def row_of(self, stem: str, images: str, labels: str, split: str | None) -> Row:
         paths = {
             name: self.dataset / images / f"{stem}_{number}{self.suffix}"
@@ -110,12 +109,9 @@ class _RawFolders:
             why=f"nnU-Net's {images} and {reference.parent.name}",
         )
 
-    def lone_labels(
-        self, references: Collection[Path | None], labels: str, stems: Sequence[str]
-    ) -> Iterator[str]:
-        """Yield the labels without a scan, in the folders of the others."""
-        folders = {path.parent for path in references if path is not None}
-        for folder in sorted(folders or {self.dataset / labels}):
+    def lone_labels(self, references: Collection[Path], stems: Sequence[str]) -> Iterator[str]:
+        """Yield the labels without a scan in the folders of other labels."""
+        for folder in sorted({path.parent for path in references}):
             for path in scans_in(folder):
                 if path not in references and path.name.endswith(self.suffix):
                     yield lone_mask(path, path.name.removesuffix(self.suffix), stems)

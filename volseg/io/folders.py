@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -85,7 +86,7 @@ def _listing_of(dataset: Path, groups: Sequence[Group], channels: Channels) -> L
     ids = [group.id for group in cases]
     lone = [(group.id, mask) for group in groups if not group.images for mask in group.masks]
     listing = Listing(mistakes=[lone_mask(dataset / mask, name, ids) for name, mask in lone])
-    reader = _GroupReader(dataset, cases, channels)
+    reader = _GroupReader.of(dataset, cases, channels)
     for group in cases:
         listing.mistakes += reader.mistakes_in(group)
         try:
@@ -98,11 +99,21 @@ def _listing_of(dataset: Path, groups: Sequence[Group], channels: Channels) -> L
 
 @dataclass(frozen=True, slots=True)
 class _GroupReader:
-    """Makes rows of the groups of a folder that hold scans."""
+    """Makes rows of the groups of a folder that hold scans.
+
+    Args:
+        names: channels of all groups. n_scans: patient → number of groups.
+    """
 
     dataset: Path
-    groups: Sequence[Group]
     channels: Channels
+    names: Sequence[str]
+    n_scans: Mapping[str, int]
+
+    @classmethod
+    def of(cls, dataset: Path, groups: Sequence[Group], channels: Channels) -> _GroupReader:
+        names = dict.fromkeys(name for group in groups for name in group.images)
+        return cls(dataset, channels, list(names), Counter(group.patient for group in groups))
 
     def row_of(self, group: Group) -> Row:
         """Return the row of a group.
@@ -112,13 +123,12 @@ class _GroupReader:
         """
         first = self._first(group)
         images = self.channels.pick(self._images(group), str(first))
-        is_shared = sum(other.patient == group.patient for other in self.groups) > 1
         return Row(
             where=str(first),
             id=safe_id(group.id or stem_of(first)),
             images=images,
             reference=self.dataset / group.masks[0] if group.masks else None,
-            patient=group.patient if is_shared else None,
+            patient=group.patient if self.n_scans[group.patient] > 1 else None,
             why=f"{format_count(len(images) + len(group.masks), 'file')} of this name",
         )
 
@@ -136,20 +146,22 @@ class _GroupReader:
                 f"{first}: has {len(group.masks)} masks: {names}; name the one to use in the table "
                 f"that `volseg cases {self.dataset} --out cases.csv` writes"
             )
-        names = dict.fromkeys(name for other in self.groups for name in self._images(other))
-        yield from self.channels.lacking(self._images(group), list(names), str(first))
+        everywhere = [self._channel(name) for name in self.names]
+        yield from self.channels.lacking(self._images(group), everywhere, str(first))
 
     def _first(self, group: Group) -> Path:
         return self.dataset / next(iter(group.images.values()))
 
     def _images(self, group: Group) -> dict[str, Path]:
-        """Return channel → scan; a name that all scans have is left out if one is requested."""
-        names = {name for other in self.groups for name in other.images}
-        is_only = len(names) == 1 and self.channels.names is not None
-        return {
-            ONE_CHANNEL if is_only else name or ONE_CHANNEL: self.dataset / path
-            for name, path in group.images.items()
-        }
+        return {self._channel(name): self.dataset / path for name, path in group.images.items()}
+
+    def _channel(self, name: str) -> str:
+        """Return the channel of a name; one that all scans have tells nothing, if one is requested.
+
+        Without a request for channels it is kept, as the recipe may need it.
+        """
+        is_only = len(self.names) == 1 and self.channels.names is not None
+        return ONE_CHANNEL if is_only or not name else name
 
 
 def _remarks(dataset: Path, rows: Sequence[Row]) -> Iterator[str]:
