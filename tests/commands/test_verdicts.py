@@ -14,7 +14,7 @@ from verdicts import COMMANDS, disagreements, verdicts_of
 SEED, NUMBER = 20, 200
 FAST = ("check", "plan", "measure")  # where files are read; the others read them alike
 OF_FILES = (Scope.SCAN, Scope.MASK)
-FEW = 3  # faults of a scan, and of a mask, in the fast test
+FEW = 2  # faults of a scan, and of a mask, in the fast test
 
 
 @pytest.fixture(scope="module")
