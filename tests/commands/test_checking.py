@@ -30,6 +30,7 @@ def test_every_problem_of_a_dataset_is_reported_at_once(dataset, tmp_path):
     problems = volseg.check(data)
     assert "images/lost.nii.gz' does not exist" in problems[0]["problem"]
     assert [(problem["where"], problem["code"]) for problem in problems[1:]] == [
+        (str(data), "W_NO_LABEL"),
         ("scan_0", "E_TRUNCATED"),
         ("scan_2", "E_PAIR"),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import numpy as np
@@ -23,6 +24,29 @@ LAYOUTS = {
     ),
     "a folder per patient": ("pat{n}/image.nii.gz", "pat{n}/mask.nii.gz"),
 }
+DESCRIBED = {  # files that a list or table names
+    "nnU-Net with a list": ("imagesTr/c{n}_0000.nii.gz", "labels2/c{n}.nii.gz"),
+    "a table from Windows": ("Scans/Sc{n}.nii.gz", "Masks/Ma{n}.nii.gz"),
+}
+MASKS = ("seg", "mask", "lesions", "labels2")
+
+
+def describe(folder, layout):
+    """Write the list or table of a layout; return what is given to the commands."""
+    if layout == "nnU-Net with a list":
+        pairs = [
+            {"image": f"./imagesTr/c{n}.nii.gz", "label": f"./labels2/c{n}.nii.gz"}
+            for n in range(4)
+        ]
+        labels = {"0": "background", "1": "ball"}
+        content = {"modality": {"0": "MR"}, "labels": labels, "training": pairs}
+        (folder / "dataset.json").write_text(json.dumps(content))
+    if layout == "a table from Windows":
+        lines = [f"P{n};Scans\\Sc{n}.nii.gz;Masks\\Ma{n}.nii.gz;" for n in range(4)]
+        text = "\r\n".join(["sep=;", "Patient ID;Image;Mask;", *lines, ""])
+        (folder / "cases.csv").write_bytes(text.encode("utf-8-sig"))
+        return folder / "cases.csv"
+    return folder
 
 
 @pytest.fixture
@@ -31,12 +55,12 @@ def dataset(tmp_path):
 
     def make(patterns):
         rng = np.random.default_rng(0)
-        grid = np.indices((24, 24, 24)).reshape(3, -1).T
+        grid = np.indices((16, 16, 16)).reshape(3, -1).T
         for n in range(4):
-            ball = (np.linalg.norm(grid - 12, axis=1) < 5 + n).reshape(24, 24, 24)
+            ball = (np.linalg.norm(grid - 8, axis=1) < 3 + n).reshape(16, 16, 16)
             scan = (100 * ball + rng.normal(20, 5, ball.shape)).astype(np.float32)
             for pattern in patterns:
-                is_mask = any(word in pattern for word in ("seg", "mask", "lesions"))
+                is_mask = any(word in pattern.casefold() for word in MASKS)
                 path = tmp_path / "data" / pattern.format(n=n)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 array = ball.astype(np.uint8) if is_mask else scan
@@ -54,7 +78,8 @@ def test_the_table_is_the_dataset(layout, dataset, tmp_path):
     assert (len(report.done), report.masks) == (4, 4)
     read = find_cases(report.out, None)
     again = survey_cases(folder).cases
-    assert [(c.id, c.reference.resolve()) for c in read] == [(c.id, c.reference) for c in again]
+    files = [(case.id, case.reference and case.reference.resolve()) for case in read]
+    assert files == [(case.id, case.reference) for case in again]
     assert [{k: p.resolve() for k, p in c.images.items()} for c in read] == [
         c.images for c in again
     ]
@@ -76,14 +101,14 @@ def test_check_plan_and_training_read_a_layout_alike(layout, dataset, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *DESCRIBED])
 def test_a_layout_is_trained_and_inferred_without_an_edit(layout, dataset, tmp_path):
-    folder = dataset(LAYOUTS[layout])
+    folder = describe(dataset((LAYOUTS | DESCRIBED)[layout]), layout)
     volseg.train(folder, out=tmp_path / "m", time_budget_seconds=60, folds=1, device="cpu")
     report = volseg.infer(folder, model=tmp_path / "m", out=tmp_path / "r", device="cpu")
     assert len(report.done) == 4 and not report.failed
-    scores = volseg.evaluate(folder, tmp_path / "r", out=tmp_path / "e").evaluation
-    assert scores["dice"].mean() > 0.5
+    scores = volseg.evaluate(reference=folder, predicted=tmp_path / "r", out=tmp_path / "e")
+    assert scores.evaluation["dice"].to_numpy().mean() > 0.5
 
 
 def test_a_folder_that_is_scans_and_masks_is_measured(dataset, tmp_path):
@@ -91,5 +116,14 @@ def test_a_folder_that_is_scans_and_masks_is_measured(dataset, tmp_path):
     report = volseg.measure(image=folder, mask=folder, out=tmp_path / "r")
     assert sorted(report.done) == [f"p{n}_FLAIR" for n in range(4)]
     shutil.move(folder / "p0_FLAIR_lesions.nii.gz", tmp_path)
-    with pytest.raises(VolsegError, match="1 case without a mask, first 'p0_FLAIR'"):
-        volseg.measure(image=folder, mask=folder, out=tmp_path / "q")
+    report = volseg.measure(image=folder, mask=folder, out=tmp_path / "q")
+    assert sorted(report.done) == [f"p{n}_FLAIR" for n in (1, 2, 3)]
+    assert [text for text in report.warnings if text.startswith("W_NO_LABEL: ")]
+
+
+def test_the_channel_to_measure_on_is_asked_for_and_given(dataset, tmp_path):
+    folder = dataset(LAYOUTS["brats"])
+    with pytest.raises(VolsegError, match=r"has several channels: .*'t1'.*--channel flair"):
+        volseg.measure(cases=folder, out=tmp_path / "r")
+    report = volseg.measure(cases=folder, channel="t1", out=tmp_path / "r")
+    assert sorted(report.cases["image"]) == [f"B{n}_t1.nii.gz" for n in range(4)]

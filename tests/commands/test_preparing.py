@@ -215,6 +215,8 @@ def test_a_prepared_case_that_lost_a_file_or_changed_its_class_is_prepared_again
 def test_a_missing_class_column_is_named(folder, tiny_recipe, tmp_path):
     table = (folder / "cases.csv").read_text().replace(",grade", ",rating")
     (folder / "cases.csv").write_text(table)
-    report = volseg.preprocess(folder, recipe=tiny_recipe, out=tmp_path / "p")
-    assert report.exit_code == 4
-    assert "no column 'grade'" in report.failed["scan_0"]
+    for command in (volseg.preprocess, volseg.train):
+        with pytest.raises(VolsegError, match="there is no column 'grade', which"):
+            command(folder, recipe=tiny_recipe, out=tmp_path / "p")
+    (problem,) = (p for p in volseg.check(folder, tiny_recipe) if p["code"] == "E_DATASET")
+    assert "there is no column 'grade', which" in problem["problem"]

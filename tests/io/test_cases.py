@@ -141,17 +141,23 @@ def test_channels(tmp_path):
             "utf-8",
             "id 'X' is used for both {}/a.nii and {}/a.nii",
         ),
-        (
-            "image,patient,split\na.nii,P,train\na.nii.gz,P,test\n",
-            "utf-8",
-            "patient 'P' is in split 'test', but in 'train' at cases.csv line 2",
-        ),
     ],
 )
 def test_mistakes_in_a_table(text, encoding, words, tmp_path):
     touch(tmp_path, "a.nii", "a.nii.gz")
     problem = problem_of(find_cases, table(tmp_path, text, encoding=encoding))
     assert words.replace("{}", str(tmp_path)) in problem
+
+
+def test_splits_are_mistakes_where_they_are_used_and_a_remark_elsewhere(tmp_path):
+    touch(tmp_path, "a.nii", "b.nii")
+    path = table(tmp_path, "image,patient,split\na.nii,P,val\nb.nii,P,test\n")
+    text = "cases.csv line 3: patient 'P' is in split 'test', but in 'val' at cases.csv line 2"
+    assert survey_cases(path).mistakes == [text]
+    for find in (find_cases, lambda path, remark: find_scans([path], remark=remark)):
+        remarks = []
+        assert len(find(path, remark=remarks.append)) == 2
+        assert remarks == [f"W_SPLIT: {path}: {text}; only training uses splits"]
 
 
 def test_all_mistakes_are_listed_at_once_and_counted_beyond_ten(tmp_path):
@@ -225,8 +231,9 @@ def test_two_scans_with_the_same_id_are_refused_before_any_work(names, tmp_path)
 
 
 def test_nothing_found(tmp_path):
-    assert problem_of(find_scans, [tmp_path]) == f"no scans found in {tmp_path}"
-    assert problem_of(find_cases, tmp_path) == f"no scans found in {tmp_path}"
+    expected = f"{tmp_path}: 1 mistake: (1) no scans found; they end in .nii, .nii.gz"
+    assert problem_of(find_scans, [tmp_path]).startswith(expected)
+    assert problem_of(find_cases, tmp_path).startswith(expected)
     missing = tmp_path / "none"
     assert problem_of(find_cases, missing) == f"{missing}: does not exist"
     assert "none.nii' does not exist" in problem_of(find_scans, [tmp_path / "none.nii"])

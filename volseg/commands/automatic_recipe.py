@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +60,8 @@ def auto_recipe(
     """
     labels, ignore = _labels(dataset, cases, progress)
     regions, order = stated_regions(dataset)
-    channels = [_Channel(name, dataset, cases) for name in cases[0].images]
+    names_of_channels = dict.fromkeys(name for case in cases for name in case.images)
+    channels = [_Channel(name, dataset, cases) for name in names_of_channels]
     methods = {channel.name: channel.normalisation() for channel in channels}
     first = channels[0]
     is_ct = methods[first.name] == "window"
@@ -120,14 +121,10 @@ def _labels(
     named = stated_labels(dataset)
     ignore = named.pop(IGNORE, None)
     stated = {value: name for name, value in named.items()}
-    in_regions = set[int]().union(*stated_regions(dataset)[0].values())
-    allowed = {0, ignore, *stated, *in_regions}
-    unnamed = {case: sorted(values - allowed) for case, values in values_of.items() if stated}
     failed |= {
-        case: f"E_LABELS: its mask holds values {values[:5]}, which dataset.json does not "
-        f"name; it names {sorted(stated)}"
-        for case, values in unnamed.items()
-        if values
+        case: f"E_LABELS: {problem}"
+        for case, values in values_of.items()
+        if (problem := unnamed_values(values, dataset))
     }
     if len(failed) == len(masks) or failed.keys() & values_of.keys():
         refuse_dataset(dataset, failed)
@@ -138,6 +135,25 @@ def _labels(
             f"{dataset}: no mask holds a labelled voxel", fix="check the masks", code="E_LABELS"
         )
     return labels, ignore
+
+
+def unnamed_values(values: Collection[int], dataset: Path) -> str:
+    """Describe the values of a mask that `dataset.json` does not name; "" if there are none.
+
+    A dataset that names no labels may hold any.
+    """
+    named = stated_labels(dataset)
+    ignore = named.pop(IGNORE, None)
+    if not named:
+        return ""
+    in_regions = set[int]().union(*stated_regions(dataset)[0].values())
+    unnamed = sorted(set(values) - {0, ignore, *named.values(), *in_regions})
+    if not unnamed:
+        return ""
+    return (
+        f"its mask holds values {unnamed[:5]}, which dataset.json does not name; it names "
+        f"{sorted(named.values())}"
+    )
 
 
 def _values_of(
@@ -188,9 +204,10 @@ class _Channel:
     def _looks_like_ct(self) -> bool:
         """Tell whether the scans that can be read, of a sample, all look like CT."""
         are_ct_like = []
-        for case in self.cases[:: max(1, len(self.cases) // CT_SCANS)][:CT_SCANS]:
+        scans = [case.images[self.name] for case in self.cases if self.name in case.images]
+        for path in scans[:: max(1, len(scans) // CT_SCANS)][:CT_SCANS]:
             with suppress(VolsegError):  # preparing reports scans that cannot be read
-                are_ct_like.append(looks_like_ct(read_volume(case.images[self.name])))
+                are_ct_like.append(looks_like_ct(read_volume(path)))
         return bool(are_ct_like) and all(are_ct_like)
 
 

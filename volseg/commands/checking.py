@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from volseg.columns import columns_of
+from volseg.commands.automatic_recipe import unnamed_values
 from volseg.commands.placing import place_mask
 from volseg.commands.preparing import PREPARED_FILE
-from volseg.commands.training_cases import read_training_case
+from volseg.commands.training_cases import TrainingSet, read_training_case
 from volseg.errors import VolsegError, given_path
 from volseg.inputs import read_json
 from volseg.io.cases import Case
@@ -86,15 +87,13 @@ def _check_scan(path: Path) -> list[Problem]:
 
 
 def _check_dataset(path: Path, recipe: Recipe | None) -> Iterator[Problem]:
-    channels = None if recipe is None else recipe.data.channels
-    allow_missing = recipe is not None and recipe.data.missing == "empty"
-    survey = survey_cases(path, channels, allow_missing=allow_missing)
+    survey = survey_cases(path) if recipe is None else TrainingSet(path, recipe).survey()
     for mistake in survey.mistakes:
-        yield _problem(str(path), "E_REQUEST", mistake, "correct the dataset")
+        yield _problem(str(path), "E_DATASET", mistake, "correct the dataset")
     for remark in survey.remarks:
         code, _, text = remark.partition(": ")
         yield _problem(str(path), code, text, "`volseg cases` writes a table to look at and edit")
-    checker = _CaseChecker(recipe)
+    checker = _CaseChecker(path, recipe)
     for case in survey.cases:
         yield from checker.problems_of(case)
     if recipe is None or not checker.labels:
@@ -112,8 +111,8 @@ def _check_dataset(path: Path, recipe: Recipe | None) -> Iterator[Problem]:
 class _CaseChecker:
     """Checks each case of a dataset, with the recipe if there is one."""
 
-    def __init__(self, recipe: Recipe | None) -> None:
-        self._recipe = recipe
+    def __init__(self, dataset: Path, recipe: Recipe | None) -> None:
+        self._dataset, self._recipe = dataset, recipe
         self.labels: set[int] = set()  # in the masks that could be read
 
     def problems_of(self, case: Case) -> Iterator[Problem]:
@@ -151,13 +150,16 @@ class _CaseChecker:
             VolsegError: the mask cannot be read, or does not fit the scans or the recipe.
         """
         mask = read_mask(path)
-        self.labels.update(np.unique(mask.array).tolist())
+        values = np.unique(mask.array).tolist()
+        self.labels.update(values)
         if not mask.array.any():
             yield _problem(case.id, "W_EMPTY", f"{path}: holds no labelled voxel")
         if self._recipe is not None and volumes.keys() == case.images.keys():
             for note in read_training_case(case, self._recipe).notes:
                 yield _problem_of_note(case.id, path, note)
             return
+        if self._recipe is None and (problem := unnamed_values(values, self._dataset)):
+            yield _problem(case.id, "E_LABELS", problem, "correct the mask, or name the value")
         for name, volume in volumes.items():
             names = {"mask_name": str(path), "grid_name": str(case.images[name])}
             for note in place_mask(mask, volume.geometry, **names).notes:

@@ -59,7 +59,8 @@ def evaluate(options: EvaluateOptions) -> EvaluateReport:
         rows = _completed(listed, pairs)
         detections = [row for case in listed.values() for row in case.detections]
         results = _label_results(rows, detections)
-        warnings = [text for name in compared for text in _remarks(compared[name])]
+        warnings = [*pairs.remarks]
+        warnings += [text for name in compared for text in _remarks(compared[name])]
         warnings += _stale(kept)
         warnings += pairing_warnings(rows, [case.shared for case in listed.values()])
         warnings += filter(None, [pairs.reviews.remark(listed)])

@@ -88,13 +88,12 @@ def infer(options: InferOptions) -> CasesReport:
     bundle = load_bundle(folder)
     changes = _changes(bundle.recipe, options)
     bundle = replace(bundle, recipe=_changed(bundle.recipe, changes))
-    data = bundle.recipe.data
+    data, remarks = bundle.recipe.data, list[str]()
+    allow_missing = data.missing == "empty"
     cases = find_scans(
-        options.scans,
-        data.channels,
-        allow_missing=data.missing == "empty",
-        remark=options.announce,
+        options.scans, data.channels, allow_missing=allow_missing, remark=remarks.append
     )
+    options.warn(*remarks)
     if options.model is None:
         options.announce(shipped_model_text())
     used = [*options.scans, folder, *(path for case in cases for path in case_files(case))]
@@ -120,7 +119,11 @@ def infer(options: InferOptions) -> CasesReport:
             | {"recipe_sha256": bundle.recipe.sha256, "connectivity": CONNECTIVITY}
             | {"measure": bundle.recipe.measure.model_dump(mode="json")}
         )
-    return replace(report, computed_with=model.segmentation.identity)
+    return replace(
+        report,
+        warnings=[*remarks, *report.warnings],
+        computed_with=model.segmentation.identity,
+    )
 
 
 def _load_run(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from volseg.io.formats import RESULT_SUFFIX, stem_of
 from volseg.io.layouts import find_cases, find_scans, is_dataset
 from volseg.io.matching import pair_names
 from volseg.io.volumes import read_header, read_mask
-from volseg.options import Announce, EvaluateOptions
+from volseg.options import EvaluateOptions
 from volseg.postprocessing.lesions import MANY
 from volseg.store.evaluations import EvaluatedCase
 from volseg.store.records import LESION_IDS
@@ -54,6 +54,7 @@ class MaskPairs:
         ignored: value of unannotated voxels in the reference, if any.
         renamed_values: predicted value → the reference value that it stands for.
         reviews: verdicts of a reader on the predicted lesions.
+        remarks: choices that were made in reading the two datasets.
     """
 
     options: EvaluateOptions
@@ -65,13 +66,15 @@ class MaskPairs:
     renamed_values: Mapping[int, int]
     budget: Budget
     reviews: Reviews
+    remarks: Sequence[str]
 
     @classmethod
     def of(cls, options: EvaluateOptions) -> MaskPairs:
         reviews = _reviews_of(options)
-        announce = options.announce
-        truths = _masks(options.reference, announce)
-        guesses = _masks(options.predicted, announce)
+        remarks: list[str] = []
+        truths = _masks(options.reference, remarks.append)
+        guesses = _masks(options.predicted, remarks.append)
+        options.warn(*remarks)
         truth_of = {guess: truth for truth, guess in pair_names(truths, guesses).items()}
         guesses = {truth_of.get(name, name): mask for name, mask in guesses.items()}
         if not truths.keys() & guesses.keys():
@@ -94,6 +97,7 @@ class MaskPairs:
             ignored=ignored,
             renamed_values=renamed_values,
             reviews=reviews,
+            remarks=remarks,
             budget=Budget(
                 options.max_ram,
                 options.announce,
@@ -297,24 +301,23 @@ class _Mask:
     patient: str | None = None
 
 
-def _masks(path: Path, announce: Announce) -> dict[str, _Mask]:
+def _masks(path: Path, remark: Callable[[str], None]) -> dict[str, _Mask]:
     """Return case id → mask of a mask folder, results folder or dataset; with patients if known."""
-    if is_dataset(path):
-        return {
-            case.id: _Mask(case.reference, case.patient)
-            for case in find_cases(path, None, remark=announce)
-            if case.reference is not None
-        }
     if (path / RECORDS).is_dir() and not (path / "masks").is_dir():
         raise VolsegError(
             f"{path}: holds no masks", fix="give the results of `volseg infer`", code="E_DATASET"
         )
-    folder = path / "masks" if (path / "masks").is_dir() else path
-    cases = find_scans([folder], ("image",), remark=announce)
+    is_described = is_dataset(path)
+    has_masks = (path / "masks").is_dir() and not is_described
+    folder = path / "masks" if has_masks else path
+    # A case may lack any channel here: only its mask is read.
+    cases = find_cases(folder, None, allow_missing=True, remark=remark)
     references = {
         case.id: _Mask(case.reference, case.patient) for case in cases if case.reference is not None
     }
-    return references or {case.id: _Mask(case.images["image"]) for case in cases}
+    if references or is_described:
+        return references
+    return {case.id: _Mask(case.images["image"]) for case in find_scans([folder], ("image",))}
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -26,11 +26,11 @@ from volseg.commands.mask_measurement import MaskSettings, measure_mask, refused
 from volseg.commands.pages import source_of
 from volseg.errors import VolsegError
 from volseg.execution.local import run
-from volseg.io.cases import Case
+from volseg.io.cases import ONE_CHANNEL, Case, listed
 from volseg.io.label_names import read_label_names
 from volseg.io.layouts import find_cases, find_scans
 from volseg.io.matching import pair_names
-from volseg.options import Announce, MaskOptions, MeasureOptions, command
+from volseg.options import MaskOptions, MeasureOptions, command
 from volseg.pages.about import About
 from volseg.postprocessing.lesions import CONNECTIVITY, Objects
 from volseg.recipe import Measure, as_recipe, parse_unit
@@ -40,6 +40,7 @@ from volseg.store.results import ResultsFolder
 from volseg.words import format_count
 
 DEFAULT_OUT = "volseg_results"
+Remark = Callable[[str], None]  # takes each choice that was made in reading the files
 
 
 @command(MeasureOptions)
@@ -64,7 +65,9 @@ def measure(options: MeasureOptions) -> CasesReport:
         _refuse_other_settings(options)
         return measure_corrected(options.results, options)
     started = time.monotonic()
-    pairs, unused = _pairs(options)
+    remarks: list[str] = []
+    pairs, unused = _pairs(options, remarks.append)
+    options.warn(*remarks)
     settings = settings_of_masks(options)
     key_options, digests = settings.key_options(figures=options.figures), Inputs(of_masks=True)
     out = options.out or Path(DEFAULT_OUT)
@@ -83,7 +86,7 @@ def measure(options: MeasureOptions) -> CasesReport:
             objects=options.objects,
         )
         report = _measure_pairs(pairs, settings, batch)
-        warnings = [*report.warnings, *_unused_warning(unused, len(pairs))]
+        warnings = [*remarks, *report.warnings, *_unused_warning(unused, len(pairs))]
         report = replace(report, warnings=warnings)
         folder.write_run(
             run_description(options, key_options, report, started)
@@ -109,11 +112,11 @@ def _refuse_other_settings(options: MeasureOptions) -> None:
         )
 
 
-def _pairs(options: MeasureOptions) -> tuple[list[Case], list[str]]:
+def _pairs(options: MeasureOptions, remark: Remark) -> tuple[list[Case], list[str]]:
     """Return scans with their masks, and the names of masks without a scan."""
     image, mask = options.image, options.mask
     if options.cases is not None and image is None and mask is None:
-        return _pairs_of_dataset(options.cases, options.announce), []
+        return _pairs_of_dataset(options.cases, options.channel, remark), []
     if image is None or mask is None or options.cases is not None:
         raise VolsegError(
             "measure needs a scan and its mask, two folders of them, or a table of cases",
@@ -127,8 +130,9 @@ def _pairs(options: MeasureOptions) -> tuple[list[Case], list[str]]:
             code="E_USAGE",
         )
     if image.is_dir() and image.resolve() == mask.resolve():
-        return _pairs_of_dataset(image, options.announce), []
-    scans = find_scans([image], ("image",), remark=options.announce)
+        return _pairs_of_dataset(image, options.channel, remark), []
+    requested = (options.channel or ONE_CHANNEL,)
+    scans = _measured_channel(find_scans([image], requested, remark=remark))
     if image.is_dir():
         return _pairs_of_folders(scans, mask)
     if len(scans) > 1:
@@ -140,17 +144,30 @@ def _pairs(options: MeasureOptions) -> tuple[list[Case], list[str]]:
     return [replace(scans[0], reference=mask)], []
 
 
-def _pairs_of_dataset(dataset: Path, announce: Announce) -> list[Case]:
-    pairs = find_cases(dataset, ("image",), remark=announce)
-    maskless = [case.id for case in pairs if case.reference is None]
-    if maskless:
-        cases = f"{format_count(len(maskless), 'case')} without a mask"
+def _measured_channel(cases: Sequence[Case]) -> list[Case]:
+    """Return cases of one channel under the name that measuring gives it."""
+    return [replace(case, images={ONE_CHANNEL: next(iter(case.images.values()))}) for case in cases]
+
+
+def _pairs_of_dataset(dataset: Path, channel: str | None, remark: Remark) -> list[Case]:
+    """Return the cases of a dataset that have a mask; a remark counts the others."""
+    cases = find_cases(dataset, None if channel is None else (channel,), remark=remark)
+    names = dict.fromkeys(name for case in cases for name in case.images)
+    if len(names) > 1:
         raise VolsegError(
-            f"{dataset}: {cases}, first {maskless[0]!r}",
-            fix="fill the `label` column",
+            f"{dataset}: has several channels: {listed(names)}",
+            fix="give the one on which the masks are measured, such as "
+            f"--channel {next(iter(names))}",
+            code="E_USAGE",
+        )
+    pairs = [case for case in cases if case.reference is not None]
+    if not pairs:
+        raise VolsegError(
+            f"{dataset}: none of its {format_count(len(cases), 'case')} has a mask",
+            fix="fill the `label` column, or give --image and --mask",
             code="E_DATASET",
         )
-    return pairs
+    return _measured_channel(pairs)
 
 
 def _pairs_of_folders(scans: Sequence[Case], folder: Path) -> tuple[list[Case], list[str]]:

@@ -15,7 +15,7 @@ from volseg.commands.placing import channel_notes, place_mask
 from volseg.errors import ScanError, VolsegError
 from volseg.execution.local import run
 from volseg.inputs import shorten
-from volseg.io.cases import Case, Survey
+from volseg.io.cases import Case, Survey, listed
 from volseg.io.layouts import survey_cases
 from volseg.io.volumes import read_mask, read_volume
 from volseg.measurement.units import judge_unit
@@ -26,6 +26,7 @@ from volseg.preprocessing.lattice import difference
 from volseg.recipe import Recipe
 from volseg.store.outputs import OutputFolder
 from volseg.volume import Volume
+from volseg.words import format_count
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a command that needs it pays
     from volseg.planning.fingerprint import CaseFingerprint, DatasetFingerprint
@@ -53,7 +54,21 @@ class TrainingSet:
         """Return the usable cases of the dataset, with mistakes and remarks."""
         data = self.recipe.data
         allow_missing = data.missing == "empty"
-        return survey_cases(self.dataset, data.channels, allow_missing=allow_missing)
+        survey = survey_cases(self.dataset, data.channels, allow_missing=allow_missing)
+        return replace(survey, mistakes=survey.mistakes + self._class_mistakes(survey.cases))
+
+    def _class_mistakes(self, cases: Sequence[Case]) -> list[str]:
+        """Return the mistake if no case with a mask has the column of the classes."""
+        labelled = labelled_cases(cases)
+        if self.recipe.classify is None or not labelled:
+            return []
+        column, columns = self.recipe.classify.column, labelled[0].classes
+        if column in columns:
+            return []
+        return [
+            f"there is no column {column!r}, which [classify] of the recipe needs; the others are "
+            f"{listed(columns) or 'none'}"
+        ]
 
     def cases(self, survey: Survey | None = None) -> list[Case]:
         """Return the cases with a mask outside the test split, each with a split.
@@ -120,6 +135,7 @@ class TrainingSet:
         from volseg.planning.fingerprint import combine_fingerprints
 
         fingerprints: dict[str, CaseFingerprint] = {}
+        validation: dict[str, CaseFingerprint] = {}
         failed: dict[str, str] = {}
         for count, outcome in enumerate(run(self.analyse, cases), start=1):
             case, error, fingerprint = outcome.item, outcome.error, outcome.value
@@ -127,8 +143,8 @@ class TrainingSet:
             if error is not None:
                 failed[case.id] = failure_reason(outputs, case.id, error)
                 self.announce(failure_line(case.id, failed[case.id]))
-            elif case.split == "train" and fingerprint is not None:
-                fingerprints[case.id] = fingerprint
+            elif fingerprint is not None:
+                (fingerprints if case.split == "train" else validation)[case.id] = fingerprint
         if not fingerprints and failed:
             refuse_dataset(self.dataset, failed)
         if not fingerprints:
@@ -138,15 +154,18 @@ class TrainingSet:
                 code="E_DATASET",
             )
         combined = combine_fingerprints(list(fingerprints.values()))
-        return combined.model_copy(update=_remarkable(fingerprints)), failed
+        return combined.model_copy(update=_remarkable(fingerprints, validation)), failed
 
 
-def _remarkable(fingerprints: Mapping[str, CaseFingerprint]) -> dict[str, Any]:
+def _remarkable(
+    training: Mapping[str, CaseFingerprint], validation: Mapping[str, CaseFingerprint]
+) -> dict[str, Any]:
     """Return the fields of a dataset's fingerprint that name single cases."""
-    items = fingerprints.items()
+    items = {**training, **validation}.items()
+    doubts = {name: facts.unit_doubt for name, facts in training.items() if facts.unit_doubt}
     return {
         "empty_masks": tuple(name for name, facts in items if not facts.label_voxels),
-        "doubted_units": {name: facts.unit_doubt for name, facts in items if facts.unit_doubt},
+        "doubted_units": doubts,
         "grid_notes": {name: facts.grid_notes for name, facts in items if facts.grid_notes},
     }
 
@@ -307,9 +326,8 @@ def warnings_of(fingerprint: DatasetFingerprint, recipe: Recipe) -> list[str]:
     warnings, n_cases = [], fingerprint.n_cases
     if empty := fingerprint.empty_masks:
         names = ", ".join(empty[:5]) + (" …" if len(empty) > 5 else "")
-        warnings.append(
-            f"W_EMPTY: {len(empty)} of {n_cases} training masks hold no labelled voxel: {names}"
-        )
+        hold = "mask holds" if len(empty) == 1 else "masks hold"
+        warnings.append(f"W_EMPTY: {len(empty)} {hold} no labelled voxel: {names}")
     labels = recipe.data.label_names.items()
     if absent := [name for value, name in labels if value not in fingerprint.label_voxels]:
         names = ", ".join(absent)
@@ -334,7 +352,7 @@ def _grid_warnings(fingerprint: DatasetFingerprint) -> list[str]:
             code, _, text = note.partition(": ")
             cases_of.setdefault(code, {}).setdefault(case, text)
     return [
-        f"{code}: {len(cases)} of {fingerprint.n_cases} training cases (first {case}: {text})"
+        f"{code}: {format_count(len(cases), 'case')}, such as {case}: {text}"
         for code, cases in cases_of.items()
         for case, text in [next(iter(cases.items()))]
     ]

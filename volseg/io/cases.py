@@ -15,6 +15,7 @@ from volseg.inputs import kind_of, shorten
 from volseg.io.formats import READABLE, stem_of
 from volseg.io.series import split_volume
 from volseg.io.tables import PATIENT, read_table
+from volseg.words import format_count
 
 ONE_CHANNEL = "image"  # name of an unnamed single channel
 MAX_LISTED = 10  # mistakes listed in one message
@@ -112,21 +113,51 @@ class Listing:
     remarks: list[str] = field(default_factory=list)
 
     def all_mistakes(self) -> list[str]:
-        """Return also the mistakes of ids, files and splits."""
-        rows = self.rows
-        return self.mistakes + _id_mistakes(rows) + _file_mistakes(rows) + _split_mistakes(rows)
+        """Return also the mistakes of ids and files."""
+        if not self.rows and not self.mistakes:
+            return [f"no scans found; they end in {READABLE}"]
+        return [*self.mistakes, *_id_mistakes(self.rows), *_file_mistakes(self.rows)]
+
+    def split_mistakes(self) -> list[str]:
+        """Return unknown words for splits, and patients in two of them.
+
+        Commands that use splits refuse them; `split_remarks` names them in the others.
+        """
+        return _unknown_splits(self.rows) + _patients_in_two_splits(self.rows)
+
+    def split_remarks(self, origin: str) -> list[str]:
+        """Return a remark on the mistakes of splits, if there are any."""
+        mistakes = self.split_mistakes()
+        if not mistakes:
+            return []
+        more = f"; and {len(mistakes) - 1} more" if len(mistakes) > 1 else ""
+        return [f"W_SPLIT: {origin}: {mistakes[0]}{more}; only training uses splits"]
+
+    def unlabelled(self, origin: str) -> list[str]:
+        """Return a remark on the cases that lack a mask although others have one.
+
+        Rows of the training split are named one by one where they are read; those of the test
+        split need no mask.
+        """
+        rows = [row for row in self.rows if row.split != "test"]
+        lacking = [row.id for row in rows if row.reference is None and row.split != "train"]
+        if not lacking or len(lacking) == len(rows):
+            return []
+        are = "has no mask and is" if len(lacking) == 1 else "have no mask and are"
+        return [
+            f"W_NO_LABEL: {origin}: {len(lacking)} of {format_count(len(rows), 'case')} {are} left "
+            f"out where masks are read, first {lacking[0]!r}"
+        ]
 
     def survey(self) -> Survey:
         """Return the cases with a valid id whose files all exist, mistakes and remarks.
 
-        Unlike `cases` it takes an unknown split for a mistake, as training does.
+        Unlike `cases` it takes unknown or contradictory splits for mistakes, as training does.
         """
         valid = [row for row in self.rows if not _id_mistakes([row]) + _file_mistakes([row])]
-        nothing = [] if self.rows or self.mistakes else [f"no scans found; they end in {READABLE}"]
         cases = [row.case() for row in valid]
-        why = {row.id: row.why for row in valid}
-        mistakes = nothing + self.all_mistakes() + _unknown_splits(self.rows)
-        return Survey(cases, mistakes, self.remarks, why)
+        mistakes = self.all_mistakes() + self.split_mistakes()
+        return Survey(cases, mistakes, self.remarks, {row.id: row.why for row in valid})
 
     def cases(self, origin: str) -> list[Case]:
         """Return all cases, or raise one error that lists all mistakes.
@@ -134,10 +165,6 @@ class Listing:
         Args:
             origin: the data set, for the message.
         """
-        if not self.rows and not self.mistakes:
-            raise VolsegError(
-                f"no scans found in {origin}", fix=f"give files that end in {READABLE}"
-            )
         mistakes = self.all_mistakes()
         if not mistakes:
             return [row.case() for row in self.rows]
@@ -147,7 +174,9 @@ class Listing:
         more = f"; and {len(mistakes) - MAX_LISTED} more" if len(mistakes) > MAX_LISTED else ""
         count = f"{len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}"
         raise VolsegError(
-            f"{origin}: {count}: {shown}{more}", fix="correct them and run again; nothing was done"
+            f"{origin}: {count}: {shown}{more}",
+            fix="correct them and run again; nothing was done; `volseg check` lists all of them",
+            code="E_DATASET",
         )
 
 
@@ -186,6 +215,24 @@ class Channels:
         if len(names) == len(available) == 1 and ONE_CHANNEL in (names[0], *available):
             return {names[0]: next(iter(available.values()))}
         raise _missing_channel(names, available, origin)
+
+    def required(self, available: Sequence[str]) -> Sequence[str]:
+        """Return the channels that no case may lack."""
+        if not self.allow_missing:
+            return available
+        return [] if self.names is None else available[:1]
+
+    def lacking(
+        self, available: Mapping[str, object], everywhere: Sequence[str], origin: str
+    ) -> list[str]:
+        """Return the mistake if all channels are requested, and a case lacks one that others have.
+
+        Args:
+            everywhere: channels of all cases.
+        """
+        if self.names is not None or self.allow_missing or available.keys() >= set(everywhere):
+            return []
+        return [_missing_channel(everywhere, available, origin).problem]
 
 
 def _matches_ignoring_case(
@@ -229,7 +276,7 @@ def read_cases_csv(path: Path, channels: Channels) -> Listing:
     columns = list(map(_with_lower_prefix, table.columns))
     image_columns = channels.pick(_image_columns(columns, path), str(path))
     listing = Listing(remarks=list(table.remarks))
-    required = list(image_columns.values())[: 1 if channels.allow_missing else None]
+    required = [image_columns[name] for name in channels.required(list(image_columns))]
     for number, texts in table.lines:
         where = f"{path.name} line {number}"
         if len(texts) != len(columns):
@@ -237,7 +284,9 @@ def read_cases_csv(path: Path, channels: Channels) -> Listing:
             listing.mistakes.append(text)
             continue
         cells = dict(zip(columns, texts, strict=True))
-        empty = [column for column in required if not cells[column]]
+        is_filled = any(cells[column] for column in image_columns.values())
+        needed = required if is_filled else image_columns.values()
+        empty = [column for column in needed if not cells[column]]
         if empty:
             listing.mistakes.append(f"{where}: the cell of {listed(empty)} is empty")
             continue
@@ -360,7 +409,7 @@ def _path_problem(path: Path) -> str:
         return "does not exist"
 
 
-def _split_mistakes(rows: list[Row]) -> list[str]:
+def _patients_in_two_splits(rows: list[Row]) -> list[str]:
     mistakes = []
     seen: dict[str, Row] = {}
     for row in rows:

@@ -165,24 +165,30 @@ def _with_numbered_channels(names: Sequence[Name]) -> list[Name]:
 
     Either masks go with the names without numbers, or every case has the same two or more numbers.
     """
-    numbered = [name for name in names if not name.is_mask and name.key[-1:]]
-    numbered = [name for name in numbered if re.fullmatch(r"000\d", name.key[-1])]
-    numbers: dict[Words, list[str]] = defaultdict(list)
-    for name in numbered:
-        numbers[name.key[:-1]].append(name.key[-1])
+    numbers = _numbers_of([name.key for name in names if not name.is_mask])
     masks = {name.key for name in names if name.is_mask}
-    n_scans = sum(not name.is_mask for name in names)
-    are_alike = len({tuple(sorted(digits)) for digits in numbers.values()}) == 1
-    if not numbered or len(numbered) < n_scans or () in numbers or not are_alike:
+    if () in numbers or not masks <= numbers.keys():
         return list(names)
-    if not masks <= numbers.keys() or (not masks and len(numbered) == len(numbers)):
+    if not masks and (len(set(numbers.values())) != 1 or len(next(iter(numbers.values()))) < 2):
         return list(names)
     return [
-        replace(name, key=name.key[:-1], role=(*name.role, name.key[-1]))
-        if not name.is_mask
-        else name
+        name if name.is_mask else replace(name, key=name.key[:-1], role=(*name.role, name.key[-1]))
         for name in names
     ]
+
+
+def _numbers_of(scans: Collection[Words]) -> dict[Words, Words]:
+    """Return key without its last word → these words, sorted; empty unless all are `0000` … `0009`.
+
+    >>> _numbers_of([("a", "0000"), ("a", "0001"), ("b", "0000")])
+    {('a',): ('0000', '0001'), ('b',): ('0000',)}
+    """
+    numbers: dict[Words, Words] = {}
+    for *key, last in filter(None, scans):
+        if re.fullmatch(r"000\d", last):
+            numbers[tuple(key)] = tuple(sorted((*numbers.get(tuple(key), ()), last)))
+    n_numbered = sum(map(len, numbers.values()))
+    return numbers if n_numbered == len(scans) else {}
 
 
 def _join_remaining_masks(by_key: dict[Words, list[Name]]) -> None:

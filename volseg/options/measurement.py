@@ -104,6 +104,9 @@ class MeasureOptions(MaskOptions, OfSeries, Limited, Pictured, Announcing):
         default=None,
         converter=optional_input_path,
     )
+    channel: str | None = option(
+        "Channel on which masks are measured, e.g. t1, where a case has several.", default=None
+    )
     out: Path | None = option(
         "Folder for the results (default: volseg_results); created if missing.",
         default=None,

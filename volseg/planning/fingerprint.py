@@ -41,7 +41,10 @@ class IntensityStatistics(_Json):
 
 
 class DatasetFingerprint(_Json):
-    """Facts about the training cases; spacings (mm) and shapes are along R, A, S."""
+    """Facts about the training cases; spacings (mm) and shapes are along R, A, S.
+
+    Empty masks and notes on grids are those of the validation cases too.
+    """
 
     n_cases: Count
     spacings_mm: tuple[tuple[Length, Length, Length], ...]
