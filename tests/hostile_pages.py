@@ -50,7 +50,7 @@ def page_of(scan, ids, rows, case=CASE):
 
 
 def lesion(**values):
-    return row_of(LesionMeasurement, {"case_id": "a", "notes": ""} | values)
+    return row_of(LesionMeasurement, {"case_id": "a", "notes": "", "connectivity": 26} | values)
 
 
 def report_of_all_states(n=12):

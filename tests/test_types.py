@@ -21,6 +21,7 @@ metrics = dict(report.metrics)
 WRONG = ("volseg.infer()", "volseg.infer('a', figure=True)", "volseg.infer('a', overlap='much')")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not shutil.which("pyright", path=Path(sys.executable).parent), reason="no pyright"
 )

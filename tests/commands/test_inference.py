@@ -228,7 +228,13 @@ def test_tiles_are_the_progress_of_a_single_scan_and_a_separate_stage_of_several
 
 
 @pytest.mark.parametrize(
-    ("overlap", "tta_axes"), [(0.5, ("R", "S")), (0.25, ()), (0.0, ("A",)), (0.0, ())]
+    ("overlap", "tta_axes"),
+    [
+        (0.5, ("R", "S")),
+        pytest.param(0.25, (), marks=pytest.mark.slow),
+        pytest.param(0.0, ("A",), marks=pytest.mark.slow),
+        (0.0, ()),
+    ],
 )
 def test_the_announced_cost_of_overlap_and_tta_is_the_true_one(
     overlap, tta_axes, dataset, model, tmp_path
@@ -311,7 +317,7 @@ def test_pages_that_complete_cases_lack_keep_to_the_memory_budget(model, dataset
     assert list(report.kept) == ["scan_0"]
     assert not (out / "viewer").exists()
     warnings = report.warnings
-    (warning,) = [text for text in warnings if text.startswith("W_PAGE: scan_0 has no page")]
+    (warning,) = [text for text in warnings if text.startswith("W_PAGE: scan_0: no page")]
     assert "give --max-ram" in warning
     volseg.infer(scan, model=model, out=out)
     assert (out / "viewer" / "scan_0.html").is_file()

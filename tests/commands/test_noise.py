@@ -163,6 +163,8 @@ volseg.measure(image=small / "scan.nii", mask=small / "mask.nii", out=folder / "
 announced = []
 
 def announce(text):
+    if not text.startswith("memory: "):
+        return
     announced.append(float(text.split("at most ")[1].split(" GB")[0]) * 2**30)
     held = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * 4096

@@ -140,7 +140,14 @@ def test_a_gpu_plans_activations_of_two_bytes_and_time_becomes_arithmetic():
     assert budget_of("cpu", 4 << 30, 20.0).flops == 2 * budget.flops
 
 
-@pytest.mark.parametrize("layout", [plain_folder, nnunet_folder, decathlon_folder])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        plain_folder,
+        pytest.param(nnunet_folder, marks=pytest.mark.slow),
+        pytest.param(decathlon_folder, marks=pytest.mark.slow),
+    ],
+)
 def test_a_folder_trains_without_a_recipe_and_is_cross_validated(layout, tmp_path):
     out = tmp_path / "model"
     folder = layout(tmp_path / "d")

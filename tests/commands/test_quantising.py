@@ -52,6 +52,7 @@ def test_infer_takes_int8_only_when_asked_and_says_so(quantised, dataset, tmp_pa
     ]
 
 
+@pytest.mark.slow
 def test_every_network_of_an_ensemble_is_quantised(model, dataset, tmp_path):
     one = load_bundle(model)
     weights = one.weights["segmentation"]

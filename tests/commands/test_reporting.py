@@ -147,7 +147,7 @@ def test_pages_of_complete_cases_keep_to_the_memory_budget(cases, tmp_path):
     assert list(report.kept) == ["a", "c"]
     assert pages(out) == []
     warnings = [text for text in report.warnings if text.startswith("W_PAGE")]
-    assert [text.split(" ")[1] for text in warnings] == ["a", "c", "report.html"]
+    assert [text.split(" ")[1] for text in warnings] == ["a:", "c:", "report.html"]
     assert all("the budget is 0.00 GB" in text and "--no-report" in text for text in warnings)
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "report.html lists no lesions" in page and "<strong>b</strong>" in page
@@ -286,9 +286,13 @@ def test_if_a_scan_is_gone_or_changed_the_earlier_page_stays_and_the_report_says
 
 
 def test_only_a_results_folder_has_a_report(tmp_path):
-    with pytest.raises(VolsegError, match="is not a results folder"):
+    with pytest.raises(VolsegError, match="nowhere: does not exist"):
         volseg.report(tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(VolsegError, match="is not a results folder"):
+        volseg.report(tmp_path / "empty")
+    assert not list((tmp_path / "empty").iterdir())
 
 
 def test_a_case_that_fails_later_is_shown_as_failed_and_its_files_stay(cases, tmp_path):

@@ -92,7 +92,7 @@ def test_compare_leaves_a_rejected_lesion_out_and_keeps_the_numbers_of_the_other
         baseline, followup, out=tmp_path / "reviewed", baseline_review=file, **given
     )
     expected = volseg.compare(bare, followup, out=tmp_path / "expected", **given)
-    assert "W_REVIEW: 1 lesion at baseline left out" in reviewed.warnings[0]
+    assert "W_REVIEW: p: 1 lesion at baseline left out" in reviewed.warnings[0]
     reviewed_rows, expected_rows = (
         rows_of(report.out / "comparison.csv") for report in (reviewed, expected)
     )

@@ -88,7 +88,9 @@ class Interrupt(Exception):
     pass
 
 
-@pytest.mark.parametrize("stage", ["Training the first pass", "Training"])
+@pytest.mark.parametrize(
+    "stage", ["Training the first pass", pytest.param("Training", marks=pytest.mark.slow)]
+)
 def test_a_run_interrupted_in_either_training_resumes_to_the_same_weights(
     stage, dataset, trained, recipe, tmp_path
 ):
@@ -149,6 +151,7 @@ def test_infer_runs_the_first_pass_and_where_tiles_are_asked_for_leaves_it_out(
     assert overlap[0] > max(overlap) - 0.1
 
 
+@pytest.mark.slow
 def test_a_time_budget_is_shared_by_both(dataset, recipe, tmp_path):
     long = {"epochs": 10_000, "steps_per_epoch": 100}
     endless = recipe.model_copy(

@@ -70,7 +70,7 @@ def test_a_noisy_prediction_has_its_overlap_and_a_warning_and_no_lesions(tmp_pat
     assert row["n_predicted_lesions"] == row["lesion_precision"] == ""
     assert "W_SPECKS: the prediction has" in row["notes"]
     (warning,) = report.warnings
-    assert warning.startswith("W_SPECKS") and "(a)" in warning
+    assert warning.startswith("W_SPECKS") and "W_SPECKS: a: " in warning
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["warnings"] == [warning]
 
 

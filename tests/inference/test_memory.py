@@ -231,7 +231,11 @@ except (MemoryError, VolsegError) as error:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_AS works on Linux only")
 @pytest.mark.parametrize(
-    ("room", "outcome"), [("predicted", "segmented"), (str(20 << 20), "refused")]
+    ("room", "outcome"),
+    [
+        ("predicted", "segmented"),
+        pytest.param(str(20 << 20), "refused", marks=pytest.mark.slow),
+    ],
 )
 def test_a_scan_is_segmented_in_the_predicted_memory_and_refused_in_less(model, room, outcome):
     command = [sys.executable, "-c", LIMITED, model, room]

@@ -37,6 +37,7 @@ def test_the_montage_shows_the_right_on_the_left_outlines_and_a_true_scale():
     assert small.shape == (40, 120, 3)
 
 
+@pytest.mark.slow
 def test_the_montage_of_noise_can_be_written_as_jpeg():
     shape, pixels = (150, 150, 150), 150
     ids = np.random.default_rng(0).integers(1, 5000, shape).astype(np.uint16)

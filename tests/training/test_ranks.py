@@ -22,6 +22,7 @@ with fabric.autocast():
 """
 
 
+@pytest.mark.slow
 def test_bf16_is_not_announced_except_to_other_users_of_fabric():
     quiet = subprocess.run([sys.executable, "-c", BF16], capture_output=True, text=True, check=True)
     assert (quiet.stdout, quiet.stderr) == ("torch.bfloat16\n", "")

@@ -224,7 +224,7 @@ class _Tally:
             if record is not None and not results.has_pages(record):
                 budget = budget or self._batch.page_budget()
                 if reason := remake_page(results, record, budget=budget):
-                    self._remark(remark("W_PAGE", name, f"has no page: {reason}"))
+                    self._remark(remark("W_PAGE", name, f"no page: {reason}"))
 
     def write_tables(self, todo: Sequence[Case]) -> list[CaseRow]:
         """Write the tables, with rows for pending cases, and report.html."""
