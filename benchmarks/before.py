@@ -84,7 +84,7 @@ def make_commands(folder: Path) -> dict[str, list[str]]:
     return {
         "preprocess": ["preprocess", str(data), "--recipe", str(recipe)],
         "infer": ["infer", small, "--backend", "openvino"],
-        "infer, torch": ["infer", small, "--backend", "torch"],
+        "infer-torch": ["infer", small, "--backend", "torch"],
         "measure": ["measure", "--image", scan, "--mask", labels, "--objects", "labels"],
     }
 
