@@ -425,4 +425,4 @@ def test_agatston_follows_the_definition_for_1000_random_lesions():
         assert score == pytest.approx(expected, rel=1e-6, abs=1e-6), (hu.tolist(), matrix)
         assert {tuple(index) for index in np.argwhere(counted).tolist()} == voxels
         n_scored += expected > 0
-    assert n_scored > 1000
+    assert n_scored > 300

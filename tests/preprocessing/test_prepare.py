@@ -178,7 +178,9 @@ def test_a_scaled_scan_gives_the_same_network_input_as_its_intensities():
 def test_channels_on_different_grids_are_refused():
     first = Volume(np.zeros((5, 5, 5), np.int16), Geometry((5, 5, 5), oblique((1, 1, 2))))
     second = Volume(np.zeros((5, 5, 6), np.int16), Geometry((5, 5, 6), oblique((1, 1, 2))))
-    with pytest.raises(ScanError, match=r"not on the grid of .t1.: shape") as caught:
+    with pytest.raises(
+        ScanError, match=r"not on the grid of .t1.: it has 5 × 5 × 6 voxels"
+    ) as caught:
         prepare({"t1": first, "t2": second}, settings())
     assert caught.value.code == "E_PAIR"
 
