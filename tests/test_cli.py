@@ -299,6 +299,7 @@ main()
     assert time.monotonic() - started < 9
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_training_with_a_usable_model_and_resume_goes_on(
     dataset, tiny_recipe, tmp_path
 ):

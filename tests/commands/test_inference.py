@@ -292,6 +292,7 @@ def test_a_scan_over_the_budget_is_a_failed_row_and_the_others_are_done(dataset,
     assert sorted(path.name for path in (tmp_path / "out" / "masks").iterdir()) == ["scan_6.nii.gz"]
 
 
+@pytest.mark.slow
 def test_a_budget_lowers_the_batch_size_and_the_masks_stay_the_same(dataset, model, tmp_path):
     bundle = load_bundle(model)
     large = with_recipe(bundle, train={"patch_shape": (96, 96, 96)}, infer={"batch_size": 8})

@@ -181,6 +181,7 @@ print("failed" if report.failed else "measured", peak <= announced[0], report.fa
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="only Linux limits the address space"
 )

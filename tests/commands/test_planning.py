@@ -189,6 +189,7 @@ def test_a_changed_plan_is_what_is_trained(tmp_path):
     assert "| batch | 3 | stated by the recipe |" in (tmp_path / "m" / "card.md").read_text()
 
 
+@pytest.mark.slow
 def test_without_a_recipe_the_network_of_the_model_to_start_from_is_taken(tmp_path, model):
     folder = plain_folder(tmp_path / "d")
     volseg.train(folder, out=tmp_path / "m", init=model, folds=2, epochs=1, device="cpu")

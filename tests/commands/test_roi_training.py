@@ -171,6 +171,7 @@ def test_a_time_budget_is_shared_by_both(dataset, recipe, tmp_path):
     assert float(second[-1]["learning_rate"]) < recipe.train.learning_rate / 2
 
 
+@pytest.mark.slow
 def test_a_model_without_a_first_pass_gives_its_weights_to_one_with_it(
     model, dataset, recipe, tmp_path
 ):

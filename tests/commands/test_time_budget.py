@@ -222,6 +222,7 @@ def test_a_fold_with_too_few_steps_is_skipped_with_a_warning(dataset, tiny_recip
     assert "W_FEW_STEPS" in load_bundle(tmp_path / "m").metrics["warnings"]
 
 
+@pytest.mark.slow
 def test_the_classifier_leaves_time_for_export_and_pictures(
     dataset, tiny_recipe, tmp_path, monkeypatch
 ):

@@ -132,6 +132,7 @@ def test_ctrl_c_ends_with_a_usable_model_and_resume_goes_on(dataset, model, tiny
         assert torch.equal(weights(out)[name], tensor)
 
 
+@pytest.mark.slow
 def test_ctrl_c_before_the_first_validation_leaves_a_usable_model_too(
     dataset, tiny_recipe, tmp_path, monkeypatch
 ):
@@ -174,10 +175,12 @@ def test_a_diverging_loss_is_an_error_that_says_what_to_do(dataset, quick_recipe
 @pytest.mark.parametrize(
     "train",
     [
-        {"optimizer": "sgd", "schedule": "poly", "learning_rate": 1e-2},
+        pytest.param(
+            {"optimizer": "sgd", "schedule": "poly", "learning_rate": 1e-2}, marks=pytest.mark.slow
+        ),
         {"accumulate": 2, "l1": 1e-6},
         {"loss": Loss(overlap="tversky", focal_gamma=1.0, label_smoothing=0.05)},
-        {"loss": Loss(overlap="generalised_dice")},
+        pytest.param({"loss": Loss(overlap="generalised_dice")}, marks=pytest.mark.slow),
     ],
 )
 def test_every_optimizer_and_loss_learns(train, dataset, tiny_recipe, tmp_path):

@@ -154,6 +154,7 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.slow
 @needs_openvino
 def test_ctrl_c_still_interrupts_after_networks_were_compiled_and_dropped():
     done = subprocess.run([sys.executable, "-c", COMPILED_TWICE], capture_output=True, text=True)
