@@ -92,6 +92,7 @@ for name in sorted(path.name for path in folder.iterdir()):
 """
 
 
+@pytest.mark.slow
 @on_linux
 def test_noise_and_a_ball_are_evaluated_in_the_announced_memory(tmp_path):
     shapes = {"few": (100, 90, 80), "many labels": (50, 50, 40), "much": (180, 160, 140)}

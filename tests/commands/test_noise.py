@@ -47,6 +47,7 @@ def measured(tmp_path_factory):
     return report, array, texts, folder / "out"
 
 
+@pytest.mark.slow
 def test_every_component_has_a_row_and_the_largest_have_every_column(measured):
     _report, array, _, out = measured
     rows = rows_of(out / "lesions.csv")

@@ -166,6 +166,7 @@ def test_a_folder_trains_without_a_recipe_and_is_cross_validated(layout, tmp_pat
     assert values <= {0, 7, 300}  # the labels' own values
 
 
+@pytest.mark.slow
 def test_a_changed_plan_is_what_is_trained(tmp_path):
     folder = plain_folder(tmp_path / "d")
     path = tmp_path / "plan.toml"
@@ -251,6 +252,7 @@ def test_empty_masks_and_absent_labels_give_warnings(tmp_path):
     assert "no training mask holds cyst" in absent
 
 
+@pytest.mark.slow
 def test_nnunets_ignore_label_and_regions_are_understood(tmp_path):
     folder = nnunet_folder(tmp_path / "n")
     description = json.loads((folder / "dataset.json").read_text())

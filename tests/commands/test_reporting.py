@@ -73,6 +73,7 @@ def test_each_scan_gets_a_page_and_the_run_one_over_all_of_them(cases, tmp_path)
     assert str(tmp_path) not in (out / "viewer" / "a.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_making_a_page_takes_the_memory_that_is_planned_for_it(tmp_path):
     """Use the largest possible preview, with more lesions than a byte can number."""
     shape = (400, 400, 74)

@@ -88,9 +88,8 @@ class Interrupt(Exception):
     pass
 
 
-@pytest.mark.parametrize(
-    "stage", ["Training the first pass", pytest.param("Training", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["Training the first pass", "Training"])
 def test_a_run_interrupted_in_either_training_resumes_to_the_same_weights(
     stage, dataset, trained, recipe, tmp_path
 ):

@@ -332,6 +332,7 @@ def test_another_seed_gives_other_weights(dataset, quick_recipe, tmp_path):
     assert not all(torch.allclose(first[name], other[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_the_metrics_of_the_card_are_those_of_the_saved_weights(dataset, tiny_recipe, tmp_path):
     """One of two cases is validated in training; best and last weights are compared on both."""
     recipe = changed(tiny_recipe, validation_cases=1)

@@ -75,6 +75,7 @@ def slurm_tasks(n, **more):
     ]
 
 
+@pytest.mark.slow
 def test_the_tasks_of_slurm_are_one_team():
     tasks = slurm_tasks(2, SLURM_NTASKS_PER_NODE="2")
     outputs = [task.communicate(timeout=120) for task in tasks]
