@@ -177,7 +177,8 @@ class DataTable {
     if (focused) this.body.querySelector(`[data-key="${CSS.escape(focused)}"]`)?.focus();
     const line = this.body.querySelector('[aria-current="true"]'), box = line?.closest(".wide");
     if (!line) return;
-    const top = line.offsetTop - this.head.offsetHeight, bottom = line.offsetTop + line.offsetHeight;
+    const top = line.offsetTop - this.head.offsetHeight;
+    const bottom = line.offsetTop + line.offsetHeight;
     box.scrollTop = Math.max(Math.min(box.scrollTop, top), bottom - box.clientHeight);
   }
 }

@@ -298,7 +298,10 @@ async function showSurface() {
   let cells = 0;
   for (const [number, box] of [...boxesOf(lesions.img, dims)].sort((a, b) => a[0] - b[0])) {
     cells += box[0].reduce((product, low, axis) => product * (box[1][axis] - low + 3), 1);
-    if (cells > MAX_SURFACE_CELLS) { say(`Only the largest ${content.noun}s have a surface.`); break; }
+    if (cells > MAX_SURFACE_CELLS) {
+      say(`Only the largest ${content.noun}s have a surface.`);
+      break;
+    }
     const { points, triangles } = surfaceOf(lesions.img, dims, number, box);
     const colour = [1, 3, 5].map((start) => parseInt(colourOf(number).slice(start, start + 2), 16));
     solid.addMesh(new niivue.NVMesh(toMm(points, lesions.hdr.affine), triangles, `lesion ${number}`, new Uint8Array([...colour, 255]), 1, true, solid.gl));
