@@ -117,6 +117,7 @@ def test_a_model_of_nnunet_is_imported_once_and_refused_in_one_line(tmp_path):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a pseudo-terminal")
+@pytest.mark.slow
 def test_bars_move_by_tiles_on_a_terminal_and_are_not_drawn_into_a_pipe(model, dataset, tmp_path):
     scans = [dataset / "images" / f"scan_{n}.nii.gz" for n in (6, 7)]
     piped = run("infer", *scans, "--model", model, "--out", tmp_path / "piped")

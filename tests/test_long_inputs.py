@@ -129,7 +129,7 @@ def nnunet_configurations(folder, n):
         (toml_of_one_long_table, 3_000),
         (toml_of_a_long_key_after_text, 3_000),
         (json_with_a_repeated_name, 6_000),
-        (table_of_many_channels, 3_000),
+        pytest.param(table_of_many_channels, 3_000, marks=pytest.mark.slow),
         (table_of_pairs, 3_000),
         (table_of_one_patient, 3_000),
         (cases_that_are_complete, 5_000),

@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "docs").glob("*.ipynb"))
+LONG = ("train_and_infer",)
 
 
 def run_cell(source, names):
@@ -22,7 +23,13 @@ def run_cell(source, names):
     return f"{value!r}\n{to_html()}"
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "notebook",
+    [
+        pytest.param(path, marks=[pytest.mark.slow] if path.stem in LONG else [], id=path.name)
+        for path in NOTEBOOKS
+    ],
+)
 def test_a_notebook_runs_as_it_is(notebook, tmp_path, monkeypatch):
     (tmp_path / "docs").mkdir()
     (tmp_path / "sample_data").symlink_to(ROOT / "sample_data")

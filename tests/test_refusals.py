@@ -655,7 +655,7 @@ def test_figures_are_drawn_with_any_backend_in_the_environment(tmp_path):
 @pytest.mark.parametrize(
     ("number", "kinds"),
     [
-        (10, ["model.json", "dataset.json of scans", "label names"]),
+        (6, ["model.json", "dataset.json of scans", "label names"]),
         pytest.param(250, [], marks=pytest.mark.slow),
     ],
     ids=["some", "many"],

@@ -78,6 +78,7 @@ def test_the_row_the_pages_and_the_terminal_warn_of_noise(measured):
     assert text.startswith(warning.replace("W_SPECKS: ", "W_SPECKS: scan: "))
 
 
+@pytest.mark.slow
 def test_a_second_call_keeps_all_rows(measured):
     _report, _, _, out = measured
     before = (out / "lesions.csv").read_bytes()

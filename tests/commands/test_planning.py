@@ -143,7 +143,7 @@ def test_a_gpu_plans_activations_of_two_bytes_and_time_becomes_arithmetic():
 @pytest.mark.parametrize(
     "layout",
     [
-        plain_folder,
+        pytest.param(plain_folder, marks=pytest.mark.slow),
         pytest.param(nnunet_folder, marks=pytest.mark.slow),
         pytest.param(decathlon_folder, marks=pytest.mark.slow),
     ],

@@ -201,6 +201,7 @@ def test_the_budget_holds_on_a_machine_that_slows_down(delay, dataset, tiny_reci
     assert recorder.silence < 30
 
 
+@pytest.mark.slow
 def test_a_fold_with_too_few_steps_is_skipped_with_a_warning(dataset, tiny_recipe, tmp_path):
     quick = {"steps_per_epoch": 5, "batch_size": 1}
     recipe = tiny_recipe.model_copy(

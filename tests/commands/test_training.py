@@ -226,6 +226,7 @@ def test_frozen_layers_stay_and_a_pattern_that_matches_none_is_refused(
         )
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_twice_the_batch(dataset, tiny_recipe, tmp_path):
     steady = changed(tiny_recipe, batch_size=2, steps_per_epoch=4)
     volseg.train(
@@ -249,6 +250,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(dataset, tiny_recipe, t
         assert float(two["loss"]) == pytest.approx(float(one["loss"]), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_voxels_that_are_ignored_may_hold_anything(dataset, tiny_recipe, tmp_path):
     shutil.copytree(dataset, tmp_path / "data")
     for path in (tmp_path / "data" / "labels").iterdir():
@@ -270,6 +272,7 @@ def test_a_finished_model_is_not_overwritten(dataset, model, tiny_recipe):
         volseg.train(dataset, recipe=tiny_recipe, out=model)
 
 
+@pytest.mark.slow
 def test_patience_and_the_time_budget_end_a_run_with_a_usable_model(
     dataset, quick_recipe, tmp_path
 ):
@@ -447,6 +450,7 @@ def test_torchrun_starts_the_ranks_and_one_of_them_speaks(dataset, tiny_recipe, 
     assert load_bundle(tmp_path / "m").metrics["steps"] == 2
 
 
+@pytest.mark.slow
 def test_a_channel_that_some_cases_lack_is_zero_there(dataset, tiny_recipe, tmp_path):
     with (dataset / "cases.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))

@@ -86,6 +86,7 @@ def without_classes(recipe):
     return recipe.model_copy(update={"classify": None})
 
 
+@pytest.mark.slow
 def test_a_corrected_mask_is_measured_within_the_memory_that_is_announced(model, data, tmp_path):
     out, texts = tmp_path / "out", []
     volseg.infer(data / "images", model=model, out=out)

@@ -233,7 +233,7 @@ except (MemoryError, VolsegError) as error:
 @pytest.mark.parametrize(
     ("room", "outcome"),
     [
-        ("predicted", "segmented"),
+        pytest.param("predicted", "segmented", marks=pytest.mark.slow),
         pytest.param(str(20 << 20), "refused", marks=pytest.mark.slow),
     ],
 )

@@ -35,7 +35,7 @@ def pages(tmp_path_factory):
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["report", "viewer", "compare"])
 def test_controls_have_names_text_has_contrast_and_nothing_is_wider_than_the_window(
     name, scheme, pages, browser
@@ -119,6 +119,7 @@ def test_the_warnings_column_is_in_view_on_a_desktop(browser, tmp_path):
 
 
 @pytest.mark.browser
+@pytest.mark.slow
 def test_five_hundred_scans_open_within_two_seconds(browser, tmp_path):
     scan, ids, _, _ = scene()
     montage = montage_jpeg(scan, ids, window=(-100.0, 200.0), point_mm=None, extent_mm=0)

@@ -48,6 +48,7 @@ def verdicts(reviews):
 
 
 @pytest.mark.browser
+@pytest.mark.slow
 def test_two_hundred_scans_are_reviewed_on_one_page_with_the_keyboard_alone(browser, tmp_path):
     visit = Visit(browser, report(tmp_path, 200), accept_downloads=True)
     page, expected = visit.page, {}

@@ -42,6 +42,7 @@ def test_a_row_of_an_older_version_without_the_new_columns_is_a_row_of_unknown_c
     assert rows == [["a", 1, *[None] * (len(fields(LesionMeasurement)) - 2)]]
 
 
+@pytest.mark.slow
 def test_a_run_of_any_size_stays_within_six_megabytes():
     scan, ids, _, _ = scene()
     montage = montage_jpeg(scan, ids, window=(-100.0, 200.0), point_mm=None, extent_mm=0)

@@ -58,7 +58,10 @@ TILE = "() => viewer.screenSlices.filter((slice) => slice.axCorSag === 0)[0].lef
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("kind", ["oblique", "turned", "many"])
+@pytest.mark.parametrize(
+    "kind",
+    ["oblique", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("turned", "many"))],
+)
 def test_a_click_on_a_lesion_leads_to_it(kind, browser, tmp_path):
     """At the position from the tables, NiiVue reads the lesion's id under the crosshair."""
     scan, ids, rows, centres = scene(n_small=300 if kind == "many" else 0)
@@ -131,6 +134,7 @@ SHORT_AXES = """() => {
 
 
 @pytest.mark.browser
+@pytest.mark.slow
 def test_on_a_phone_the_picture_stays_in_view_while_lesions_are_chosen(browser, tmp_path):
     scan, ids, rows, _ = scene(n_small=60)
     (tmp_path / "a.html").write_text(page_of(scan, ids, rows), encoding="utf-8")
