@@ -230,10 +230,10 @@ def test_tiles_are_the_progress_of_a_single_scan_and_a_separate_stage_of_several
 @pytest.mark.parametrize(
     ("overlap", "tta_axes"),
     [
-        (0.5, ("R", "S")),
+        pytest.param(0.5, ("R", "S"), marks=pytest.mark.slow),
         pytest.param(0.25, (), marks=pytest.mark.slow),
-        pytest.param(0.0, ("A",), marks=pytest.mark.slow),
-        (0.0, ()),
+        (0.0, ("A",)),
+        pytest.param(0.0, (), marks=pytest.mark.slow),
     ],
 )
 def test_the_announced_cost_of_overlap_and_tta_is_the_true_one(

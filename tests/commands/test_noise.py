@@ -66,6 +66,7 @@ def test_every_component_has_a_row_and_the_largest_have_every_column(measured):
     assert float(case["total_volume_ml"]) == pytest.approx(total_ml, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_row_the_pages_and_the_terminal_warn_of_noise(measured):
     report, _, _, out = measured
     (case,) = rows_of(out / "cases.csv")

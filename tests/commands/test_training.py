@@ -179,7 +179,10 @@ def test_a_diverging_loss_is_an_error_that_says_what_to_do(dataset, quick_recipe
             {"optimizer": "sgd", "schedule": "poly", "learning_rate": 1e-2}, marks=pytest.mark.slow
         ),
         {"accumulate": 2, "l1": 1e-6},
-        {"loss": Loss(overlap="tversky", focal_gamma=1.0, label_smoothing=0.05)},
+        pytest.param(
+            {"loss": Loss(overlap="tversky", focal_gamma=1.0, label_smoothing=0.05)},
+            marks=pytest.mark.slow,
+        ),
         pytest.param({"loss": Loss(overlap="generalised_dice")}, marks=pytest.mark.slow),
     ],
 )
@@ -326,6 +329,7 @@ def test_a_run_starts_from_the_weights_of_another_model(dataset, model, quick_re
         )
 
 
+@pytest.mark.slow
 def test_another_seed_gives_other_weights(dataset, quick_recipe, tmp_path):
     for out, seed in (("a", 0), ("b", 1)):
         volseg.train(
@@ -384,6 +388,7 @@ def test_warnings_about_the_data_come_before_the_first_step(dataset, quick_recip
     assert any("W_EMPTY" in entry for entry in events[:first] if isinstance(entry, str))
 
 
+@pytest.mark.slow
 def test_a_class_without_a_training_case_leaves_the_model_without_classifier(
     dataset, quick_recipe, tmp_path
 ):
