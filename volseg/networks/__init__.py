@@ -17,7 +17,7 @@ from pydantic import Field
 
 from volseg.errors import VolsegError
 from volseg.execution.cpu import total_memory
-from volseg.recipe import AUTO, Classify, Recipe
+from volseg.recipe import AUTO, Classify, ClassifyRecipe, Recipe
 from volseg.recipe import Network as NetworkSection
 from volseg.registry import check_keys, check_name, keys_of, make_row
 from volseg.sizing import Size
@@ -26,6 +26,8 @@ from volseg.words import format_sizes
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from volseg.networks.image_network import ImageNetwork
 
 Count = Annotated[int, Field(ge=1, le=4096)]  # channels of a level
 Step = Annotated[int, Field(ge=1, le=64)]  # of a stride or kernel along one axis
@@ -192,6 +194,29 @@ def build_segmentation(recipe: Recipe) -> nn.Module:
         out_channels=recipe.data.n_outputs,
         **recipe.network.settings,
     )
+
+
+def build_images(recipe: ClassifyRecipe) -> ImageNetwork:
+    """Return the network of a closed recipe: (N, channels, H, W) → logits (N, outputs).
+
+    Raises:
+        VolsegError: as `build_network`, or it is no network of images.
+    """
+    from volseg.networks.image_network import ImageNetwork
+
+    network = build_network(
+        recipe.network.name,
+        in_channels=recipe.in_channels,
+        out_channels=recipe.data.n_outputs,
+        **recipe.network.settings,
+    )
+    if not isinstance(network, ImageNetwork):
+        raise VolsegError(
+            f"network {recipe.network.name!r} is one of volumes, and the recipe is one of images",
+            fix="use cnn_small, vgg, resnet2d, densenet2d or efficientnet_lite",
+            code="E_RECIPE",
+        )
+    return network
 
 
 def build_classifier(settings: Classify) -> nn.Module:

@@ -1,12 +1,16 @@
 """Recipes: one frozen model per stage, read from TOML. They hold names and numbers, never code."""
 
 from volseg.recipe.classify import Classify
+from volseg.recipe.classification import ClassifyRecipe
 from volseg.recipe.data import MOST_LABELS, Data
 from volseg.recipe.load import (
+    AnyRecipe,
     Recipe,
+    as_any_recipe,
     as_recipe,
     listed,
     load_recipe,
+    parse_image_recipe,
     parse_recipe,
     shipped_recipes,
     validation_messages,
@@ -26,8 +30,10 @@ __all__ = [
     "PLANNED_LAYERS",
     "SUV",
     "UNITS",
+    "AnyRecipe",
     "Augment",
     "Classify",
+    "ClassifyRecipe",
     "Data",
     "Intensity",
     "LabelValue",
@@ -45,9 +51,11 @@ __all__ = [
     "Train",
     "Window",
     "ZScore",
+    "as_any_recipe",
     "as_recipe",
     "listed",
     "load_recipe",
+    "parse_image_recipe",
     "parse_recipe",
     "parse_unit",
     "shipped_recipes",

@@ -17,7 +17,7 @@ from volseg.networks import build_segmentation
 from volseg.recipe import Recipe, Train
 from volseg.training.batches import Batches
 from volseg.training.losses import SegmentationLoss
-from volseg.training.objective import Total
+from volseg.training.objective import ParameterGroup, Total
 from volseg.training.validator import Validator
 from volseg.words import format_sizes
 
@@ -31,6 +31,7 @@ class SegmentationObjective:
     recipe: Recipe
 
     score_name: ClassVar[str] = "validation_dice"
+    higher_is_better: ClassVar[bool] = True
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle for a process that trains too but does not validate; it maps the same files."""
@@ -49,6 +50,9 @@ class SegmentationObjective:
     def network(self) -> nn.Module:
         return build_segmentation(self.recipe)
 
+    def groups(self, network: nn.Module) -> list[ParameterGroup]:
+        return [ParameterGroup([name for name, _ in network.named_parameters()])]
+
     def batches(self, seed: int, device: torch.device, *, rank: int = 0, ranks: int = 1) -> Batches:
         return Batches(self.training, self.recipe, seed=seed, device=device, rank=rank, ranks=ranks)
 
@@ -66,6 +70,9 @@ class SegmentationObjective:
 
     def score(self, rows: Sequence[ValidationRow]) -> float:
         return mean_dice(rows)
+
+    def validation_loss(self, rows: Sequence[ValidationRow]) -> None:
+        return None
 
     def metrics(self, rows: Sequence[ValidationRow]) -> Mapping[str, Any]:
         return summary(rows)
