@@ -78,16 +78,13 @@ def close_images(
     content = recipe.model_dump()
     reasons = []
     for key in recipe.open_keys:
-        section, name = key.split(".", 1)
-        if key not in decisions:
-            continue
         value, reason = decisions[key]
-        content[section][name] = value
+        *sections, name = key.split(".")
+        section = content
+        for part in sections:
+            section = section[part]
+        section[name] = value
         reasons.append(Reason(key=key, setting=key, value=_shown(value), reason=reason))
-    if "train.loss.name" in decisions and recipe.train.loss.name == AUTO:
-        value, reason = decisions["train.loss.name"]
-        content["train"]["loss"]["name"] = value
-        reasons.append(Reason(key="train.loss", setting="loss", value=value, reason=reason))
     return ClosedImages(ClassifyRecipe.model_validate(content), tuple(reasons))
 
 
@@ -110,6 +107,12 @@ def _decisions(
         "train.monitor": _monitor(facts),
         "train.loss.name": _loss(facts),
     }
+    if recipe.network.settings.get("features") == AUTO:
+        from volseg.networks.cnn_small import features_for
+
+        pixels = decisions["images.pixels"][0] if recipe.images.pixels == AUTO else recipe.images.pixels
+        reason = f"as many blocks as images of {pixels}² pixels allow"
+        decisions["network.features"] = (features_for(pixels), reason)
     return decisions | _target(facts)
 
 

@@ -70,7 +70,8 @@ class ImageBatches:
         targets = send(torch.from_numpy(self._targets[indices]), self._device)
         seeds = [(self._seed, number, index) for index in range(len(indices))]
         images = augment_images(images, self._train.augment, seeds)
-        return mix_up(images, targets, self._train.augment.mixup, (self._seed, number))
+        images, targets = mix_up(images, targets, self._train.augment.mixup, (self._seed, number))
+        return images.contiguous(memory_format=torch.channels_last), targets
 
     def indices(self, number: int) -> np.ndarray:
         """Return which images are in a batch."""

@@ -67,7 +67,8 @@ class ImageObjective:
         return [self.recipe.sha256, keys, len(self.training), self.starts_trained]
 
     def network(self) -> ImageNetwork:
-        return build_images(self.recipe)
+        # Convolutions on a CPU are faster with channels last.
+        return build_images(self.recipe).to(memory_format=torch.channels_last)
 
     def groups(self, network: nn.Module) -> list[ParameterGroup]:
         assert isinstance(network, ImageNetwork)

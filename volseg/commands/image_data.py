@@ -1,0 +1,360 @@
+"""The images of a dataset, as a recipe of a classifier reads them: targets, splits, arrays."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from volseg.commands.batch import reason_of
+from volseg.errors import ScanError, VolsegError
+from volseg.io.files import sha256_of
+from volseg.io.image_cases import ImageCase, ImageSurvey, looks_like_images, survey_images
+from volseg.io.images import ImageReader
+from volseg.io.prepared_images import (
+    CASES_FILE,
+    ImageSet,
+    PreparedImage,
+    has_prepared_images,
+    read_prepared_images,
+    write_prepared_images,
+)
+from volseg.options import Announce, Progress, ignore_progress, ignore_text
+from volseg.options.shared import failure_line
+from volseg.preprocessing.images import to_input
+from volseg.recipe import AnyRecipe, ClassifyRecipe, as_any_recipe, parse_image_recipe
+from volseg.recipe.classification import NUMBER
+from volseg.recipe.section import AUTO
+from volseg.words import format_list, format_numbered
+
+if TYPE_CHECKING:  # torch takes seconds to import; only a command that needs it pays
+    from volseg.planning.close import Reason
+    from volseg.planning.images import ClosedImages, ImageFingerprint
+    from volseg.planning.targets import Value
+
+READING, PREPARING = "Reading the images", "Preparing the images"
+MAX_SHOWN = 10  # mistakes listed in one message
+SAMPLE = 1000  # images whose size the fingerprint holds
+DEFAULT_NETWORK = "cnn_small"
+
+
+def is_of_images(
+    dataset: Path, recipe: Path | str | AnyRecipe | None, target: str | None = None
+) -> bool:
+    """Tell whether a request is about classifying images, rather than segmenting scans."""
+    if recipe is not None:
+        return isinstance(as_any_recipe(recipe), ClassifyRecipe)
+    return target is not None or has_prepared_images(dataset) or looks_like_images(dataset)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageDataset:
+    """A dataset as a recipe of a classifier reads it.
+
+    Args:
+        recipe: None for one that leaves everything to the plan.
+        target: column, where the recipe does not name it.
+        seed: of the drawn split.
+    """
+
+    dataset: Path
+    recipe: ClassifyRecipe | None = None
+    target: str | None = None
+    seed: int = 0
+    starts_trained: bool = False
+    progress: Progress = field(default=ignore_progress, compare=False)
+    announce: Announce = field(default=ignore_text, compare=False)
+
+    def survey(self) -> tuple[ImageSurvey, ClassifyRecipe]:
+        """Return the images, and the recipe with its target.
+
+        Raises:
+            VolsegError: the dataset has mistakes, or does not say what its target is.
+        """
+        target = self.target if self.recipe is None else self.recipe.data.target
+        if target is None:
+            target = _only_target(self.dataset, survey_images(self.dataset))
+        survey = survey_images(self.dataset, target=target)
+        if survey.mistakes:
+            self._refuse(survey.mistakes)
+        return survey, self.recipe or automatic_image_recipe(self.dataset, target)
+
+    def _refuse(self, mistakes: Sequence[str]) -> None:
+        raise VolsegError(
+            f"{self.dataset}: {format_numbered(mistakes, MAX_SHOWN)}",
+            fix="correct them and run again; `volseg check` lists all of them",
+            code="E_DATASET",
+        )
+
+    def plan(self) -> PlannedImages:
+        """Return the images with their targets and splits, and the closed recipe.
+
+        Raises:
+            VolsegError: as `survey`, or a target is not what the recipe says.
+        """
+        from volseg.planning.images import close_images
+        from volseg.planning.targets import TargetCells
+
+        survey, recipe = self.survey()
+        name = recipe.data.target
+        used = [case for case in survey.cases if case.split != "test"]
+        blank = [case.id for case in used if not case.cells.get(name, "").strip()]
+        remarks = list(survey.remarks)
+        if blank:
+            remarks.append(
+                f"W_NO_TARGET: {len(blank)} images without a value of {name!r} are left out: "
+                f"{format_list(blank, 5)}"
+            )
+        cells = TargetCells(name, {case.id: case.cells.get(name, "") for case in used})
+        recipe = recipe.model_copy(update={"data": cells.describe(recipe.data)})
+        values, mistakes = cells.values(recipe.data)
+        if mistakes:
+            self._refuse(mistakes)
+        cases = [case for case in used if values[case.id] is not None]
+        splits = assign_image_splits(cases, values, recipe.train.validation_fraction, self.seed)
+        images, failed = self._measure(cases)
+        cases = [case for case in cases if case.id in images]
+        fingerprint = _fingerprint(cases, images, values, splits, recipe)
+        closed = close_images(recipe, fingerprint, starts_trained=self.starts_trained)
+        return PlannedImages(
+            closed=closed,
+            fingerprint=fingerprint,
+            cases=cases,
+            values=values,
+            splits=splits,
+            failed=failed,
+            remarks=remarks,
+        )
+
+    def _measure(self, cases: Sequence[ImageCase]) -> tuple[dict[str, tuple[int, ...]], dict]:
+        """Read every image once; return id → shape (C, H, W), and why images cannot be read."""
+        shapes, failed, reader = dict[str, tuple[int, ...]](), dict[str, str](), ImageReader()
+        for count, case in enumerate(cases, start=1):
+            try:
+                shapes[case.id] = reader.read(case.path, case.index).array.shape
+            except ScanError as error:
+                failed[case.id] = reason_of(error)
+                self.announce(failure_line(case.id, failed[case.id]))
+            self.progress(READING, count / len(cases), case.id)
+        if not shapes:
+            self._refuse([f"{name}: {reason}" for name, reason in failed.items()])
+        return shapes, failed
+
+    def prepare(self, planned: PlannedImages, folder: Path) -> ImageSet:
+        """Write the network inputs of all images into a folder; return them, memory-mapped."""
+        recipe, reader = planned.closed.recipe, ImageReader()
+        digests: dict[Path, str] = {}
+
+        def pairs() -> Iterator[tuple[np.ndarray, PreparedImage]]:
+            for count, case in enumerate(planned.cases, start=1):
+                image = to_input(reader.read(case.path, case.index), recipe.images)
+                if case.path not in digests:
+                    digests[case.path] = sha256_of(case.path)
+                yield image, planned.prepared(case, digests[case.path])
+                self.progress(PREPARING, count / len(planned.cases), case.id)
+
+        edge = int(recipe.images.pixels)
+        header = {
+            "recipe": recipe.model_dump(mode="json"),
+            "reasons": [line.model_dump() for line in planned.closed.reasons],
+            "fingerprint": planned.fingerprint.model_dump(mode="json"),
+            "failed": planned.failed,
+            "warnings": planned.remarks,
+        }
+        write_prepared_images(folder, (recipe.in_channels, edge, edge), pairs(), header)
+        return read_prepared_images(folder)[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedImages:
+    """Images with everything that is known of them before their pixels are converted.
+
+    Args:
+        values: case id → target. splits: case id → train or val.
+        failed: case id → why it cannot be read.
+    """
+
+    closed: ClosedImages
+    fingerprint: ImageFingerprint
+    cases: Sequence[ImageCase]
+    values: Mapping[str, Value]
+    splits: Mapping[str, str]
+    failed: Mapping[str, str]
+    remarks: Sequence[str]
+
+    def prepared(self, case: ImageCase, digest: str) -> PreparedImage:
+        patient = case.patient or case.id
+        return PreparedImage(
+            id=case.id,
+            patient=patient,
+            group=patient,
+            split=self.splits[case.id],
+            target=self.values[case.id],
+            sha256=digest,
+            cells=dict(case.cells),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedImages:
+    """Prepared images with the closed recipe that they were made for."""
+
+    images: ImageSet
+    recipe: ClassifyRecipe
+    reasons: tuple[Reason, ...]
+    fingerprint: ImageFingerprint
+    warnings: Sequence[str]
+
+
+def load_images(folder: Path) -> LoadedImages:
+    """Load a folder of prepared images.
+
+    Raises:
+        VolsegError: it is not one.
+    """
+    from volseg.planning.close import Reason
+    from volseg.planning.images import ImageFingerprint
+
+    images, content = read_prepared_images(folder)
+    try:
+        return LoadedImages(
+            images,
+            parse_image_recipe(content["recipe"], where=str(folder / CASES_FILE)),
+            tuple(map(Reason.model_validate, content["reasons"])),
+            ImageFingerprint.model_validate(content["fingerprint"]),
+            list(map(str, content["warnings"])),
+        )
+    except (KeyError, ValueError, TypeError) as error:
+        raise VolsegError(
+            f"{folder}: not a folder of prepared images ({error})",
+            fix="run `volseg preprocess` again",
+            code="E_PREPARED",
+        ) from error
+
+
+def automatic_image_recipe(dataset: Path, target: str) -> ClassifyRecipe:
+    """Return a recipe that leaves everything to the plan."""
+    name = re.sub(r"[^a-z0-9]+", "_", dataset.absolute().name.casefold()).strip("_")[:50]
+    content: dict[str, Any] = {
+        "task": "classify",
+        "name": name or "images",
+        "description": f"Predicts {target} of images; everything that is not in the data follows "
+        "from the plan.",
+        "intended_use": f"{target} of images like the training images.",
+        "limits": "Not tested on images from elsewhere.",
+        "data_source": f"The dataset named {dataset.absolute().name!r}; it was trained without a "
+        "recipe, so nothing else is known of its origin.",
+        "data": {"target": target},
+        "network": {"name": DEFAULT_NETWORK, "features": AUTO},
+    }
+    return ClassifyRecipe.model_validate(content)
+
+
+def _only_target(dataset: Path, survey: ImageSurvey) -> str:
+    """Return the one column that can be the target."""
+    if survey.mistakes and not survey.cases:
+        raise VolsegError(
+            f"{dataset}: {format_numbered(survey.mistakes, MAX_SHOWN)}",
+            fix="correct them and run again",
+            code="E_DATASET",
+        )
+    names = [column.name for column in survey.target_columns]
+    if len(names) == 1:
+        return names[0]
+    listed = format_list(names, 10) or "none"
+    raise VolsegError(
+        f"{dataset}: which column to predict is not stated; those that could be are {listed}",
+        fix="name it: --target COLUMN, or data.target in a recipe",
+        code="E_TARGET",
+    )
+
+
+def assign_image_splits(
+    cases: Sequence[ImageCase], values: Mapping[str, Value], fraction: float, seed: int
+) -> dict[str, str]:
+    """Return case id → train or val: the dataset's, or drawn by patient and class.
+
+    Without a validation split in the dataset, patients are drawn so that each class has about this
+    fraction of its patients in validation.
+    """
+    if any(case.split == "val" for case in cases):
+        return {case.id: case.split or "train" for case in cases}
+    groups = {case.id: case.patient or case.id for case in cases}
+    held_out = fold_of_groups(groups, values, max(2, round(1 / fraction)), seed)
+    return {name: "val" if fold == 0 else "train" for name, fold in held_out.items()}
+
+
+def fold_of_groups(
+    groups: Mapping[str, str], values: Mapping[str, Value], folds: int, seed: int
+) -> dict[str, int]:
+    """Return case id → fold; the cases of a group share it, and classes are spread evenly.
+
+    Groups are dealt like cards, class after class (of the group's largest class or, for a number,
+    from its lowest value to its highest), each class in an order drawn with the seed.
+    """
+    members: dict[str, list[str]] = {}
+    for name, group in groups.items():
+        members.setdefault(group, []).append(name)
+    if len(members) < folds:
+        raise VolsegError(
+            f"{len(members)} patients cannot be divided into {folds} parts",
+            fix="add images of other patients, or lower --folds",
+            code="E_DATASET",
+        )
+    names = sorted(members)
+    order = np.random.default_rng(seed).permutation(len(names))
+    shuffled = [names[index] for index in order]
+    ranked = sorted(shuffled, key=lambda group: _rank(values[name] for name in members[group]))
+    return {
+        name: place % folds for place, group in enumerate(ranked) for name in members[group]
+    }
+
+
+def _rank(values: Iterator[Value]) -> float:
+    """Return a number by which groups of like targets are neighbours."""
+    numbers = [
+        float(sum(2.0**index for index in value)) if isinstance(value, tuple) else float(value or 0)
+        for value in values
+    ]
+    return max(numbers)
+
+
+def _fingerprint(
+    cases: Sequence[ImageCase],
+    shapes: Mapping[str, tuple[int, ...]],
+    values: Mapping[str, Value],
+    splits: Mapping[str, str],
+    recipe: ClassifyRecipe,
+) -> ImageFingerprint:
+    from volseg.planning.images import ImageFingerprint
+    from volseg.planning.targets import count_classes
+
+    training = [case for case in cases if splits[case.id] == "train"]
+    if not training or len(training) == len(cases):
+        raise VolsegError(
+            f"{len(training)} training and {len(cases) - len(training)} validation images are too "
+            "few",
+            fix="add images; training and validation need at least one each",
+            code="E_DATASET",
+        )
+    targets = [values[case.id] for case in training]
+    sizes = [shapes[case.id][1:] for case in training[:: -(-len(training) // SAMPLE)]]
+    is_number = recipe.data.kind == NUMBER
+    numbers = np.array(targets, float) if is_number else np.zeros(1)
+    return ImageFingerprint(
+        n_images=len(training),
+        n_patients=len({case.patient or case.id for case in training}),
+        n_validation=len(cases) - len(training),
+        sizes=tuple((int(height), int(width)) for height, width in sizes),
+        channels=max(shapes[case.id][0] for case in training),
+        kind=str(recipe.data.kind),
+        counts={} if is_number else count_classes(targets, recipe.data),
+        mean=float(numbers.mean()) if is_number else None,
+        sd=float(max(numbers.std(), 1e-9)) if is_number else None,
+    )
+
+

@@ -1,0 +1,334 @@
+"""The steps of `volseg train` for a classifier: data, plan, networks, judgement, model, pictures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from volseg.bundle import DESCRIPTION
+from volseg.commands.image_data import (
+    ImageDataset,
+    LoadedImages,
+    fold_of_groups,
+    load_images,
+)
+from volseg.commands.training_call import PREPARED_FOLDER, WORK_FOLDER, Call, history_name
+from volseg.errors import VolsegError
+from volseg.image_bundle import (
+    CLASSIFIER,
+    ImageBundle,
+    Reference,
+    classifier_name,
+    load_image_bundle,
+    save_image_bundle,
+)
+from volseg.inference.images import embed_images, to_predictions
+from volseg.io.csv_text import write_csv
+from volseg.io.files import TEMPORARY_PREFIX, make_folder
+from volseg.io.prepared_images import ImageSet, has_prepared_images
+from volseg.networks import copy_weights
+from volseg.networks.adapt import Status, adapt, read_weights
+from volseg.options.training import MAX_FOLDS
+from volseg.pages.training_figures import curves_png
+from volseg.recipe import ClassifyRecipe, as_any_recipe
+from volseg.recipe.classification import NUMBER
+from volseg.reports import TrainReport
+from volseg.store.outputs import delete_written
+from volseg.store.tables import cell, table
+from volseg.training.image_losses import make_loss
+from volseg.training.images import ImageObjective, Outputs
+from volseg.training.judge import judge
+from volseg.training.loop import Trained, Watch, train_network
+from volseg.training.objective import Weights
+from volseg.training.run import BEST, LAST, Job
+from volseg.training.schedule import RunSettings, Stop
+from volseg.training.state import Epoch
+
+VALIDATION, CURVES = "validation.csv", "curves.png"
+
+
+def run_image_training(call: Call) -> TrainReport:
+    """Train the classifier of a call of `train`, and write it."""
+    return _ImageTraining(call).run()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Fold:
+    """A network with the images that it was validated on."""
+
+    trained: Trained
+    validation: ImageSet
+    number: int
+
+    @property
+    def outputs(self) -> Outputs:
+        return self.trained.validation[0]
+
+
+class _ImageTraining:
+    def __init__(self, call: Call) -> None:
+        self._call, self._options = call, call.options
+
+    def run(self) -> TrainReport:
+        call, options = self._call, self._options
+        if call.team.size > 1:
+            raise VolsegError(
+                "a classifier is trained on one device",
+                fix="leave out --devices",
+                code="E_USAGE",
+            )
+        with call.outputs:
+            self._open()
+            data = self._data()
+            make_loss(data.recipe.train.loss, str(data.recipe.data.kind))
+            folds = [self._train(*split, data.recipe) for split in self._splits(data)]
+            bundle = self._write(data, folds)
+            self._draw(folds, data.recipe)
+            is_interrupted = any(fold.trained.stop is Stop.INTERRUPTED for fold in folds)
+            if not is_interrupted:
+                delete_written(call.prepared)
+                delete_written(call.work, _is_intermediate)
+        return TrainReport(
+            out=options.out,
+            done=[data.recipe.name],
+            warnings=call.warnings,
+            metrics=dict(bundle.metrics),
+            sha256=bundle.sha256,
+            interrupted=is_interrupted,
+        )
+
+    def _open(self) -> None:
+        """Check that `out` can take the model, and open the work folder."""
+        out, resume = self._options.out, self._options.resume
+        unfinished = [path for path in self._call.work.glob(f"**/{LAST}") if path.is_file()]
+        if unfinished and not resume:
+            raise VolsegError(
+                f"{out}: holds an interrupted training run",
+                fix="add --resume to continue, or give another --out to start over",
+                code="E_EXISTS",
+            )
+        if (out / DESCRIPTION).exists() and not unfinished:
+            raise VolsegError(
+                f"{out}: holds a finished model",
+                fix="give another --out, or delete it first",
+                code="E_EXISTS",
+            )
+        names = [f"{classifier_name(index)}.safetensors" for index in range(MAX_FOLDS)]
+        histories = [history_name(number) for number in range(MAX_FOLDS)]
+        self._call.outputs.check_overwrites(
+            [DESCRIPTION, "card.md", *names, *histories, VALIDATION, CURVES]
+        )
+        self._call.outputs.work_folder(WORK_FOLDER)
+        self._call.progress("Starting", 0.0, str(self._options.dataset))
+
+    def _data(self) -> LoadedImages:
+        """Prepare the dataset in the work folder, or load prepared images."""
+        options, folder = self._options, self._options.dataset
+        if not has_prepared_images(folder):
+            folder = self._call.prepared
+            if not (options.resume and has_prepared_images(folder)):
+                make_folder(folder)
+                recipe = None if options.recipe is None else as_any_recipe(options.recipe)
+                assert recipe is None or isinstance(recipe, ClassifyRecipe)
+                dataset = ImageDataset(
+                    options.dataset,
+                    recipe,
+                    options.target,
+                    seed=options.seed,
+                    starts_trained=options.init is not None,
+                    progress=self._call.progress,
+                    announce=options.announce,
+                )
+                dataset.prepare(dataset.plan(), folder)
+        data = load_images(folder)
+        self._call.warn(*data.warnings)
+        return data
+
+    def _splits(self, data: LoadedImages) -> list[tuple[int, ImageSet, ImageSet]]:
+        """Return number, training and validation images of each network."""
+        options, images = self._options, data.images
+        n = options.folds or 1
+        if n == 1 and options.fold is None:
+            return [(0, images.of_split("train"), images.of_split("val"))]
+        groups = {case.id: case.group for case in images.cases}
+        values = {case.id: case.target for case in images.cases}
+        folds = fold_of_groups(groups, values, n if n > 1 else 5, options.seed)
+        numbers = range(n) if options.fold is None else [options.fold]
+        return [
+            (
+                number,
+                images.take([k for k, c in enumerate(images.cases) if folds[c.id] != number]),
+                images.take([k for k, c in enumerate(images.cases) if folds[c.id] == number]),
+            )
+            for number in numbers
+        ]
+
+    def _train(
+        self, number: int, training: ImageSet, validation: ImageSet, recipe: ClassifyRecipe
+    ) -> _Fold:
+        options, call = self._options, self._call
+        n = options.folds or 1
+        starts_trained = options.init is not None
+        objective = ImageObjective(training, validation, recipe, starts_trained)
+        make_folder(folder := call.checkpoints(number, n))
+        left = call.time.left()
+        seconds = None if left is None else left / (n - number if n > 1 else 1)
+        train = objective.train
+        settings = RunSettings(
+            seed=options.seed,
+            epochs=options.epochs or (recipe.train.epochs if seconds is None else None),
+            patience=options.patience or recipe.train.patience,
+            seconds=seconds,
+            freeze=options.freeze,
+        )
+        assert train.steps_per_epoch > 0
+        job = Job(
+            objective=objective,
+            settings=settings,
+            checkpoints=folder,
+            initial=self._initial(objective),
+            resume=options.resume,
+        )
+        stage = f"Training fold {number + 1} of {n}" if n > 1 else "Training"
+        call.progress(
+            stage, 0.0, f"{len(training)} training and {len(validation)} validation images"
+        )
+        watch = Watch(
+            report=partial(self._report, stage, history_name(number if n > 1 else 0), objective),
+            tick=lambda doing, done: call.progress.tick(stage, done, doing),
+            threads=call.threads,
+        )
+        return _Fold(train_network(job, call.team, watch), validation, number)
+
+    def _initial(self, objective: ImageObjective) -> Weights:
+        if self._options.init is None:
+            return {}
+        weights = read_weights(self._options.init)
+        network = objective.network()
+        adapted = adapt(network, weights.tensors)
+        for row in adapted.rows:
+            self._call.options.announce(f"--init: {row.tensor}: {row.status} {row.reason}".strip())
+        taken = (Status.LOADED, Status.ADAPTED)
+        return {
+            row.tensor: adapted.weights[row.tensor] for row in adapted.rows if row.status in taken
+        }
+
+    def _report(
+        self,
+        stage: str,
+        name: str,
+        objective: ImageObjective,
+        history: Sequence[Epoch],
+        done: float,
+    ) -> None:
+        headings = {"validation_score": objective.score_name}
+        self._call.outputs.write(name, table(Epoch, history, headings))
+        epoch = history[-1]
+        values = {key: value for key, value in asdict(epoch).items() if value is not None}
+        self._call.scalars.add(name.removesuffix(".csv"), epoch.step, values)
+        scores = [line.validation_score for line in history if line.validation_score is not None]
+        score = f"{objective.score_name} {scores[-1]:.3f}, " if scores else ""
+        text = f"epoch {epoch.epoch}, loss {epoch.loss:.3f}, {score}"
+        self._call.progress(stage, done, f"{text}{epoch.steps_per_second:.3g} steps/s")
+
+    def _write(self, data: LoadedImages, folds: Sequence[_Fold]) -> ImageBundle:
+        """Judge the networks on the images that they were not trained on; write the model."""
+        recipe = data.recipe
+        weights = {
+            classifier_name(index): fold.trained.weights for index, fold in enumerate(folds)
+        }
+        bundle = ImageBundle(recipe, data.fingerprint, weights, reasons=data.reasons)
+        networks = bundle.networks()
+        device = self._call.team.fabric.device
+
+        def embed(number: int, images: ImageSet) -> np.ndarray:
+            network = networks[number].to(device)
+            return embed_images(network, images.pixels, recipe.infer, device)
+
+        outputs = np.concatenate([fold.outputs.logits for fold in folds])
+        targets = np.concatenate([fold.outputs.targets for fold in folds])
+        training = data.images.of_split("train")
+        judgement, metrics = judge(
+            outputs,
+            targets,
+            recipe,
+            embeddings=(embed(0, training), embed(0, folds[0].validation)),
+            training_targets=[case.target for case in training.cases],
+        )
+        facts = dict(folds[0].trained.metrics) if len(folds) == 1 else {"networks": len(folds)}
+        facts["training_images"] = data.fingerprint.n_images
+        if self._call.warnings:
+            facts["warnings"] = "; ".join(self._call.warnings)
+        bundle = replace(
+            bundle,
+            judgement=judgement,
+            reference=_reference(folds[0], networks, recipe, device),
+            metrics=facts | metrics,
+        )
+        with self._call.outputs.staged() as commit:
+            save_image_bundle(bundle, commit.folder)
+            commit.write(VALIDATION, _validation_table(folds, recipe, judgement.temperature))
+            commit.finish(last=DESCRIPTION)
+        return load_image_bundle(self._options.out)
+
+    def _draw(self, folds: Sequence[_Fold], recipe: ClassifyRecipe) -> None:
+        monitor = str(recipe.train.monitor)
+        limits = None if recipe.data.kind == NUMBER or monitor == "log_loss" else (0.0, 1.0)
+        histories = [fold.trained.history for fold in folds]
+        title = f"validation {monitor.replace('_', ' ')}"
+        self._call.outputs.write(CURVES, curves_png(histories, title, limits))
+
+
+def _reference(
+    fold: _Fold, networks: Sequence[torch.nn.Module], recipe: ClassifyRecipe, device: torch.device
+) -> Reference:
+    """Return the first validation image with the outputs of the whole model for it."""
+    from volseg.inference.images import predict_outputs
+
+    image = fold.validation.pixels[:1]
+    outputs = [
+        predict_outputs(network.to(device), image, recipe.infer, device) for network in networks
+    ]
+    name = fold.validation.cases[0].id
+    return Reference(name, np.array(image[0]), np.mean(outputs, axis=0)[0])
+
+
+def _validation_table(folds: Sequence[_Fold], recipe: ClassifyRecipe, temperature: float) -> Any:
+    """Return a function that writes a row per validation image: its target and prediction."""
+    data = recipe.data
+    outputs = ["value"] if data.kind == NUMBER else [f"probability_{name}" for name in data.names]
+
+    def write(file: Any) -> None:
+        write_csv(file, [["case_id", "patient", "fold", "target", *outputs]])
+        for fold in folds:
+            predictions = to_predictions(fold.outputs.logits, data, temperature)
+            write_csv(
+                file,
+                (
+                    [
+                        *(case.id, case.patient, str(fold.number)),
+                        case.cells.get(data.target, ""),
+                        *(cell(float(value)) for value in row),
+                    ]
+                    for case, row in zip(fold.validation.cases, predictions, strict=True)
+                ),
+            )
+
+    return write
+
+
+def _is_intermediate(name: str) -> bool:
+    """Tell whether a file in the work folder serves only to resume, or is a temporary of one."""
+    names = "|".join(map(re.escape, (LAST, BEST)))
+    temporary = rf"{re.escape(TEMPORARY_PREFIX)}[0-9a-f]{{16}}"
+    prepared = rf"{re.escape(PREPARED_FOLDER)}/images\.(npy|json)"
+    return re.fullmatch(rf"([^/]+/)?({names}|{temporary})|{prepared}", name) is not None
+
+
