@@ -321,21 +321,22 @@ def _row_of(
     cells: Mapping[str, str], image_columns: Mapping[str, str], *, where: str, folder: Path
 ) -> Row:
     """Return the row of a line; an empty cell of an image is a missing channel."""
-    images = {name: _path(folder, cells[key]) for name, key in image_columns.items() if cells[key]}
+    filled = {name: key for name, key in image_columns.items() if cells[key]}
+    images = {name: cell_path(folder, cells[key]) for name, key in filled.items()}
     not_classes = {"subject", "label", "split", "patient", "why", *filter(is_image_column, cells)}
     return Row(
         where=where,
         why=f"listed at {where}",
         id=cells.get("subject") or safe_id(stem_of(next(iter(images.values())))),
         images=images,
-        reference=_path(folder, cells["label"]) if cells.get("label") else None,
+        reference=cell_path(folder, cells["label"]) if cells.get("label") else None,
         split=split_of(cells.get("split", "")) or cells.get("split") or None,
         patient=cells.get("patient") or None,
         classes={name: cells[name] for name in cells if name not in not_classes},
     )
 
 
-def _path(folder: Path, cell: str) -> Path:
+def cell_path(folder: Path, cell: str) -> Path:
     """Return the path in a cell; backslashes of Windows separate folders, unless it exists."""
     path = folder / cell
     return path if "\\" not in cell or path.exists() else folder / cell.replace("\\", "/")
