@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 Count = Annotated[int, Field(ge=1, le=4096)]  # channels of a level
 Step = Annotated[int, Field(ge=1, le=64)]  # of a stride or kernel along one axis
 Triple = tuple[Step, Step, Step]
+# Files of this folder that are no architecture.
+OTHER_FILES = frozenset({"adapt", "image_network"})
 
 
 class Architecture(ABC):
@@ -127,7 +129,15 @@ class Levels(Architecture):
 
 def network_names() -> list[str]:
     """Return the names of all architectures."""
-    return [module.name for module in pkgutil.iter_modules(__path__)]
+    names = [module.name for module in pkgutil.iter_modules(__path__)]
+    return [name for name in names if name not in OTHER_FILES]
+
+
+def image_network_names() -> list[str]:
+    """Return the names of the architectures of 2D images; it imports all of them."""
+    from volseg.networks.image_network import ImageArchitecture
+
+    return [name for name in network_names() if issubclass(settings_type(name), ImageArchitecture)]
 
 
 def settings_type(name: str) -> type[Architecture]:
@@ -247,6 +257,7 @@ def check_segmentation(recipe: Recipe, *, section: str = "train") -> None:
         row, settings = settings_type(recipe.network.name), recipe.network.settings
         check_keys(f"network {recipe.network.name!r}", settings, keys_of(row))
         return
+    _check_axes(recipe.network, 3, "scans")
     with torch.device("meta"):
         build_segmentation(recipe)
     _check_patch(recipe, section)
@@ -260,8 +271,22 @@ def check_classifier(settings: Classify) -> None:
     """
     import torch
 
+    _check_axes(settings.network, 2, "images")
     with torch.device("meta"):
         build_classifier(settings)
+
+
+def _check_axes(section: NetworkSection, n_axes: int, inputs: str) -> None:
+    """Check that a network takes inputs with this number of axes."""
+    n = len(architecture(section).patch_divisors)
+    if n != n_axes:
+        images = image_network_names()
+        names = images if n_axes == 2 else [n for n in network_names() if n not in images]
+        raise VolsegError(
+            f"network {section.name!r} is {n}D, and these are {n_axes}D {inputs}",
+            fix=f"use one of {', '.join(names)}",
+            code="E_RECIPE",
+        )
 
 
 def _check_patch(recipe: Recipe, section: str) -> None:
