@@ -56,8 +56,6 @@ class Line:
     score_name = "validation_closeness"
     higher_is_better = True
 
-    frozen_steps = 0
-
     def __init__(self, factor=2.0, constant=False, **train):
         usual = {"steps_per_epoch": STEPS, "learning_rate": 0.05, "ema_decay": 0.5}
         self.train = load_recipe("lung_nodule_ct").train.model_copy(update=usual | train)
@@ -70,7 +68,7 @@ class Line:
         return nn.Linear(1, 1, bias=False)
 
     def groups(self, network):
-        return [ParameterGroup(["weight"], frozen_steps=self.frozen_steps)]
+        return [ParameterGroup(["weight"])]
 
     def batches(self, seed, device, *, rank=0, ranks=1):
         return Points(seed, self.factor)
@@ -85,7 +83,7 @@ class Line:
         return 0.5 if self.constant else 1 / (1 + rows[0])
 
     def validation_loss(self, rows):
-        return rows[0]
+        return None if self.constant else rows[0]
 
     def metrics(self, rows):
         return {"error": rows[0]}
@@ -139,10 +137,31 @@ def test_less_is_better_where_the_objective_says_so(tmp_path):
     assert [epoch.validation_loss for epoch in far.history] == pytest.approx(scores, abs=1e-3)
 
 
+class Saturated(Line):
+    """A line of which every score is the best possible one, while the loss still falls."""
+
+    def score(self, rows):
+        return 1.0
+
+
+def test_of_equal_scores_the_one_with_the_least_loss_is_kept(tmp_path):
+    result = trained(tmp_path, Saturated())
+    losses = [epoch.validation_loss for epoch in result.history]
+    assert result.metrics["best_epoch"] == 1 + losses.index(min(losses)) > 1
+
+
+class Frozen(Line):
+    """A line with an offset, which alone is trained for two epochs."""
+
+    def network(self):
+        return nn.Linear(1, 1)
+
+    def groups(self, network):
+        return [ParameterGroup(["weight"], frozen_steps=2 * STEPS), ParameterGroup(["bias"])]
+
+
 def test_a_frozen_group_stays_for_its_steps_and_then_moves(tmp_path):
-    frozen = Line()
-    frozen.frozen_steps = 2 * STEPS
-    scores = [epoch.validation_score for epoch in trained(tmp_path, frozen).history]
+    scores = [epoch.validation_score for epoch in trained(tmp_path, Frozen()).history]
     assert scores[0] == scores[1] and len(set(scores[1:])) == len(scores) - 1
 
 

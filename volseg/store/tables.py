@@ -23,6 +23,7 @@ from volseg.columns import column_names
 from volseg.comparison.changes import LesionChange
 from volseg.comparison.response import PatientResponse
 from volseg.errors import VolsegError, given_path
+from volseg.evaluation.class_rows import PROBABILITY, ClassRow, ValueRow
 from volseg.evaluation.detection import DetectionRow
 from volseg.evaluation.overlap import OverlapRow
 from volseg.evaluation.validation import ValidationRow
@@ -44,6 +45,8 @@ TABLES: dict[str, type] = {
     "detections.csv": DetectionRow,
     "validation.csv": ValidationRow,
     "review.csv": LesionReview,
+    "classes.csv": ClassRow,
+    "values.csv": ValueRow,
 }
 MAX_COLUMNS = 1000  # pandas takes minutes for a million
 # A spreadsheet would evaluate a text that starts with one of these.
@@ -160,7 +163,10 @@ def _parsed_frame(file: BinaryIO, names: Sequence[str], row_type: type) -> DataF
     hints = get_type_hints(row_type)
     if len(names) > MAX_COLUMNS or len(set(names)) < len(names):
         raise ValueError(f"over {MAX_COLUMNS} columns, or one of them twice")
-    types = {name: _column_type(hints.get(name, str)) for name in names}
+    types = {
+        name: _column_type(float if name.startswith(PROBABILITY) else hints.get(name, str))
+        for name in names
+    }
     floats = {name: kind for name, kind in types.items() if kind == "float64"}
     frame = pandas.read_csv(
         file,

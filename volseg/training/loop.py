@@ -101,6 +101,11 @@ def _identity(job: Job, team: Team) -> str:
     return digest.hexdigest()
 
 
+def _is_less(loss: float | None, than: float | None) -> bool:
+    """Tell whether a loss breaks the tie of two equal scores, such as two AUCs of 1."""
+    return loss is not None and than is not None and loss < than
+
+
 class _DivergedError(Exception):
     pass
 
@@ -193,10 +198,11 @@ class _Lead:
             waiting_share=round(waited / stepping, 4),
         )
         state.epochs.append(asdict(epoch))
-        if score is not None and self._is_better(score, state.best_score):
+        is_better = score is not None and self._is_better(score, state.best_score)
+        if is_better or (score == state.best_score and _is_less(validation_loss, state.best_loss)):
             facts = {"epoch": number, self._objective.score_name: score}
             save_checkpoint(self._job.best, run.averaged, facts)
-            state.best_score, state.best_epoch = score, number
+            state.best_score, state.best_loss, state.best_epoch = score, validation_loss, number
 
     def _is_better(self, score: float, than: float | None) -> bool:
         if than is None:

@@ -48,6 +48,7 @@ class State:
     reserve: float = 0.0  # seconds of the budget kept for the final validation
     stop: Stop | None = None  # None while it runs
     best_score: float | None = None
+    best_loss: float | None = None  # validation loss of the best epoch
     best_epoch: int = 0
     epochs: list[dict[str, Any]] = field(default_factory=list)  # fields of `Epoch`
 
