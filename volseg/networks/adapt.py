@@ -269,11 +269,8 @@ def _fit(
 
 
 def _differs_in_channels(tensor: torch.Tensor, target: torch.Tensor) -> bool:
-    shape = tensor.shape
-    return tensor.ndim == target.ndim and (shape[0], *shape[2:]) == (
-        target.shape[0],
-        *target.shape[2:],
-    )
+    shapes = [(len(weight), *weight.shape[2:]) for weight in (tensor, target) if weight.ndim == 4]
+    return len(shapes) == 2 and shapes[0] == shapes[1]
 
 
 def _check_share(
