@@ -60,6 +60,18 @@ def _(report: reports.CasesReport) -> None:
 @show_details.register
 def _(report: reports.PreprocessReport) -> None:
     fingerprint = report.fingerprint
+    if "n_images" in fingerprint:
+        counts = ", ".join(f"{name}: {n}" for name, n in fingerprint["counts"].items())
+        images = format_count(fingerprint["n_images"], "training image")
+        typer.echo(
+            one_line(
+                f"{images}, {fingerprint['n_validation']} for validation; median longer edge "
+                f"{fingerprint['median_edge']}, resized to {fingerprint['pixels']}² pixels"
+            )
+        )
+        if counts:
+            typer.echo(one_line(f"training images per class: {counts}"))
+        return
     spacing, target = (
         format_sizes(fingerprint[name]) for name in ("median_spacing_mm", "resampled_to_mm")
     )

@@ -9,6 +9,7 @@ import numpy as np
 
 from volseg.columns import columns_of
 from volseg.commands.automatic_recipe import unnamed_values
+from volseg.commands.image_planning import check_image_model
 from volseg.commands.placing import place_mask
 from volseg.commands.preparing import PREPARED_FILE
 from volseg.commands.training_cases import TrainingSet, read_training_case
@@ -18,7 +19,7 @@ from volseg.io.cases import Case
 from volseg.io.layouts import survey_cases
 from volseg.io.volumes import read_header, read_mask, read_volume
 from volseg.measurement.units import judge_unit
-from volseg.recipe import Recipe, as_recipe, load_recipe, shipped_recipes
+from volseg.recipe import ClassifyRecipe, Recipe, as_recipe, load_any_recipe, shipped_recipes
 from volseg.store.tables import TABLES
 from volseg.volume import Volume
 
@@ -61,16 +62,22 @@ def _problems(path: Path, recipe: Path | str | Recipe | None) -> Iterable[Proble
 
 
 def _check_recipe(path: Path) -> Iterator[Problem]:
-    from volseg.training.check import recipe_problems
+    from volseg.training.check import image_recipe_problems, recipe_problems
 
-    for problem in recipe_problems(load_recipe(path)):
+    recipe = load_any_recipe(path)
+    is_of_images = isinstance(recipe, ClassifyRecipe)
+    problems = image_recipe_problems(recipe) if is_of_images else recipe_problems(recipe)
+    for problem in problems:
         yield _problem_of(str(path), problem)
 
 
 def _check_model(path: Path) -> Iterable[Problem]:
     from volseg.bundle import load_bundle
+    from volseg.image_bundle import is_image_model
     from volseg.inference.memory import check_patch
 
+    if is_image_model(path):
+        return [_problem_of(str(path), problem) for problem in check_image_model(path)]
     bundle = load_bundle(path)
     for part in (bundle, bundle.coarse_bundle):
         if part is not None:

@@ -42,7 +42,7 @@ from volseg.recipe.classification import NUMBER
 from volseg.reports import TrainReport
 from volseg.store.outputs import delete_written
 from volseg.store.tables import cell, table
-from volseg.training.image_losses import make_loss
+from volseg.training.check import check_image_recipe
 from volseg.training.images import ImageObjective, Outputs
 from volseg.training.judge import judge
 from volseg.training.loop import Trained, Watch, train_network
@@ -87,7 +87,7 @@ class _ImageTraining:
         with call.outputs:
             self._open()
             data = self._data()
-            make_loss(data.recipe.train.loss, str(data.recipe.data.kind))
+            check_image_recipe(data.recipe)
             folds = [self._train(*split, data.recipe) for split in self._splits(data)]
             bundle = self._write(data, folds)
             self._draw(folds, data.recipe)
