@@ -53,8 +53,8 @@ def mean_interval(
     """
     groups = [None] * len(values) if groups is None else groups
     rows = [row for row in zip(values, patients, groups, strict=True) if not math.isnan(row[0])]
-    of_patient = _numbered([patient for _, patient, _ in rows])
-    of_group = _numbered([group for *_, group in rows])
+    of_patient = numbered([patient for _, patient, _ in rows])
+    of_group = numbered([group for *_, group in rows])
     n_patients = 1 + int(of_patient.max(initial=-1))
     if n_patients < FEWEST_PATIENTS:
         return Interval(reason=too_few(n_patients))
@@ -92,7 +92,7 @@ def jackknife_interval(
         return Interval(reason="the value depends on a single patient")
     deviations = pseudo - pseudo.mean()
     if np.abs(deviations).max() <= ROUNDING * max(np.abs(pseudo).max(), abs(estimate)):
-        return _interval_of_equal_patients(estimate, n, bounds)
+        return equal_patients_interval(estimate, n, bounds)
     standard_error = math.sqrt(float((deviations**2).sum()) / (n * (n - 1)))
     t = float(stdtrit(n - 1, (1 + LEVEL) / 2))
     skewness = _skewness(deviations)
@@ -133,7 +133,7 @@ def _undo_hall(quantile: float, skewness: float, n: int) -> float:
     return 3 / s * float(np.cbrt(1 + s * (quantile - s / 6)) - 1)
 
 
-def _interval_of_equal_patients(value: float, n: int, bounds: tuple[float, float]) -> Interval:
+def equal_patients_interval(value: float, n: int, bounds: tuple[float, float]) -> Interval:
     """Return the exact interval if all N patients are at a bound; none if equal elsewhere.
 
     If a fraction 1 − 0.025^(1/N) of all patients differs, N equal ones have a probability of 2.5 %.
@@ -148,7 +148,7 @@ def _interval_of_equal_patients(value: float, n: int, bounds: tuple[float, float
     return Interval(reason=reason)
 
 
-def _numbered(names: Sequence[Hashable]) -> np.ndarray:
+def numbered(names: Sequence[Hashable]) -> np.ndarray:
     """Return (N,) the number of each name, counted from 0 in order of first appearance."""
     numbers: dict[Hashable, int] = {}
     return np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int64)
