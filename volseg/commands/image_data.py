@@ -309,9 +309,7 @@ def fold_of_groups(
     order = np.random.default_rng(seed).permutation(len(names))
     shuffled = [names[index] for index in order]
     ranked = sorted(shuffled, key=lambda group: _rank(values[name] for name in members[group]))
-    return {
-        name: place % folds for place, group in enumerate(ranked) for name in members[group]
-    }
+    return {name: place % folds for place, group in enumerate(ranked) for name in members[group]}
 
 
 def _rank(values: Iterator[Value]) -> float:
@@ -356,5 +354,3 @@ def _fingerprint(
         mean=float(numbers.mean()) if is_number else None,
         sd=float(max(numbers.std(), 1e-9)) if is_number else None,
     )
-
-

@@ -263,5 +263,3 @@ def _earlier(out: Path, bundle: ImageBundle) -> _Earlier:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, VolsegError):
         return _Earlier()
     return _Earlier(rows, {name: keys[name] for name in keys.keys() & rows.keys()})
-
-

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,6 @@ from volseg.commands.image_data import (
 from volseg.commands.training_call import PREPARED_FOLDER, WORK_FOLDER, Call, history_name
 from volseg.errors import VolsegError
 from volseg.image_bundle import (
-    CLASSIFIER,
     ImageBundle,
     Reference,
     classifier_name,
@@ -33,7 +31,6 @@ from volseg.inference.images import embed_images, to_predictions
 from volseg.io.csv_text import write_csv
 from volseg.io.files import TEMPORARY_PREFIX, make_folder
 from volseg.io.prepared_images import ImageSet, has_prepared_images
-from volseg.networks import copy_weights
 from volseg.networks.adapt import Status, adapt, read_weights
 from volseg.options.training import MAX_FOLDS
 from volseg.pages.training_figures import curves_png
@@ -66,10 +63,7 @@ class _Fold:
     trained: Trained
     validation: ImageSet
     number: int
-
-    @property
-    def outputs(self) -> Outputs:
-        return self.trained.validation[0]
+    outputs: Outputs  # of the validation images
 
 
 class _ImageTraining:
@@ -88,7 +82,7 @@ class _ImageTraining:
             self._open()
             data = self._data()
             check_image_recipe(data.recipe)
-            folds = [self._train(*split, data.recipe) for split in self._splits(data)]
+            folds = self._train_all(data)
             bundle = self._write(data, folds)
             self._draw(folds, data.recipe)
             is_interrupted = any(fold.trained.stop is Stop.INTERRUPTED for fold in folds)
@@ -170,6 +164,15 @@ class _ImageTraining:
             for number in numbers
         ]
 
+    def _train_all(self, data: LoadedImages) -> list[_Fold]:
+        """Train a network per split, until Ctrl-C ends one."""
+        folds: list[_Fold] = []
+        for split in self._splits(data):
+            folds.append(self._train(*split, data.recipe))
+            if folds[-1].trained.stop is Stop.INTERRUPTED:
+                break
+        return folds
+
     def _train(
         self, number: int, training: ImageSet, validation: ImageSet, recipe: ClassifyRecipe
     ) -> _Fold:
@@ -205,7 +208,12 @@ class _ImageTraining:
             tick=lambda doing, done: call.progress.tick(stage, done, doing),
             threads=call.threads,
         )
-        return _Fold(train_network(job, call.team, watch), validation, number)
+        trained = train_network(job, call.team, watch)
+        # An interrupted run has not validated its best weights, which takes little time.
+        rows = trained.validation or objective.validation(
+            call.team.fabric.device, None, lambda doing: None
+        ).validate_all(trained.weights)
+        return _Fold(trained, validation, number, rows[0])
 
     def _initial(self, objective: ImageObjective) -> Weights:
         if self._options.init is None:
@@ -241,9 +249,7 @@ class _ImageTraining:
     def _write(self, data: LoadedImages, folds: Sequence[_Fold]) -> ImageBundle:
         """Judge the networks on the images that they were not trained on; write the model."""
         recipe = data.recipe
-        weights = {
-            classifier_name(index): fold.trained.weights for index, fold in enumerate(folds)
-        }
+        weights = {classifier_name(index): fold.trained.weights for index, fold in enumerate(folds)}
         bundle = ImageBundle(recipe, data.fingerprint, weights, reasons=data.reasons)
         networks = bundle.networks()
         device = self._call.team.fabric.device
@@ -330,5 +336,3 @@ def _is_intermediate(name: str) -> bool:
     temporary = rf"{re.escape(TEMPORARY_PREFIX)}[0-9a-f]{{16}}"
     prepared = rf"{re.escape(PREPARED_FOLDER)}/images\.(npy|json)"
     return re.fullmatch(rf"([^/]+/)?({names}|{temporary})|{prepared}", name) is not None
-
-

@@ -38,9 +38,7 @@ def embed_images(
         return torch.cat([network.embed(batch).float().cpu() for batch in batches]).numpy()
 
 
-def to_predictions(
-    outputs: np.ndarray, data: Target, temperature: float = 1.0
-) -> np.ndarray:
+def to_predictions(outputs: np.ndarray, data: Target, temperature: float = 1.0) -> np.ndarray:
     """Return (N, outputs) float64: probabilities, or numbers in their own unit.
 
     Args:

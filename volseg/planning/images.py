@@ -110,7 +110,9 @@ def _decisions(
     if recipe.network.settings.get("features") == AUTO:
         from volseg.networks.cnn_small import features_for
 
-        pixels = decisions["images.pixels"][0] if recipe.images.pixels == AUTO else recipe.images.pixels
+        pixels = (
+            decisions["images.pixels"][0] if recipe.images.pixels == AUTO else recipe.images.pixels
+        )
         reason = f"as many blocks as images of {pixels}² pixels allow"
         decisions["network.features"] = (features_for(pixels), reason)
     return decisions | _target(facts)
@@ -201,5 +203,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, Mapping | Sequence) and not isinstance(value, str):
         return ", ".join(map(str, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-

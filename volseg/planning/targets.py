@@ -92,7 +92,9 @@ def value_of(cell: str, data: Target) -> Value:
     if isinstance(data.classes, Mapping):
         number = _number(text)
         inside = [
-            index for index, (low, high) in enumerate(data.classes.values()) if low <= number <= high
+            index
+            for index, (low, high) in enumerate(data.classes.values())
+            if low <= number <= high
         ]
         return inside[0] if inside else None  # outside all ranges: not used
     names = {_plain(name): index for index, name in enumerate(data.names)}
@@ -126,7 +128,9 @@ def _kind_of(texts: Sequence[str]) -> str:
 
 def _names(texts: Sequence[str], *, several: bool) -> tuple[str, ...]:
     """Return the distinct names, numbers in ascending order, else in alphabetical order."""
-    parts = [part.strip() for text in texts for part in (text.split(SEPARATOR) if several else [text])]
+    parts = [
+        part.strip() for text in texts for part in (text.split(SEPARATOR) if several else [text])
+    ]
     by_plain = {_plain(part): part for part in reversed(parts) if part}
     names = [_plain(name) if _is_number(name) else name for name in by_plain.values()]
     if all(map(_is_number, names)):

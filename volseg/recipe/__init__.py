@@ -1,7 +1,7 @@
 """Recipes: one frozen model per stage, read from TOML. They hold names and numbers, never code."""
 
-from volseg.recipe.classify import Classify
 from volseg.recipe.classification import ClassifyRecipe
+from volseg.recipe.classify import Classify
 from volseg.recipe.data import MOST_LABELS, Data
 from volseg.recipe.load import (
     AnyRecipe,

@@ -65,8 +65,9 @@ class ImageBatches:
 
     def _pair(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         indices = self.indices(number)
-        images = send(torch.from_numpy(np.stack([self._images.pixels[n] for n in indices])),
-                      self._device)
+        images = send(
+            torch.from_numpy(np.stack([self._images.pixels[n] for n in indices])), self._device
+        )
         targets = send(torch.from_numpy(self._targets[indices]), self._device)
         seeds = [(self._seed, number, index) for index in range(len(indices))]
         images = augment_images(images, self._train.augment, seeds)

@@ -58,11 +58,13 @@ class BinaryCrossEntropy(LossTerm):
 
     def per_output(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         targets = targets * (1 - self.label_smoothing) + self.label_smoothing / 2
-        present = targets * functional.logsigmoid(outputs) * _focus(
-            outputs.sigmoid(), self.focal_gamma
+        present = (
+            targets * functional.logsigmoid(outputs) * _focus(outputs.sigmoid(), self.focal_gamma)
         )
-        absent = (1 - targets) * functional.logsigmoid(-outputs) * _focus(
-            (-outputs).sigmoid(), self.focal_gamma
+        absent = (
+            (1 - targets)
+            * functional.logsigmoid(-outputs)
+            * _focus((-outputs).sigmoid(), self.focal_gamma)
         )
         return -(present + absent) / outputs.shape[1]
 

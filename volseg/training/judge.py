@@ -79,9 +79,7 @@ def _judge_numbers(
     judgement = Judgement(half_width=half_width, coverage=coverage, outliers=outliers)
     scores = {name: SCORES[name](predicted, known) for name in ("mae", "mse", "r2")}
     return judgement, {
-        f"validation_{name}": round(value, 4)
-        for name, value in scores.items()
-        if value is not None
+        f"validation_{name}": round(value, 4) for name, value in scores.items() if value is not None
     }
 
 
@@ -114,5 +112,3 @@ def _outliers(
         return None
     classes = np.array(targets) if recipe.data.kind == CLASSES else None
     return fit_outliers(training, classes).with_threshold(validation)
-
-
