@@ -1,4 +1,4 @@
-"""The steps of `volseg train` for a classifier: data, plan, networks, judgement, model, pictures."""
+"""The steps of `volseg train` for images: data, plan, networks, judgement, model, pictures."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ from volseg.options.training import MAX_FOLDS
 from volseg.pages.training_figures import curves_png
 from volseg.recipe import ClassifyRecipe, as_any_recipe
 from volseg.recipe.classification import NUMBER
+from volseg.recipe.section import closed
 from volseg.reports import TrainReport
 from volseg.store.outputs import delete_written
 from volseg.store.tables import cell, table
@@ -183,15 +184,13 @@ class _ImageTraining:
         make_folder(folder := call.checkpoints(number, n))
         left = call.time.left()
         seconds = None if left is None else left / (n - number if n > 1 else 1)
-        train = objective.train
         settings = RunSettings(
             seed=options.seed,
-            epochs=options.epochs or (recipe.train.epochs if seconds is None else None),
+            epochs=options.epochs or (closed(recipe.train.epochs) if seconds is None else None),
             patience=options.patience or recipe.train.patience,
             seconds=seconds,
             freeze=options.freeze,
         )
-        assert train.steps_per_epoch > 0
         job = Job(
             objective=objective,
             settings=settings,
@@ -268,7 +267,9 @@ class _ImageTraining:
             embeddings=(embed(0, training), embed(0, folds[0].validation)),
             training_targets=[case.target for case in training.cases],
         )
-        facts = dict(folds[0].trained.metrics) if len(folds) == 1 else {"networks": len(folds)}
+        facts: dict[str, Any] = {"networks": len(folds)}
+        if len(folds) == 1:
+            facts = dict(folds[0].trained.metrics)
         facts["training_images"] = data.fingerprint.n_images
         if self._call.warnings:
             facts["warnings"] = "; ".join(self._call.warnings)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from volseg.networks.image_network import ImageNetwork
 from volseg.preprocessing.resample import send
 from volseg.recipe.classification import LABELS, NUMBER, ImageInfer, Target
 from volseg.recipe.section import closed
@@ -29,7 +30,7 @@ def predict_outputs(
 
 
 def embed_images(
-    network: nn.Module, images: np.ndarray, settings: ImageInfer, device: torch.device
+    network: ImageNetwork, images: np.ndarray, settings: ImageInfer, device: torch.device
 ) -> np.ndarray:
     """Return (N, features) float32: what the network's head gets."""
     network.eval()

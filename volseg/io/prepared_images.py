@@ -87,7 +87,7 @@ def write_prepared_images(
 
 
 def _write_header(file: Any, n: int, shape: tuple[int, int, int]) -> int:
-    """Write the header of a .npy file, in which NumPy leaves room for `n` to grow; return its end."""
+    """Write the header of a .npy file and return its end; NumPy leaves room for `n` to grow."""
     header = {"descr": "<f4", "fortran_order": False, "shape": (n, *shape)}
     np.lib.format.write_array_header_1_0(file, header)
     return file.tell()

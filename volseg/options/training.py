@@ -132,9 +132,9 @@ class TrainOptions(TimedOptions, Announcing):
 
     What the dataset holds decides, or the recipe. Images come in a folder per class, a table with
     a column of classes or numbers, or a MedMNIST file; with several such columns, --target names
-    one. For scans, it also trains a coarse first pass and a lesion classifier if the recipe asks for them. The
-    weights with the best validation Dice are saved in a model folder with a model card. Ctrl-C
-    stops and keeps the best model so far; --resume continues. With --time-budget, the
+    one. For scans, it also trains a coarse first pass and a lesion classifier if the recipe asks
+    for them. The weights with the best validation score are saved in a model folder with a model
+    card. Ctrl-C stops and keeps the best model so far; --resume continues. With --time-budget, the
     learning-rate schedule ends within the budget.
     """
 

@@ -49,19 +49,21 @@ class TargetCells:
         if kind == NUMBER:
             classes = ()
         elif classes == AUTO:
-            classes = _names(texts, several=kind == LABELS)
-            if len(classes) < 2 and kind == CLASSES:
-                raise self._unusable(
-                    f"holds only {shorten(classes[0])!r}", "add images of another class"
-                )
-            most = MOST_TEXTS if kind == CLASSES else MAX_CLASSES
-            if len(classes) > most:
-                shown = format_list([shorten(name) for name in classes], 3)
-                raise self._unusable(
-                    f"holds {len(classes)} different texts ({shown})",
-                    "name a column of classes or numbers, or list the classes in the recipe",
-                )
+            classes = self._classes(texts, kind)
         return Target.model_validate(data.model_dump() | {"kind": kind, "classes": classes})
+
+    def _classes(self, texts: Sequence[str], kind: str) -> tuple[str, ...]:
+        """Return the names of the classes in the cells, or refuse them."""
+        names = _names(texts, several=kind == LABELS)
+        if len(names) == 1 and kind == CLASSES:
+            raise self._unusable(f"holds only {shorten(names[0])!r}", "add images of another class")
+        if len(names) > (MOST_TEXTS if kind == CLASSES else MAX_CLASSES):
+            shown = format_list([shorten(name) for name in names], 3)
+            raise self._unusable(
+                f"holds {len(names)} different texts ({shown})",
+                "name a column of classes or numbers, or list the classes in the recipe",
+            )
+        return names
 
     def values(self, data: Target) -> tuple[dict[str, Value], list[str]]:
         """Return case id → value of a described column, None where blank; and its mistakes."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ class ImageObjective:
         return f"validation_{self.recipe.train.monitor}"
 
     @property
-    def higher_is_better(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def higher_is_better(self) -> bool:
         return self._score.higher_is_better
 
     @property
@@ -67,8 +67,10 @@ class ImageObjective:
         return [self.recipe.sha256, keys, len(self.training), self.starts_trained]
 
     def network(self) -> ImageNetwork:
+        network = build_images(self.recipe)
         # Convolutions on a CPU are faster with channels last.
-        return build_images(self.recipe).to(memory_format=torch.channels_last)
+        network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        return network
 
     def groups(self, network: nn.Module) -> list[ParameterGroup]:
         assert isinstance(network, ImageNetwork)
@@ -145,9 +147,6 @@ class ImageObjective:
 class ImageValidation:
     """Validates on all images after every epoch, as that costs little."""
 
-    compares_last: ClassVar[bool] = False
-    reserve: ClassVar[float] = 0.0
-
     def __init__(
         self, objective: ImageObjective, device: torch.device, tick: Callable[[str], None]
     ) -> None:
@@ -155,6 +154,14 @@ class ImageValidation:
         self._network = objective.network()
         images = objective.validation_images
         self._targets = target_array(images, objective.recipe)
+
+    @property
+    def reserve(self) -> float:
+        return 0.0
+
+    @property
+    def compares_last(self) -> bool:
+        return False
 
     def due_after(self, seconds: float) -> bool:
         return True

@@ -198,15 +198,15 @@ class _Lead:
             waiting_share=round(waited / stepping, 4),
         )
         state.epochs.append(asdict(epoch))
-        is_better = score is not None and self._is_better(score, state.best_score)
+        is_better = self._is_better(score, state.best_score)
         if is_better or (score == state.best_score and _is_less(validation_loss, state.best_loss)):
             facts = {"epoch": number, self._objective.score_name: score}
             save_checkpoint(self._job.best, run.averaged, facts)
             state.best_score, state.best_loss, state.best_epoch = score, validation_loss, number
 
-    def _is_better(self, score: float, than: float | None) -> bool:
-        if than is None:
-            return True
+    def _is_better(self, score: float | None, than: float | None) -> bool:
+        if score is None or than is None:
+            return score is not None
         return score > than if self._objective.higher_is_better else score < than
 
     def _steps(self) -> float:

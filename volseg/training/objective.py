@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -101,7 +101,10 @@ class Objective(Protocol):
     It is pickled for the other ranks of a team.
     """
 
-    higher_is_better: ClassVar[bool]  # of scores
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether a higher score is a better one."""
+        ...
 
     @property
     def score_name(self) -> str: ...
@@ -135,7 +138,9 @@ class Objective(Protocol):
         """Return the validation of a run of these seconds; `tick` gets what is being done."""
         ...
 
-    def score(self, rows: Sequence[Any]) -> float: ...
+    def score(self, rows: Sequence[Any]) -> float | None:
+        """Return the score; None if it is undefined, such as an AUC without positive cases."""
+        ...
 
     def validation_loss(self, rows: Sequence[Any]) -> float | None: ...
 
