@@ -20,10 +20,11 @@ from volseg.io.cases import listed
 from volseg.io.files import RECORDS
 from volseg.io.folders import visible_paths
 from volseg.io.formats import is_scan
-from volseg.io.image_folders import read_image_folders
+from volseg.io.image_folders import CLASS, read_image_folders
 from volseg.io.image_listing import ImageCase, ImageListing, split_mistakes
 from volseg.io.image_tables import (
     HEADS,
+    LABEL,
     SLICE,
     is_arrays,
     read_image_arrays,
@@ -38,6 +39,7 @@ from volseg.io.volumes import read_header, read_mask
 __all__ = ["ImageCase", "ImageSurvey", "TargetColumn", "looks_like_images", "survey_images"]
 
 TABLE = "cases.csv"
+LIKELY = (CLASS, LABEL, "target", "diagnosis")  # names of a column to learn
 TABLE_SUFFIXES = (".csv", ".tsv", ".txt")
 WITH_LABEL, WITHOUT_LABEL = "with label", "without label"  # classes of slices, from their masks
 MOST_CLASSES = 100
@@ -84,6 +86,13 @@ class ImageSurvey:
     mistakes: list[str]
     remarks: list[str]
     unlabelled: list[str] = field(default_factory=list)
+
+    @property
+    def likely_target(self) -> str | None:
+        """The column to learn if none is named: the class that folders give, or the only one."""
+        names = [column.name for column in self.target_columns]
+        usual = [name for name in LIKELY if name in names]
+        return usual[0] if usual else names[0] if len(names) == 1 else None
 
 
 def survey_images(dataset: Path, *, target: str | None = None) -> ImageSurvey:
@@ -293,4 +302,4 @@ def _labelled_slices(path: Path, mask_path: Path, mistakes: list[str]) -> np.nda
         return None
     array = mask.canonical().array
     through = through_axis(array.shape)
-    return np.moveaxis(array, through, 0).reshape(array.shape[through], -1).any(axis=1)
+    return np.any(np.moveaxis(array, through, 0).reshape(array.shape[through], -1), axis=1)

@@ -31,7 +31,7 @@ PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 SUFFIXES = PICTURE_SUFFIXES + DICOM_SUFFIXES  # of files that hold one image
 READABLE = ", ".join((*SUFFIXES, NPZ_SUFFIX))  # for messages
-PICTURES = ("PNG", "JPEG", "MPO", "BMP", "TIFF")  # Pillow's names; other decoders stay shut
+PICTURES = ("PNG", "JPEG", "BMP", "TIFF")  # Pillow's names; other decoders stay shut
 MAX_FILE_BYTES = 2**30
 MAX_PIXELS = 2**26  # 8192 × 8192
 DECODING_ERRORS = (  # what Pillow raises on damaged files
@@ -270,13 +270,16 @@ def _array_of(picture: Image) -> np.ndarray:
 
 # ---- DICOM
 
-BITS_STORED, IS_SIGNED, PHOTOMETRIC = "0028|0101", "0028|0103", "0028|0004"
+BITS_STORED, IS_SIGNED = "0028|0101", "0028|0103"
 SLOPE, INTERCEPT = "0028|1053", "0028|1052"
 SPACINGS = ("0028|0030", "0018|1164")  # of the patient, or at the detector
 
 
 def _read_dicom(path: Path) -> Image2D:
-    """Read a single-frame DICOM image: rescaled to its modality's unit, white is always high."""
+    """Read a single-frame DICOM image, rescaled to its modality's unit.
+
+    White is high: GDCM inverts what is stored the other way (MONOCHROME1).
+    """
     import SimpleITK as sitk
 
     reader = sitk.ImageFileReader()
@@ -308,9 +311,6 @@ def _image_of_dicom(array: np.ndarray, tags: dict[str, str], path: Path) -> Imag
     if array.ndim != 2:
         raise refusal(path, "E_NDIM", f"has shape {array.shape}", "give a single 2D image")
     low, high = _range_of_dicom(tags, array)
-    if tags.get(PHOTOMETRIC) == "MONOCHROME1":  # white is low
-        kind = np.float32 if array.dtype.kind == "f" else array.dtype
-        array = (low + high - array.astype(np.float64)).astype(kind)
     if array.dtype.kind == "f":
         array = array.astype(np.float32)
     is_unit = _number(tags, INTERCEPT, 0) != 0 or low < 0  # such as HU, where nothing is white

@@ -19,7 +19,10 @@ SUFFIX = ".npz"
 SPLITS = ("train", "val", "test")
 MAX_BYTES = 16 * 2**30  # of an array
 MAX_HEADER = 10_000  # characters that describe an array
-ERRORS = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, LookupError, RuntimeError)
+ERRORS = (
+    *(zipfile.BadZipFile, zlib.error, OSError, EOFError),
+    *(ValueError, LookupError, RuntimeError, SyntaxError),
+)
 
 
 class ImageArrays:
