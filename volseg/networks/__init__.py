@@ -257,9 +257,9 @@ def check_segmentation(recipe: Recipe, *, section: str = "train") -> None:
         row, settings = settings_type(recipe.network.name), recipe.network.settings
         check_keys(f"network {recipe.network.name!r}", settings, keys_of(row))
         return
-    _check_axes(recipe.network, 3, "scans")
     with torch.device("meta"):
         build_segmentation(recipe)
+    _check_axes(recipe.network, 3, "scans")
     _check_patch(recipe, section)
 
 
@@ -271,9 +271,9 @@ def check_classifier(settings: Classify) -> None:
     """
     import torch
 
-    _check_axes(settings.network, 2, "images")
     with torch.device("meta"):
         build_classifier(settings)
+    _check_axes(settings.network, 2, "images")
 
 
 def _check_axes(section: NetworkSection, n_axes: int, inputs: str) -> None:
