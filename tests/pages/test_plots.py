@@ -44,7 +44,7 @@ def pixels(png):
 
 def test_lines_and_bands_stand_at_the_limits_and_their_intervals(measured):
     plot = Figure().subplots()
-    plots._bland_altman(plot, measured)
+    plots._bland_altman(plot, plots.Pairs.of_volumes(measured))
     expected = measured.volumes
     heights = {line.get_ydata()[0] for line in plot.get_lines()}
     assert heights == {0, expected.bias, expected.lower_limit, expected.upper_limit}
@@ -59,7 +59,7 @@ def test_lines_and_bands_stand_at_the_limits_and_their_intervals(measured):
 
 def test_volumes_that_agree_lie_on_the_line_of_identity(measured):
     plot = Figure().subplots()
-    plots._correlation(plot, measured)
+    plots._correlation(plot, plots.Pairs.of_volumes(measured))
     points = plot.collections[0].get_offsets()
     np.testing.assert_allclose(
         points, np.stack([measured.reference_ml, measured.predicted_ml], axis=1)
@@ -71,18 +71,19 @@ def test_volumes_that_agree_lie_on_the_line_of_identity(measured):
 def test_at_most_max_labels_are_shown_those_with_the_largest_volume(monkeypatch):
     monkeypatch.setattr(plots, "MAX_LABELS", 2)
     drawn = []
-    monkeypatch.setattr(plots, "_correlation", lambda plot, result: drawn.append(result.label))
+    monkeypatch.setattr(plots, "_correlation", lambda plot, pairs: drawn.append(pairs.name))
     one, two, five = (
         len(pixels(plots.agreement_png([result(n, [n, 2], [n, 3]) for n in range(1, count + 1)])))
         for count in (1, 2, 5)
     )
     assert one < two == five
-    assert drawn == [1, 1, 2, 4, 5]
+    assert drawn == [f"organ {label}" for label in (1, 1, 2, 4, 5)]
 
 
 def test_a_plot_of_few_patients_says_why_it_has_no_intervals():
     plot = Figure().subplots()
-    plots._bland_altman(plot, result(1, [4, 5, 6, 9], [5, 5, 7, 8]))
+    few = plots.Pairs.of_volumes(result(1, [4, 5, 6, 9], [5, 5, 7, 8]))
+    plots._bland_altman(plot, few)
     assert "no intervals: 4 patients; an interval needs at least 5" in plot.get_title(loc="left")
     assert not plot.patches
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,8 +35,9 @@ def agreement_png(results: Sequence[LabelResult]) -> bytes:
         return png_bytes(figure, DPI)
     plots = figure.subplots(len(shown), 2, squeeze=False, width_ratios=(1.25, 1))
     for (left, right), result in zip(plots, shown, strict=True):
-        _bland_altman(left, result)
-        _correlation(right, result)
+        pairs = Pairs.of_volumes(result)
+        _bland_altman(left, pairs)
+        _correlation(right, pairs)
     if len(shown) < len(with_volume):
         count = f"{len(shown)} of {len(with_volume)} labels"
         note = f"The {count} with the largest reference volume; summary.json has all labels"
@@ -43,11 +45,52 @@ def agreement_png(results: Sequence[LabelResult]) -> bytes:
     return png_bytes(figure, DPI)
 
 
-def _bland_altman(plot: Any, result: LabelResult) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Pairs:
+    """Paired measurements to plot: what they are of, their quantity and unit, and agreement.
+
+    Args:
+        name: of the label or target. quantity: such as volume; empty if the name says it.
+        reference, predicted: (n,) in the unit.
+    """
+
+    name: str
+    quantity: str = ""
+    unit: str = ""
+    agreement: Agreement
+    reference: np.ndarray
+    predicted: np.ndarray
+
+    @classmethod
+    def of_volumes(cls, result: LabelResult) -> Pairs:
+        return cls(
+            name=result.name,
+            quantity="volume",
+            unit="mL",
+            agreement=result.volumes,
+            reference=result.reference_ml,
+            predicted=result.predicted_ml,
+        )
+
+    def axis(self, text: str) -> str:
+        """Return the label of an axis, with the unit if there is one."""
+        return f"{text} ({self.unit})" if self.unit else text
+
+
+def number_agreement_png(pairs: Pairs) -> bytes:
+    """Draw a Bland–Altman and a correlation plot of predicted numbers."""
+    figure = new_figure(11, 4.5)
+    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+    _bland_altman(left, pairs)
+    _correlation(right, pairs)
+    return png_bytes(figure, DPI)
+
+
+def _bland_altman(plot: Any, pairs: Pairs) -> None:
     """Plot difference against mean, with bias and limits of agreement (bands: 95 % intervals)."""
-    agreement = result.volumes
-    mean = (result.reference_ml + result.predicted_ml) / 2
-    difference = result.predicted_ml - result.reference_ml
+    agreement = pairs.agreement
+    mean = (pairs.reference + pairs.predicted) / 2
+    difference = pairs.predicted - pairs.reference
     plot.scatter(mean, difference, s=22, color=POINT, alpha=0.7, linewidths=0, zorder=3)
     plot.axhline(0, color="#999999", linewidth=0.8)
     lines = (
@@ -66,22 +109,24 @@ def _bland_altman(plot: Any, result: LabelResult) -> None:
     if not math.isnan(agreement.bias):  # below the plot, where it covers no point
         layout = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13), "ncols": 3}
         plot.legend(**layout, fontsize=7.5, frameon=False, columnspacing=1)
-    title = f"{result.name}: volume agreement, {_cases(agreement)}"
+    what = f"{pairs.quantity} agreement".lstrip()
+    title = f"{pairs.name}: {what}, {_cases(agreement)}"
     plot.set_title(title, fontsize=10, loc="left")
-    plot.set_xlabel("mean of reference and prediction (mL)")
-    plot.set_ylabel("prediction − reference (mL)")
+    plot.set_xlabel(pairs.axis("mean of reference and prediction"))
+    plot.set_ylabel(pairs.axis("prediction − reference"))
     plot.margins(y=0.15)
     plot.grid(alpha=0.25)
 
 
-def _correlation(plot: Any, result: LabelResult) -> None:
-    """Plot predicted against reference volume on equal axes, with the line of identity."""
-    agreement, reference, predicted = result.volumes, result.reference_ml, result.predicted_ml
-    highest = 1.05 * max(float(reference.max()), float(predicted.max()))
-    plot.plot([0, highest], [0, highest], color="#999999", linewidth=0.8, label="identity")
+def _correlation(plot: Any, pairs: Pairs) -> None:
+    """Plot predicted against reference on equal axes, with the line of identity."""
+    agreement, reference, predicted = pairs.agreement, pairs.reference, pairs.predicted
+    lowest, highest = _limits(pairs)
+    ends = [lowest, highest]
+    plot.plot(ends, ends, color="#999999", linewidth=0.8, label="identity")
     plot.scatter(reference, predicted, s=22, color=POINT, alpha=0.7, linewidths=0, zorder=3)
-    plot.set_xlim(0, highest)
-    plot.set_ylim(0, highest)
+    plot.set_xlim(lowest, highest)
+    plot.set_ylim(lowest, highest)
     plot.set_aspect("equal")
     lines = []
     if not math.isnan(agreement.pearson):
@@ -90,11 +135,21 @@ def _correlation(plot: Any, result: LabelResult) -> None:
         interval = _interval(agreement.concordance_95)
         lines.append(f"concordance (Lin) = {concordance:.3f} {interval}")
     plot.text(0.03, 0.97, "\n".join(lines), transform=plot.transAxes, va="top", fontsize=8)
-    plot.set_title(f"{result.name}: correlation", fontsize=10, loc="left")
-    plot.set_xlabel("reference volume (mL)")
-    plot.set_ylabel("predicted volume (mL)")
+    plot.set_title(f"{pairs.name}: correlation", fontsize=10, loc="left")
+    plot.set_xlabel(pairs.axis(f"reference {pairs.quantity}".rstrip()))
+    plot.set_ylabel(pairs.axis(f"predicted {pairs.quantity}".rstrip()))
     plot.legend(loc="lower right", fontsize=8, frameon=False)
     plot.grid(alpha=0.25)
+
+
+def _limits(pairs: Pairs) -> tuple[float, float]:
+    """Return the ends of both axes; volumes start at 0, other numbers a little below the least."""
+    values = np.concatenate([pairs.reference, pairs.predicted])
+    low, high = float(values.min()), float(values.max())
+    if pairs.quantity:
+        return 0.0, 1.05 * high
+    margin = 0.05 * (high - low) or 1.0
+    return low - margin, high + margin
 
 
 def _cases(agreement: Agreement) -> str:
