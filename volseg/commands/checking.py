@@ -9,8 +9,8 @@ import numpy as np
 
 from volseg.columns import columns_of
 from volseg.commands.automatic_recipe import unnamed_values
-from volseg.commands.image_planning import check_image_model
 from volseg.commands.checking_images import check_images
+from volseg.commands.image_planning import check_image_model
 from volseg.commands.placing import place_mask
 from volseg.commands.preparing import PREPARED_FILE
 from volseg.commands.problems import Problem, problem_at, problem_of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from volseg.io.image_inputs import find_images
 from volseg.io.images import ImageReader
 from volseg.options import InferOptions
 from volseg.pages.about import About
+from volseg.pages.class_page import class_page, most_doubtful, thumbnail
 from volseg.preprocessing.images import to_input
 from volseg.recipe.classification import CLASSES as EXCLUSIVE
 from volseg.recipe.classification import NUMBER
@@ -219,8 +221,26 @@ class _Run:
         }
         with self._outputs.staged() as commit:
             commit.write(_table_name(self._bundle), _table(rows, self._bundle))
+            if self._options.pages:
+                commit.write(PAGE, self._page(rows, cases, about).encode())
             commit.write(RUN, json_text(description))
             commit.finish(last=RUN)
+
+    def _page(self, rows: Sequence[Row], cases: Sequence[ImageCase], about: About) -> str:
+        """Return report.html, with pictures of the images of this call that are most doubtful."""
+        places, pictures = {case.id: case for case in cases}, dict[str, bytes]()
+        doubtful = set(most_doubtful(rows))
+        for name in (case.id for case in cases if case.id in doubtful):  # in the order of files
+            with suppress(VolsegError):  # it may have been deleted since
+                image = self._reader.read(places[name].path, places[name].index)
+                pictures[name] = thumbnail(image.array)
+        return class_page(
+            about,
+            rows,
+            target=self._bundle.recipe.data.target,
+            coverage=self._bundle.judgement.coverage,
+            pictures=pictures,
+        ).html()
 
 
 def _table_name(bundle: ImageBundle) -> str:

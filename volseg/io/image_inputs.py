@@ -32,7 +32,8 @@ def find_images(paths: Sequence[Path]) -> tuple[list[ImageCase], list[str]]:
         else:
             survey = survey_images(path)
             cases += survey.cases
-            remarks += survey.remarks
+            # Which folders are classes is of no importance here.
+            remarks += [text for text in survey.remarks if not text.startswith("W_FOLDERS")]
             mistakes += survey.mistakes
     first: dict[str, ImageCase] = {}
     for case in cases:
