@@ -24,3 +24,12 @@ class Image2D:
     def __post_init__(self) -> None:
         if self.array.ndim != 3 or self.array.shape[0] not in (1, 3) or not self.array.size:
             raise ValueError(f"an image has shape (1 or 3, H, W), got {self.array.shape}")
+
+
+def largest_of(dtype: np.dtype) -> float | None:
+    """Return what white is in an unsigned dtype; None in others, which have no such convention.
+
+    >>> largest_of(np.dtype("uint16")), largest_of(np.dtype("int16"))
+    (65535.0, None)
+    """
+    return float(np.iinfo(dtype).max) if dtype.kind == "u" and dtype.itemsize <= 2 else None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from volseg.errors import ScanError
-from volseg.image import Image2D
+from volseg.image import Image2D, largest_of
 from volseg.inputs import shorten
 from volseg.io.formats import is_scan
 from volseg.io.gzip_stream import COPY_AGAIN, opened_raw, refusal
@@ -170,15 +170,6 @@ def _slice_of(volume: Volume, through: int, index: int) -> Image2D:
     across, up = (mm for axis, mm in enumerate(volume.geometry.spacing_mm) if axis != through)
     white = None if volume.is_scaled else largest_of(values.dtype)
     return Image2D(np.ascontiguousarray(values)[None], white, (up, across))
-
-
-def largest_of(dtype: np.dtype) -> float | None:
-    """Return what white is in an unsigned dtype; None in others, which have no such convention.
-
-    >>> largest_of(np.dtype("uint16")), largest_of(np.dtype("int16"))
-    (65535.0, None)
-    """
-    return float(np.iinfo(dtype).max) if dtype.kind == "u" and dtype.itemsize <= 2 else None
 
 
 # ---- files that hold one image
