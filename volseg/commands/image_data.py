@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from volseg.commands.batch import reason_of
+from volseg.commands.image_start import Start
 from volseg.errors import ScanError, VolsegError
+from volseg.evaluation.duplicates import (
+    ImagePrint,
+    groups_of_pairs,
+    near_duplicates,
+    print_of,
+)
 from volseg.io.files import sha256_of
 from volseg.io.image_cases import ImageCase, ImageSurvey, looks_like_images, survey_images
 from volseg.io.images import ImageReader
@@ -59,13 +66,14 @@ class ImageDataset:
         recipe: None for one that leaves everything to the plan.
         target: column, where the recipe does not name it.
         seed: of the drawn split.
+        start: weights that training starts from.
     """
 
     dataset: Path
     recipe: ClassifyRecipe | None = None
     target: str | None = None
     seed: int = 0
-    starts_trained: bool = False
+    start: Start | None = None
     progress: Progress = field(default=ignore_progress, compare=False)
     announce: Announce = field(default=ignore_text, compare=False)
 
@@ -81,7 +89,11 @@ class ImageDataset:
         survey = survey_images(self.dataset, target=target)
         if survey.mistakes:
             self._refuse(survey.mistakes)
-        return survey, self.recipe or automatic_image_recipe(self.dataset, target)
+        recipe = self.recipe
+        if recipe is None:
+            recipe = automatic_image_recipe(self.dataset, target)
+            recipe = recipe if self.start is None else self.start.fitted_to(recipe)
+        return survey, recipe
 
     def _refuse(self, mistakes: Sequence[str]) -> None:
         raise VolsegError(
@@ -115,34 +127,40 @@ class ImageDataset:
         if mistakes:
             self._refuse(mistakes)
         cases = [case for case in used if values[case.id] is not None]
-        splits = assign_image_splits(cases, values, recipe.train.validation_fraction, self.seed)
         images, failed = self._measure(cases)
         cases = [case for case in cases if case.id in images]
+        groups = _groups(cases, [images[case.id].print for case in cases])
+        fraction = recipe.train.validation_fraction
+        splits = assign_image_splits(cases, groups, values, fraction, self.seed)
+        remarks += _leaks(groups, splits)
         fingerprint = _fingerprint(cases, images, values, splits, recipe)
-        closed = close_images(recipe, fingerprint, starts_trained=self.starts_trained)
+        closed = close_images(recipe, fingerprint, starts_trained=self.start is not None)
         return PlannedImages(
             closed=closed,
             fingerprint=fingerprint,
             cases=cases,
             values=values,
+            groups=groups,
             splits=splits,
             failed=failed,
             remarks=remarks,
         )
 
-    def _measure(self, cases: Sequence[ImageCase]) -> tuple[dict[str, tuple[int, ...]], dict]:
-        """Read every image once; return id → shape (C, H, W), and why images cannot be read."""
-        shapes, failed, reader = dict[str, tuple[int, ...]](), dict[str, str](), ImageReader()
+    def _measure(self, cases: Sequence[ImageCase]) -> tuple[dict[str, _Facts], dict[str, str]]:
+        """Read every image once; return facts by id, and why images cannot be read."""
+        facts, failed, reader = dict[str, _Facts](), dict[str, str](), ImageReader()
         for count, case in enumerate(cases, start=1):
             try:
-                shapes[case.id] = reader.read(case.path, case.index).array.shape
+                image = reader.read(case.path, case.index)
+                prints = print_of(image.array, image.largest)
+                facts[case.id] = _Facts(image.array.shape, prints)
             except ScanError as error:
                 failed[case.id] = reason_of(error)
                 self.announce(failure_line(case.id, failed[case.id]))
             self.progress(READING, count / len(cases), case.id)
-        if not shapes:
+        if not facts:
             self._refuse([f"{name}: {reason}" for name, reason in failed.items()])
-        return shapes, failed
+        return facts, failed
 
     def prepare(self, planned: PlannedImages, folder: Path) -> ImageSet:
         """Write the network inputs of all images into a folder; return them, memory-mapped."""
@@ -169,12 +187,21 @@ class ImageDataset:
         return read_prepared_images(folder)[0]
 
 
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """Shape (C, H, W) of an image, and what tells whether it is a duplicate."""
+
+    shape: tuple[int, ...]
+    print: ImagePrint
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedImages:
     """Images with everything that is known of them before their pixels are converted.
 
     Args:
-        values: case id → target. splits: case id → train or val.
+        values: case id → target. groups: case id → those that stay in one fold share it.
+        splits: case id → train or val.
         failed: case id → why it cannot be read.
     """
 
@@ -182,16 +209,16 @@ class PlannedImages:
     fingerprint: ImageFingerprint
     cases: Sequence[ImageCase]
     values: Mapping[str, Value]
+    groups: Mapping[str, str]
     splits: Mapping[str, str]
     failed: Mapping[str, str]
     remarks: Sequence[str]
 
     def prepared(self, case: ImageCase, digest: str) -> PreparedImage:
-        patient = case.patient or case.id
         return PreparedImage(
             id=case.id,
-            patient=patient,
-            group=patient,
+            patient=case.patient or case.id,
+            group=self.groups[case.id],
             split=self.splits[case.id],
             target=self.values[case.id],
             sha256=digest,
@@ -273,17 +300,50 @@ def _only_target(dataset: Path, survey: ImageSurvey) -> str:
     )
 
 
-def assign_image_splits(
-    cases: Sequence[ImageCase], values: Mapping[str, Value], fraction: float, seed: int
-) -> dict[str, str]:
-    """Return case id → train or val: the dataset's, or drawn by patient and class.
+def _groups(cases: Sequence[ImageCase], prints: Sequence[ImagePrint]) -> dict[str, str]:
+    """Return case id → group: images of one patient, and near duplicates, share it."""
+    first_of: dict[str, int] = {}
+    pairs = list(near_duplicates(prints))
+    for index, case in enumerate(cases):
+        if case.patient:
+            pairs.append((first_of.setdefault(case.patient, index), index))
+    numbers = groups_of_pairs(pairs, len(cases))
+    names: dict[int, str] = {}
+    return {
+        case.id: names.setdefault(number, case.patient or case.id)
+        for case, number in zip(cases, numbers, strict=True)
+    }
 
-    Without a validation split in the dataset, patients are drawn so that each class has about this
-    fraction of its patients in validation.
+
+def _leaks(groups: Mapping[str, str], splits: Mapping[str, str]) -> list[str]:
+    """Return a warning if near duplicates lie in both training and validation."""
+    splits_of: dict[str, set[str]] = {}
+    for name, group in groups.items():
+        splits_of.setdefault(group, set()).add(splits[name])
+    leaks = [group for group, both in splits_of.items() if len(both) > 1]
+    if not leaks:
+        return []
+    return [
+        f"W_DUPLICATES: {len(leaks)} groups of near duplicates or patients lie in both training "
+        f"and validation, so validation flatters the model: {format_list(leaks, 3)}; "
+        "`volseg check` lists them"
+    ]
+
+
+def assign_image_splits(
+    cases: Sequence[ImageCase],
+    groups: Mapping[str, str],
+    values: Mapping[str, Value],
+    fraction: float,
+    seed: int,
+) -> dict[str, str]:
+    """Return case id → train or val: the dataset's, or drawn by group and class.
+
+    Without a validation split in the dataset, groups are drawn so that each class has about this
+    fraction of its groups in validation.
     """
     if any(case.split == "val" for case in cases):
         return {case.id: case.split or "train" for case in cases}
-    groups = {case.id: case.patient or case.id for case in cases}
     held_out = fold_of_groups(groups, values, max(2, round(1 / fraction)), seed)
     return {name: "val" if fold == 0 else "train" for name, fold in held_out.items()}
 
@@ -301,7 +361,8 @@ def fold_of_groups(
         members.setdefault(group, []).append(name)
     if len(members) < folds:
         raise VolsegError(
-            f"{len(members)} patients cannot be divided into {folds} parts",
+            f"{len(members)} patients or groups of near duplicates cannot be divided into "
+            f"{folds} parts",
             fix="add images of other patients, or lower --folds",
             code="E_DATASET",
         )
@@ -323,7 +384,7 @@ def _rank(values: Iterator[Value]) -> float:
 
 def _fingerprint(
     cases: Sequence[ImageCase],
-    shapes: Mapping[str, tuple[int, ...]],
+    facts: Mapping[str, _Facts],
     values: Mapping[str, Value],
     splits: Mapping[str, str],
     recipe: ClassifyRecipe,
@@ -340,7 +401,7 @@ def _fingerprint(
             code="E_DATASET",
         )
     targets = [values[case.id] for case in training]
-    sizes = [shapes[case.id][1:] for case in training[:: -(-len(training) // SAMPLE)]]
+    sizes = [facts[case.id].shape[1:] for case in training[:: -(-len(training) // SAMPLE)]]
     is_number = recipe.data.kind == NUMBER
     numbers = np.array(targets, float) if is_number else np.zeros(1)
     return ImageFingerprint(
@@ -348,7 +409,7 @@ def _fingerprint(
         n_patients=len({case.patient or case.id for case in training}),
         n_validation=len(cases) - len(training),
         sizes=tuple((int(height), int(width)) for height, width in sizes),
-        channels=max(shapes[case.id][0] for case in training),
+        channels=max(facts[case.id].shape[0] for case in training),
         kind=str(recipe.data.kind),
         counts={} if is_number else count_classes(targets, recipe.data),
         mean=float(numbers.mean()) if is_number else None,

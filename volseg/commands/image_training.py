@@ -18,8 +18,10 @@ from volseg.commands.image_data import (
     fold_of_groups,
     load_images,
 )
+from volseg.commands.image_start import Start
 from volseg.commands.training_call import PREPARED_FOLDER, WORK_FOLDER, Call, history_name
 from volseg.errors import VolsegError
+from volseg.evaluation.classes import SCORES
 from volseg.image_bundle import (
     ImageBundle,
     Reference,
@@ -31,7 +33,6 @@ from volseg.inference.images import embed_images, to_predictions
 from volseg.io.csv_text import write_csv
 from volseg.io.files import TEMPORARY_PREFIX, make_folder
 from volseg.io.prepared_images import ImageSet, has_prepared_images
-from volseg.networks.adapt import Status, adapt, read_weights
 from volseg.options.training import MAX_FOLDS
 from volseg.pages.training_figures import curves_png
 from volseg.recipe import ClassifyRecipe, as_any_recipe
@@ -40,8 +41,9 @@ from volseg.recipe.section import closed
 from volseg.reports import TrainReport
 from volseg.store.outputs import delete_written
 from volseg.store.tables import cell, table
+from volseg.training.baselines import Baseline, fit_baselines, save_baselines
 from volseg.training.check import check_image_recipe
-from volseg.training.images import ImageObjective, Outputs
+from volseg.training.images import ImageObjective, Outputs, known_targets
 from volseg.training.judge import judge
 from volseg.training.loop import Trained, Watch, train_network
 from volseg.training.objective import Weights
@@ -50,6 +52,8 @@ from volseg.training.schedule import RunSettings, Stop
 from volseg.training.state import Epoch
 
 VALIDATION, CURVES = "validation.csv", "curves.png"
+BASELINES = ("baselines.json", "baselines.safetensors")
+BASELINE_SECONDS = 120.0  # for all of them
 
 
 def run_image_training(call: Call) -> TrainReport:
@@ -70,6 +74,8 @@ class _Fold:
 class _ImageTraining:
     def __init__(self, call: Call) -> None:
         self._call, self._options = call, call.options
+        init = call.options.init
+        self._start = None if init is None else Start.read(init)
 
     def run(self) -> TrainReport:
         call, options = self._call, self._options
@@ -118,7 +124,7 @@ class _ImageTraining:
         names = [f"{classifier_name(index)}.safetensors" for index in range(MAX_FOLDS)]
         histories = [history_name(number) for number in range(MAX_FOLDS)]
         self._call.outputs.check_overwrites(
-            [DESCRIPTION, "card.md", *names, *histories, VALIDATION, CURVES]
+            [DESCRIPTION, "card.md", *names, *histories, VALIDATION, CURVES, *BASELINES]
         )
         self._call.outputs.work_folder(WORK_FOLDER)
         self._call.progress("Starting", 0.0, str(self._options.dataset))
@@ -137,7 +143,7 @@ class _ImageTraining:
                     recipe,
                     options.target,
                     seed=options.seed,
-                    starts_trained=options.init is not None,
+                    start=self._start,
                     progress=self._call.progress,
                     announce=options.announce,
                 )
@@ -179,8 +185,7 @@ class _ImageTraining:
     ) -> _Fold:
         options, call = self._options, self._call
         n = options.folds or 1
-        starts_trained = options.init is not None
-        objective = ImageObjective(training, validation, recipe, starts_trained)
+        objective = ImageObjective(training, validation, recipe, self._start is not None)
         make_folder(folder := call.checkpoints(number, n))
         left = call.time.left()
         seconds = None if left is None else left / (n - number if n > 1 else 1)
@@ -215,17 +220,12 @@ class _ImageTraining:
         return _Fold(trained, validation, number, rows[0])
 
     def _initial(self, objective: ImageObjective) -> Weights:
-        if self._options.init is None:
+        if self._start is None:
             return {}
-        weights = read_weights(self._options.init)
-        network = objective.network()
-        adapted = adapt(network, weights.tensors)
-        for row in adapted.rows:
-            self._call.options.announce(f"--init: {row.tensor}: {row.status} {row.reason}".strip())
-        taken = (Status.LOADED, Status.ADAPTED)
-        return {
-            row.tensor: adapted.weights[row.tensor] for row in adapted.rows if row.status in taken
-        }
+        weights, lines = self._start.adapted_to(objective.network())
+        for line in lines:
+            self._options.announce(line)
+        return weights
 
     def _report(
         self,
@@ -271,6 +271,8 @@ class _ImageTraining:
         if len(folds) == 1:
             facts = dict(folds[0].trained.metrics)
         facts["training_images"] = data.fingerprint.n_images
+        baselines, scores = self._baselines(data)
+        facts |= scores
         if self._call.warnings:
             facts["warnings"] = "; ".join(self._call.warnings)
         bundle = replace(
@@ -281,9 +283,42 @@ class _ImageTraining:
         )
         with self._call.outputs.staged() as commit:
             save_image_bundle(bundle, commit.folder)
+            if baselines:
+                save_baselines(baselines, commit.folder)
             commit.write(VALIDATION, _validation_table(folds, recipe, judgement.temperature))
             commit.finish(last=DESCRIPTION)
         return load_image_bundle(self._options.out)
+
+    def _baselines(self, data: LoadedImages) -> tuple[list[Baseline], dict[str, Any]]:
+        """Fit the baselines on the training split; return them and their validation scores."""
+        recipe, kind = data.recipe, str(data.recipe.data.kind)
+        training, validation = (data.images.of_split(split) for split in ("train", "val"))
+        if not recipe.train.baselines:
+            return [], {}
+        seconds = BASELINE_SECONDS
+        if self._call.time.seconds is not None:
+            seconds = min(seconds, recipe.train.baseline_fraction * self._call.time.seconds)
+        self._call.progress("Fitting baselines", 0.0, f"at most {seconds:.0f} s")
+        baselines = fit_baselines(
+            training.pixels,
+            known_targets(training, recipe),
+            kind,  # type: ignore[arg-type]
+            seed=self._options.seed,
+            seconds=seconds,
+            n_classes=recipe.data.n_outputs,
+        )
+        scores: dict[str, Any] = {}
+        score, known = SCORES[str(recipe.train.monitor)], known_targets(validation, recipe)
+        for baseline in baselines:
+            name = f"baseline_{baseline.name}_{recipe.train.monitor}"
+            if baseline.reason:
+                scores[name] = baseline.reason
+                continue
+            predicted = baseline.predict(validation.pixels)
+            value = score(predicted, known)
+            if value is not None:
+                scores[name] = round(value, 4)
+        return baselines, scores
 
     def _draw(self, folds: Sequence[_Fold], recipe: ClassifyRecipe) -> None:
         monitor = str(recipe.train.monitor)

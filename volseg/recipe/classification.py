@@ -139,6 +139,9 @@ class ImageTrain(Section):
     # rate falls from one stage of the network to the one before it.
     freeze_epochs: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    # Simple classifiers of simple features, to compare with; at most this part of a time budget.
+    baselines: bool = True
+    baseline_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     loss: ImageLoss = ImageLoss()
     augment: ImageAugment = ImageAugment()
 

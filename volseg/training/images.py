@@ -178,6 +178,14 @@ class ImageValidation:
     validate_all = validate_subset
 
 
+def known_targets(images: ImageSet, recipe: ClassifyRecipe) -> np.ndarray:
+    """Return class indices (N,), labels (N, k) of zeros and ones, or numbers (N,)."""
+    targets = target_array(images, recipe)
+    if recipe.data.kind == NUMBER:
+        return to_predictions(targets, recipe.data)[:, 0]
+    return targets.argmax(axis=1) if recipe.data.kind == CLASSES else targets > 0
+
+
 def target_array(images: ImageSet, recipe: ClassifyRecipe) -> np.ndarray:
     """Return (N, outputs) float32: 1 for the class or the labels, or the scaled number."""
     data, cases = recipe.data, images.cases
