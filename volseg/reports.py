@@ -450,15 +450,22 @@ class EvaluateReport(RunReport):
     """What `evaluate` measured."""
 
     files: ClassVar[tuple[str, ...]] = (
-        "evaluation.csv", "detections.csv", "summary.json", "agreement.png", "froc.png"
+        "evaluation.csv", "detections.csv", "metrics.csv", "summary.json", "agreement.png",
+        "froc.png", "roc.png", "precision_recall.png", "calibration.png", "confusion.png",
+        "decision.png", "report.html",
     )  # fmt: skip
 
     summary: Mapping[str, Any]  # content of summary.json
 
     @property
     def evaluation(self) -> DataFrame:
-        """evaluation.csv: a row per case and label; see `volseg.read_table`."""
+        """evaluation.csv: a row per case and label, or per case; see `volseg.read_table`."""
         return self._read_table("evaluation.csv")
+
+    @property
+    def metrics(self) -> DataFrame:
+        """metrics.csv: a row per metric of classes or numbers, with its interval."""
+        return self._read_table("metrics.csv")
 
     @property
     def detections(self) -> DataFrame:
@@ -467,7 +474,9 @@ class EvaluateReport(RunReport):
 
     @property
     def outcome(self) -> str:
-        """Number of cases and mean Dice, with its 95 % interval."""
+        """Number of cases, and mean Dice or the metrics of a classifier, with 95 % intervals."""
+        if self.summary.get("headline"):
+            return f"{format_count(len(self.done), 'case')}, {self.summary['headline']}"
         text, dice = format_count(len(self.done), "case"), self.summary.get("mean_dice")
         if dice is None:
             return text

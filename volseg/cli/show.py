@@ -29,6 +29,7 @@ FILES = {  # name → what it holds
     "summary.json": "every mean, interval and limit of agreement",
     "agreement.png": "Bland-Altman and correlation of volumes",
     "froc.png": "sensitivity against false positives per scan",
+    "metrics.csv": "every metric with its interval",
 }
 
 
@@ -130,6 +131,9 @@ def _(report: reports.ImportReport) -> None:
 
 @show_details.register
 def _(report: reports.EvaluateReport) -> None:
+    if "task" in report.summary:
+        _show_judgement(report.summary)
+        return
     shown = {  # column of evaluation.csv → its heading and the decimals of an interval
         "dice": ("Dice", 2),
         "hd95_mm": ("HD95 mm", 1),
@@ -162,6 +166,40 @@ def _(report: reports.EvaluateReport) -> None:
     if missing := report.summary["not_predicted"]:
         masks = format_count(len(missing), "reference mask")
         announce(f"{masks} without a prediction, such as {missing[0]}")
+
+
+JUDGED = ("auc", "average_precision", "sensitivity", "specificity", "precision", "f1")
+
+
+def _show_judgement(summary: Mapping[str, Any]) -> None:
+    """Print the metrics of classes or numbers, and the differences of two models."""
+    if summary["task"] == "classes":
+        headings = ("AUC", "average precision", "sensitivity", "specificity", "precision", "F1")
+        table = Table("class", *headings, box=SIMPLE, padding=(0, 1, 0, 0))
+        for name, values in summary["metrics_by_class"].items():
+            cells = [_judged_cell(values.get(metric)) for metric in JUDGED]
+            table.add_row(f"{one_line(name)}\nn = {summary['support'][name]}", *cells)
+        print_table(table)
+    overall = summary["metrics"].get("overall", {})
+    for name, value in overall.items():
+        typer.echo(f"{name}: {_judged_cell(value).replace(chr(10), ' ')}")
+    for models, groups in summary["difference"].items():
+        for name, value in groups.get("overall", {}).items():
+            p = "" if value.get("p_value") is None else f", p = {value['p_value']:.3g}"
+            text = _judged_cell(value).replace(chr(10), " ")
+            typer.echo(one_line(f"{models}: {name} {text}{p}"))
+    patients = format_count(summary["n_patients"], "patient")
+    typer.echo(f"95 % intervals: bootstrap over {patients}; every metric is in metrics.csv")
+
+
+def _judged_cell(entry: Mapping[str, Any] | None) -> str:
+    """Return a metric over its interval; a dash if it is undefined."""
+    if entry is None or entry["value"] is None:
+        return "–"
+    between = entry["value_95"]
+    return f"{entry['value']:.3f}" + (
+        "" if between is None else f"\n{between[0]:.3f} to {between[1]:.3f}"
+    )
 
 
 @show_details.register

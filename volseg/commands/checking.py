@@ -16,6 +16,7 @@ from volseg.commands.preparing import PREPARED_FILE
 from volseg.commands.problems import Problem, problem_at, problem_of
 from volseg.commands.training_cases import TrainingSet, read_training_case
 from volseg.errors import VolsegError, given_path
+from volseg.evaluation.class_rows import CLASSES, described_columns
 from volseg.inputs import read_json
 from volseg.io.cases import Case
 from volseg.io.image_cases import looks_like_images
@@ -24,7 +25,7 @@ from volseg.io.layouts import survey_cases
 from volseg.io.volumes import read_header, read_mask, read_volume
 from volseg.measurement.units import judge_unit
 from volseg.recipe import ClassifyRecipe, Recipe, as_recipe, load_any_recipe, shipped_recipes
-from volseg.store.tables import TABLES
+from volseg.store.tables import TABLES, VARIANTS
 from volseg.volume import Volume
 
 
@@ -188,7 +189,9 @@ def _problem_of_note(where: str, path: Path, note: str) -> Problem:
 
 def table_columns() -> dict[str, list[tuple[str, str, str, str]]]:
     """Return (name, unit, meaning, source) of every column of every table."""
-    return {name: columns_of(row_type) for name, row_type in TABLES.items()}
+    tables = {name: columns_of(row_type) for name, row_type in TABLES.items()}
+    tables |= {f"{name} of classes and numbers": columns_of(VARIANTS[name]) for name in VARIANTS}
+    return tables | {CLASSES: described_columns()}
 
 
 def shipped_model_text() -> str:

@@ -8,9 +8,14 @@ from typing import Any
 
 from volseg.columns import row_of
 from volseg.commands.batch import failure_reason
+from volseg.commands.class_tables import predicted_table
+from volseg.commands.judging import METRICS as METRICS_TABLE
+from volseg.commands.judging import PICTURES as TABLE_PICTURES
+from volseg.commands.judging import REPORT, evaluate_tables
 from volseg.commands.label_values import pairing_warnings
 from volseg.commands.mask_pairs import MaskPairs
 from volseg.commands.remarks import remark
+from volseg.errors import VolsegError
 from volseg.evaluation.detection import DetectionRow, by_label, with_lesions
 from volseg.evaluation.overlap import ABSENT, METRICS, OverlapRow
 from volseg.evaluation.summary import (
@@ -32,12 +37,16 @@ from volseg.store.records import STALE
 from volseg.store.tables import table
 from volseg.words import format_count
 
+OF_TABLES = (METRICS_TABLE, REPORT, *TABLE_PICTURES)  # written for classes and numbers
 TABLES, PICTURES = (EVALUATION, DETECTIONS, SUMMARY), ("agreement.png", "froc.png")
 
 
 @command(EvaluateOptions)
 def evaluate(options: EvaluateOptions) -> EvaluateReport:
-    """Compare predicted with reference masks, matched by name: overlap, distances, detection.
+    """Compare predictions with a reference: masks, or the classes or numbers of a classifier.
+
+    Masks are matched by name: overlap, distances, detection. Classes and numbers are matched by
+    case id: rates, AUC, calibration, errors. Both have intervals over patients.
 
     Raises:
         VolsegError: no case has both masks. A pair that cannot be compared becomes a failed row.
@@ -49,6 +58,9 @@ def evaluate(options: EvaluateOptions) -> EvaluateReport:
         >>> result.summary["mean_dice"]
         1.0
     """
+    if predicted_table(options.predicted) is not None:
+        return evaluate_tables(options)
+    _refuse_table_options(options)
     pairs = MaskPairs.of(options)
     with OutputFolder(options.out, "evaluate", inputs=pairs.used) as outputs:
         outputs.check_overwrites([*TABLES, *PICTURES])
@@ -79,10 +91,22 @@ def evaluate(options: EvaluateOptions) -> EvaluateReport:
             commit.write(DETECTIONS, table(DetectionRow, detections))
             commit.write(SUMMARY, json_text(summary))
             outdated = _write_pictures(commit, results)
+            outdated += [name for name in OF_TABLES if name not in TABLES + PICTURES]
             commit.finish(removed=[*outdated, *map(trace_name, compared)])
     return EvaluateReport(
         out=options.out, done=list(compared), failed=failed, warnings=warnings, summary=summary
     )
+
+
+def _refuse_table_options(options: EvaluateOptions) -> None:
+    for name in ("target", "by", "against"):
+        if getattr(options, name):
+            raise VolsegError(
+                f"--{name} is for classes and numbers, but {options.predicted} has no classes.csv "
+                "and no values.csv",
+                fix=f"leave out --{name}, or give the results of a classifier to --predicted",
+                code="E_USAGE",
+            )
 
 
 def _compare(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +13,12 @@ import torch
 
 from volseg.commands.batch import reason_of
 from volseg.errors import ScanError, VolsegError
-from volseg.evaluation.class_rows import (
-    CLASSES,
-    PROBABILITY,
-    VALUES,
-    ClassRow,
-    ValueRow,
-    class_cells,
-    class_columns,
-    class_names_of,
-    joined,
-)
+from volseg.evaluation.class_rows import CLASSES, VALUES, ClassRow, ValueRow, joined
 from volseg.image_bundle import ImageBundle, load_image_bundle
 from volseg.inference.choose import choose_device
 from volseg.inference.images import embed_images, predict_outputs, to_predictions
 from volseg.inputs import read_json
-from volseg.io.csv_text import iterate_csv, write_csv
+from volseg.io.csv_text import iterate_csv
 from volseg.io.files import json_text, sha256_of
 from volseg.io.image_cases import ImageCase
 from volseg.io.image_inputs import find_images
@@ -41,7 +31,7 @@ from volseg.recipe.classification import CLASSES as EXCLUSIVE
 from volseg.recipe.classification import NUMBER
 from volseg.reports import ImagesReport
 from volseg.store.outputs import OutputFolder
-from volseg.store.tables import cell, table, typed_row
+from volseg.store.tables import class_table, read_class_rows, table, typed_row
 
 STAGE = "Classifying"
 BATCH = 64  # images that are read before the networks run
@@ -250,34 +240,19 @@ def _table_name(bundle: ImageBundle) -> str:
 def _table(rows: Sequence[Any], bundle: ImageBundle) -> Any:
     if bundle.recipe.data.kind == NUMBER:
         return table(ValueRow, rows)
-    names = bundle.recipe.data.names
-
-    def write(file: Any) -> None:
-        write_csv(file, [class_columns(names)])
-        write_csv(file, (list(map(cell, class_cells(row, names))) for row in rows))
-
-    return write
-
-
-def _row_of(cells: Mapping[str, str]) -> Row:
-    """Return a line of classes.csv or values.csv as a row.
-
-    Raises:
-        ValueError, KeyError: it is neither.
-    """
-    if "value" in cells:
-        return typed_row(ValueRow, cells)
-    names = class_names_of(list(cells))
-    probabilities = {name: float(cells[PROBABILITY + name] or "nan") for name in names}
-    return replace(typed_row(ClassRow, cells), probabilities=probabilities)
+    return class_table(bundle.recipe.data.names, rows)
 
 
 def _earlier(out: Path, bundle: ImageBundle) -> _Earlier:
     """Return the rows of an earlier call with the same model; nothing if there are none."""
     try:
         keys = read_json(out / RUN)["keys"]
-        lines = iterate_csv(out / _table_name(bundle))
-        rows = {row.case_id: row for row in map(_row_of, lines)}
+        path = out / _table_name(bundle)
+        if bundle.recipe.data.kind == NUMBER:
+            listed = [typed_row(ValueRow, cells) for cells in iterate_csv(path)]
+        else:
+            _, listed = read_class_rows(path)
+        rows = {row.case_id: row for row in listed}
         if not all(isinstance(key, str) for key in keys.values()):
             return _Earlier()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, VolsegError):

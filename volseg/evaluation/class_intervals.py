@@ -29,6 +29,8 @@ from volseg.evaluation.classes import (
     overall_metrics,
 )
 from volseg.evaluation.intervals import Interval
+from volseg.evaluation.operating import OperatingPoint
+from volseg.evaluation.ranking import ratio
 from volseg.evaluation.regression import NumberPredictions, number_metrics
 
 FRACTION, ANY_ERROR, FROM_BELOW = (0.0, 1.0), (0.0, np.inf), (-np.inf, 1.0)
@@ -164,6 +166,48 @@ def subgroup_rows(
             for row in metric_rows(judged.subset(is_in), resampling=resampling)
         ]
     return rows
+
+
+def operating_rows(
+    judged: Judged, points: Sequence[OperatingPoint], *, resampling: Resampling | None = None
+) -> list[MetricRow]:
+    """Return sensitivity and specificity at thresholds that were chosen on other cases.
+
+    The metric is called after the point, such as `sensitivity at youden`. Points of classes that
+    these predictions lack are left out.
+    """
+    p = judged.predictions
+    if isinstance(p, NumberPredictions):
+        return []
+    rows = []
+    for point in (point for point in points if point.class_name in p.names):
+        number = list(p.names).index(point.class_name)
+        truth, called = p.truth[:, number], point.decide(p.probabilities[:, number])
+        estimates = bootstrap(
+            _rates_at(point, truth, called),
+            judged.patients,
+            bounds={f"{kind} at {point.name}": FRACTION for kind in ("sensitivity", "specificity")},
+            n_relevant={
+                f"sensitivity at {point.name}": _n_patients(truth, judged.patients),
+                f"specificity at {point.name}": _n_patients(~truth, judged.patients),
+            },
+            resampling=resampling,
+        )
+        rows += [
+            _row(f"\t{point.class_name}\t{name}", estimate, judged, {})
+            for name, estimate in estimates.items()
+        ]
+    return rows
+
+
+def _rates_at(point: OperatingPoint, truth: np.ndarray, called: np.ndarray) -> Statistics:
+    def statistics(weights: np.ndarray) -> dict[str, np.ndarray]:
+        return {
+            f"sensitivity at {point.name}": ratio(weights @ (truth & called), weights @ truth),
+            f"specificity at {point.name}": ratio(weights @ ~(truth | called), weights @ ~truth),
+        }
+
+    return statistics
 
 
 def groups_of(values: Sequence[str]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from volseg.columns import column, columns_of, optional
@@ -12,7 +12,6 @@ from volseg.errors import VolsegError
 CLASSES, VALUES = "classes.csv", "values.csv"
 PROBABILITY = "probability_"  # followed by the name of a class
 SEPARATOR = "|"  # between the names of several classes in a cell
-MEANING = {"unit": "0 to 1", "meaning": "probability of that class; one column each", "source": ""}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +19,7 @@ class ClassRow:
     """One case of classes.csv; an empty cell is unknown.
 
     Args:
-        probabilities: class name → probability; a column `probability_<class>` each, in this order.
+        probabilities: class name → probability; in the file a column `probability_<class>` each.
     """
 
     case_id: str = column("", "name of the case")
@@ -43,7 +42,9 @@ class ClassRow:
     model: str | None = optional("", "name of the model")
     status: str = column("", "done or failed", "done")
     error: str | None = optional("", "code and reason of a failure")
-    probabilities: Mapping[str, float] = field(default_factory=dict, metadata=MEANING)
+    probabilities: Mapping[str, float] | None = optional(
+        "0 to 1", "probability of that class; one column for each class"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +102,7 @@ def class_cells(row: ClassRow, names: Sequence[str]) -> list[Any]:
     before, after = _fixed()
     return [
         *(getattr(row, name) for name in before),
-        *(row.probabilities.get(name) for name in names),
+        *((row.probabilities or {}).get(name) for name in names),
         *(getattr(row, name) for name in after),
     ]
 

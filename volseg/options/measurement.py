@@ -117,19 +117,25 @@ class MeasureOptions(MaskOptions, OfSeries, Limited, Pictured, Announcing):
 
 @options
 class EvaluateOptions(Limited, Announcing):
-    """Compare predicted masks with reference masks.
+    """Compare predicted masks, classes or numbers with a reference.
 
-    Writes evaluation.csv (a row per case and label: Dice, IoU, HD95, surface Dice at 1 and 2 mm,
-    volume error), detections.csv (a row per lesion, matched one to one), summary.json (means with
-    95 % intervals over patients), agreement.png (Bland-Altman and correlation of volumes) and, for
-    results of a model, froc.png. docs/evaluation.md defines each number.
+    Masks: writes evaluation.csv (a row per case and label: Dice, IoU, HD95, surface Dice at 1 and
+    2 mm, volume error), detections.csv (a row per lesion, matched one to one), summary.json (means
+    with 95 % intervals over patients), agreement.png (Bland-Altman and correlation of volumes) and,
+    for results of a model, froc.png. Classes or numbers, from classes.csv or values.csv: writes
+    metrics.csv (every metric with its interval), evaluation.csv (a row per case), summary.json,
+    figures and report.html. docs/evaluation.md defines each number.
     """
 
     reference: Path = option(
-        "Folder of reference masks, or a dataset that has them as labels.", converter=input_path
+        "Folder of reference masks, or a dataset that has them as labels; for classes and numbers "
+        "a table of cases with the true ones, or a folder with cases.csv.",
+        converter=input_path,
     )
     predicted: Path = option(
-        "Folder of predicted masks, or a results folder of `volseg infer`.", converter=input_path
+        "Folder of predicted masks, a results folder of `volseg infer`, or a classes.csv or "
+        "values.csv.",
+        converter=input_path,
     )
     out: Path = option(RESULTS, converter=path, short="-o")
     min_iou: float = option(
@@ -153,6 +159,23 @@ class EvaluateOptions(Limited, Announcing):
     review: Path | None = option(
         "review.csv of the predicted results folder: lesions rejected there are removed from the "
         "predicted masks first.",
+        default=None,
+        converter=optional_input_path,
+    )
+    target: str | None = option(
+        "Classes and numbers: column of the reference that holds the truth; default: target or "
+        "class, else the only column whose cells are the model's classes.",
+        default=None,
+    )
+    by: tuple[str, ...] = option(
+        "Classes and numbers: also judge each subgroup by this column of the reference, such as "
+        "sex; numbers are cut into thirds; repeatable.",
+        default=(),
+        converter=names,
+    )
+    against: Path | None = option(
+        "Classes and numbers: results of a second model on the same cases; the differences get "
+        "intervals and p-values.",
         default=None,
         converter=optional_input_path,
     )

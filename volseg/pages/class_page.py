@@ -97,7 +97,7 @@ def _doubt(row: Row) -> float:
         return math.inf
     doubt = 10.0 if row.out_of_distribution else 0.0
     if isinstance(row, ClassRow):
-        doubt += sum(-p * math.log(p) for p in row.probabilities.values() if 0 < p < 1)
+        doubt += sum(-p * math.log(p) for p in (row.probabilities or {}).values() if 0 < p < 1)
     return doubt
 
 
@@ -185,7 +185,7 @@ def _columns(rows: Sequence[Row]) -> list[dict[str, Any]]:
     described = {name: (unit, meaning) for name, unit, meaning, _ in columns_of(row_type)}
     names = [item.name for item in fields(row_type) if item.name != "probabilities"]
     classes = dict.fromkeys(
-        name for row in rows if isinstance(row, ClassRow) for name in row.probabilities
+        name for row in rows if isinstance(row, ClassRow) for name in row.probabilities or ()
     )
     columns = [_column("case_id", *described["case_id"])]
     columns.append(_column(PICTURE, "", "the image, darkest to brightest"))
@@ -202,7 +202,7 @@ def _column(name: str, unit: str, meaning: str) -> dict[str, Any]:
 
 
 def _cells(row: Row, columns: Sequence[Mapping[str, Any]]) -> Iterator[Any]:
-    probabilities = row.probabilities if isinstance(row, ClassRow) else {}
+    probabilities = (row.probabilities or {}) if isinstance(row, ClassRow) else {}
     for column in columns:
         name = column["name"]
         if name == PICTURE:

@@ -209,10 +209,14 @@ def failures(
     for row in rows:
         if row.status == "failed":
             reason = getattr(row, reason_column) or "reason unknown"
-            match = re.fullmatch(r"([EW]_[A-Z_]+): (.*)", reason, flags=re.DOTALL)
-            code, text = (match[1], match[2]) if match else ("", reason)
-            failed.append((getattr(row, name), code, text))
+            failed.append((getattr(row, name), *code_and_text(reason)))
     return failed
+
+
+def code_and_text(reason: str) -> tuple[str, str]:
+    """Split the reason of a failure into its code, empty if it has none, and its text."""
+    match = re.fullmatch(r"([EW]_[A-Z_]+): (.*)", reason, flags=re.DOTALL)
+    return (match[1], match[2]) if match else ("", reason)
 
 
 def unprocessed(rows: Sequence[ItemRow], noun: str) -> list[str]:

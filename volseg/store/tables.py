@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from types import NoneType
@@ -23,12 +24,23 @@ from volseg.columns import column_names
 from volseg.comparison.changes import LesionChange
 from volseg.comparison.response import PatientResponse
 from volseg.errors import VolsegError, given_path
-from volseg.evaluation.class_rows import PROBABILITY, ClassRow, ValueRow
+from volseg.evaluation.class_intervals import MetricRow
+from volseg.evaluation.class_rows import (
+    CLASSES,
+    PROBABILITY,
+    VALUES,
+    ClassRow,
+    JudgedRow,
+    ValueRow,
+    class_cells,
+    class_columns,
+    class_names_of,
+)
 from volseg.evaluation.detection import DetectionRow
 from volseg.evaluation.overlap import OverlapRow
 from volseg.evaluation.validation import ValidationRow
 from volseg.inputs import open_regular
-from volseg.io.csv_text import stream_rows, write_csv
+from volseg.io.csv_text import iterate_csv, stream_rows, write_csv
 from volseg.measurement.review import LesionReview
 from volseg.measurement.rows import CaseRow, LesionMeasurement
 
@@ -45,9 +57,12 @@ TABLES: dict[str, type] = {
     "detections.csv": DetectionRow,
     "validation.csv": ValidationRow,
     "review.csv": LesionReview,
-    "classes.csv": ClassRow,
-    "values.csv": ValueRow,
+    CLASSES: ClassRow,
+    VALUES: ValueRow,
+    "metrics.csv": MetricRow,
 }
+# Rows that a table has instead if its header has all their columns.
+VARIANTS: dict[str, type] = {"evaluation.csv": JudgedRow}
 MAX_COLUMNS = 1000  # pandas takes minutes for a million
 # A spreadsheet would evaluate a text that starts with one of these.
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
@@ -80,6 +95,47 @@ def table(
         return ["" if value is None else cell(value) for value in values_of(row)]
 
     return write
+
+
+def class_table(names: Sequence[str], rows: Iterable[ClassRow]) -> Callable[[BinaryIO], None]:
+    """Return a function that writes classes.csv, with a column of probabilities per class.
+
+    Args:
+        names: the classes, in the order of the model.
+        rows: consumed one at a time.
+    """
+
+    def write(file: BinaryIO) -> None:
+        write_csv(file, [class_columns(names)])
+        write_csv(file, ([cell(value) for value in class_cells(row, names)] for row in rows))
+
+    return write
+
+
+def read_class_rows(path: Path) -> tuple[list[str], list[ClassRow]]:
+    """Read classes.csv: the names of the classes, and a row per case.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not such a table, or a cell is not valid.
+    """
+    names = class_names_of(next(stream_rows(path), []))
+    rows = []
+    for cells in iterate_csv(path):
+        values = {name: cells.get(PROBABILITY + name, "") for name in names}
+        probabilities = {name: float(text) for name, text in values.items() if text}
+        row = typed_row(ClassRow, cells)
+        rows.append(replace(row, probabilities=probabilities or None))
+    return names, rows
+
+
+def read_value_rows(path: Path) -> list[ValueRow]:
+    """Read values.csv: a row per case.
+
+    Raises:
+        OSError, ValueError: as `read_class_rows`.
+    """
+    return [typed_row(ValueRow, cells) for cells in iterate_csv(path)]
 
 
 def typed_row(row_type: type[Row], cells: Mapping[str, str]) -> Row:
@@ -152,6 +208,9 @@ def frame_of(row_type: type, rows: Iterable[Any]) -> DataFrame:
 
 def _typed_frame(path: Path, row_type: type) -> DataFrame:
     names = next(stream_rows(path), [])
+    variant = VARIANTS.get(path.name)
+    if variant is not None and set(column_names(variant)) <= set(names):
+        row_type = variant
     with open_regular(path) as file:
         return _parsed_frame(file, names, row_type)
 
@@ -163,10 +222,9 @@ def _parsed_frame(file: BinaryIO, names: Sequence[str], row_type: type) -> DataF
     hints = get_type_hints(row_type)
     if len(names) > MAX_COLUMNS or len(set(names)) < len(names):
         raise ValueError(f"over {MAX_COLUMNS} columns, or one of them twice")
-    types = {
-        name: _column_type(float if name.startswith(PROBABILITY) else hints.get(name, str))
-        for name in names
-    }
+    if row_type is ClassRow:
+        hints |= {name: float for name in names if name.startswith(PROBABILITY)}
+    types = {name: _column_type(hints.get(name, str)) for name in names}
     floats = {name: kind for name, kind in types.items() if kind == "float64"}
     frame = pandas.read_csv(
         file,

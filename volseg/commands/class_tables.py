@@ -1,0 +1,402 @@
+"""Tables of true and predicted classes or numbers: how they are read and which rows pair up."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from volseg.errors import VolsegError
+from volseg.evaluation.class_intervals import Judged
+from volseg.evaluation.class_rows import CLASSES, VALUES, ClassRow, ValueRow, split_names
+from volseg.evaluation.classes import SUM_TOLERANCE, ClassPredictions
+from volseg.evaluation.operating import OperatingPoint
+from volseg.evaluation.regression import NumberPredictions
+from volseg.inputs import read_json
+from volseg.io.cases import COLUMNS, is_image_column, safe_id, split_of
+from volseg.io.csv_text import stream_rows
+from volseg.io.formats import stem_of
+from volseg.io.tables import read_table
+from volseg.store.tables import read_class_rows, read_value_rows
+from volseg.words import format_count, format_list
+
+Kind = Literal["classes", "numbers"]
+USUAL_TARGETS = ("target", "class")
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")  # not those of volumes
+MOST_LISTED = 5  # cases that a warning names
+
+
+def predicted_table(path: Path) -> Path | None:
+    """Return the table of predicted classes or numbers that a path is or holds; None if none."""
+    if path.is_dir():
+        return next((path / name for name in (CLASSES, VALUES) if (path / name).is_file()), None)
+    return path if path.suffix.lower() == ".csv" and path.is_file() else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Reference:
+    """The true classes or numbers.
+
+    Args:
+        cells: case id → column → cell.
+        remarks: choices that were made in reading the table.
+    """
+
+    path: Path
+    columns: Sequence[str]
+    cells: Mapping[str, Mapping[str, str]]
+    remarks: Sequence[str]
+
+    @classmethod
+    def of(cls, path: Path) -> Reference:
+        """Read a table of cases, or the cases.csv of a folder.
+
+        Raises:
+            VolsegError: there is none, it names no cases, or one of them twice.
+        """
+        file = path / "cases.csv" if path.is_dir() else path
+        if not file.is_file():
+            raise VolsegError(
+                f"{path}: has no cases.csv with the true classes or numbers",
+                fix="give a table with a row per case to --reference",
+                code="E_DATASET",
+            )
+        table = read_table(file, COLUMNS)
+        rows = [dict(zip(table.columns, texts)) for _, texts in table.lines]
+        ids = [_case_id(row) for row in rows]
+        repeated = [name for name, n in Counter(ids).items() if n > 1]
+        if repeated or "" in ids:
+            problem = f"names case {repeated[0]!r} twice" if any(repeated) else "names no cases"
+            raise VolsegError(
+                f"{file}: {problem}",
+                fix="give it a column 'subject' with the id of each case",
+                code="E_DATASET",
+            )
+        return cls(
+            path=file,
+            columns=table.columns,
+            cells=dict(zip(ids, rows)),
+            remarks=[text for text in table.remarks if "W_COLUMN" not in text],
+        )
+
+    def target(self, name: str | None, classes: Sequence[str]) -> str:
+        """Return the column of the truth: the given, the usual, or the one that fits the classes.
+
+        Raises:
+            VolsegError: there is no such column, or several might be it.
+        """
+        if name is not None:
+            self.check_column(name, "--target")
+            return name
+        usual = [column for column in USUAL_TARGETS if column in self.columns]
+        fitting = usual[:1] or [name for name in self._free_columns if self._fits(name, classes)]
+        if len(fitting) != 1:
+            columns_text = f"columns {', '.join(fitting)} all fit" if fitting else "no column fits"
+            raise VolsegError(
+                f"{self.path}: which column holds the truth is not clear: {columns_text}",
+                fix=f"name it with --target; there are {', '.join(self._free_columns) or 'none'}",
+                code="E_USAGE",
+            )
+        return fitting[0]
+
+    def check_column(self, name: str, option: str) -> None:
+        """Refuse a column that the table lacks."""
+        if name not in self.columns:
+            raise VolsegError(
+                f"{self.path}: has no column {name!r}",
+                fix=f"give one of {', '.join(self.columns)} to {option}",
+                code="E_USAGE",
+            )
+
+    @property
+    def _free_columns(self) -> list[str]:
+        """Columns that are not those of every cases.csv."""
+        return [name for name in self.columns if name not in COLUMNS and not is_image_column(name)]
+
+    def _fits(self, column: str, classes: Sequence[str]) -> bool:
+        """Check whether the cells of a column are classes, at least two different ones."""
+        cells = {name for row in self.cells.values() for name in split_names(row.get(column, ""))}
+        return len(cells) > 1 and all(_index_of(cell, classes) is not None for cell in cells)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Predicted:
+    """The predictions of a model.
+
+    Args:
+        path: of the table. classes: names in order; empty for numbers.
+        rows: case id → row of each case that was predicted. failed: case id → reason.
+        points: the operating points of the model, if run.json states them.
+    """
+
+    path: Path
+    kind: Kind
+    classes: Sequence[str]
+    rows: Mapping[str, Any]  # ClassRow or ValueRow
+    failed: Mapping[str, str]
+    points: Sequence[OperatingPoint] = ()
+
+    @classmethod
+    def of(cls, path: Path) -> Predicted:
+        """Read a results folder or its table.
+
+        Raises:
+            VolsegError: it holds neither classes nor numbers.
+        """
+        file = predicted_table(path)
+        try:
+            if file is None:
+                raise ValueError(f"has no {CLASSES} and no {VALUES}")
+            columns = next(stream_rows(file), [])
+            classes, rows = [], list[Any]()
+            if "class_name" in columns:
+                classes, rows = read_class_rows(file)
+                if not classes:
+                    raise ValueError("has no column of probabilities")
+            elif {"case_id", "value"} <= set(columns):
+                rows = read_value_rows(file)
+            else:
+                raise ValueError(f"has neither the columns of {CLASSES} nor those of {VALUES}")
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise VolsegError(
+                f"{file or path}: is not a table of predicted classes or numbers ({error})",
+                fix="give the results of `volseg infer` with a classifier",
+                code="E_DATASET",
+            ) from error
+        reasons = {row.case_id: _failure(row, len(classes)) for row in rows}
+        failed = {name: reason for name, reason in reasons.items() if reason}
+        return cls(
+            path=file,
+            kind="classes" if classes else "numbers",
+            classes=classes,
+            rows={row.case_id: row for row in rows if row.case_id not in failed},
+            failed=failed,
+            points=_points(file.parent / "run.json"),
+        )
+
+    @property
+    def model(self) -> str:
+        """Name of the model; of the folder if the rows name none or several."""
+        names = {row.model for row in self.rows.values() if row.model}
+        return names.pop() if len(names) == 1 else self.path.parent.name or "model"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TruthTable:
+    """Reference and predictions of the cases that have both.
+
+    Args:
+        target: column of the truth.
+        names: ids of the n cases that are judged, in the order of the reference.
+        truths: (n,) class index or number, or (n, k) bool labels.
+        left_out: case id → why it is not judged although it was predicted.
+    """
+
+    reference: Reference
+    predicted: Predicted
+    target: str
+    names: Sequence[str]
+    truths: np.ndarray
+    left_out: Mapping[str, str]
+
+    @classmethod
+    def of(cls, reference: Reference, predicted: Predicted, target: str | None) -> TruthTable:
+        """Pair the rows by case.
+
+        Raises:
+            VolsegError: no case has both a truth and a prediction.
+        """
+        column = reference.target(target, predicted.classes)
+        common = [name for name in reference.cells if name in predicted.rows]
+        cells = {name: reference.cells[name].get(column, "") for name in common}
+        parse = _parser(cells, predicted)
+        truths, left_out = {}, {}
+        for name, text in cells.items():
+            value = parse(text)
+            if isinstance(value, str):
+                left_out[name] = value
+            else:
+                truths[name] = value
+        if not truths:
+            reason = next(iter(left_out.values()), "no case of the reference was predicted")
+            raise VolsegError(
+                f"{predicted.path}: no case can be judged by column {column!r} of "
+                f"{reference.path}: {reason}",
+                fix="check --target, and that both tables name the cases alike",
+                code="E_DATASET",
+            )
+        return cls(
+            reference=reference,
+            predicted=predicted,
+            target=column,
+            names=list(truths),
+            truths=np.array(list(truths.values())),
+            left_out=left_out,
+        )
+
+    @property
+    def rows(self) -> list[Any]:
+        """The predicted rows of the judged cases."""
+        return [self.predicted.rows[name] for name in self.names]
+
+    @property
+    def patients(self) -> list[str]:
+        """The patient of each judged case; a case without a patient counts as its own."""
+        return [self.patient_of(name) or f"case {name}" for name in self.names]
+
+    def patient_of(self, name: str) -> str:
+        """Return the patient whom the reference, else the results name; empty if neither does."""
+        row = self.predicted.rows.get(name)
+        stated = self.reference.cells.get(name, {}).get("patient", "")
+        return stated or (row.patient if row is not None and row.patient else "")
+
+    def column(self, name: str) -> list[str]:
+        """Return the cells of a column of the reference for the judged cases."""
+        return [self.reference.cells[case].get(name, "") for case in self.names]
+
+    @property
+    def judged(self) -> Judged:
+        """The cases as arrays.
+
+        Raises:
+            VolsegError: the probabilities of a case are none.
+        """
+        try:
+            return self._judged()
+        except ValueError as error:
+            raise VolsegError(
+                f"{self.predicted.path}: {error}",
+                fix="repeat `volseg infer`, or correct the table",
+                code="E_DATASET",
+            ) from error
+
+    def _judged(self) -> Judged:
+        if self.predicted.kind == "numbers":
+            values = np.array([row.value for row in self.rows], dtype=np.float64)
+            predictions = NumberPredictions(values, self.truths)
+        else:
+            classes = self.predicted.classes
+            table = np.array([[row.probabilities[name] for name in classes] for row in self.rows])
+            predictions = ClassPredictions(table, self.truths, classes)
+        return Judged(predictions, self.patients, self.predicted.model)
+
+    def limited_to(self, names: Sequence[str]) -> TruthTable:
+        """Return the table of some of its cases."""
+        index = [self.names.index(name) for name in names]
+        return TruthTable(
+            reference=self.reference,
+            predicted=self.predicted,
+            target=self.target,
+            names=list(names),
+            truths=self.truths[index],
+            left_out=self.left_out,
+        )
+
+    @property
+    def warnings(self) -> list[str]:
+        """What puts the numbers in doubt: cases left out, of the training split, or unnamed."""
+        texts = list(self.reference.remarks)
+        for reason in dict.fromkeys(self.left_out.values()):
+            cases = [name for name, why in self.left_out.items() if why == reason]
+            listed = format_list(cases, MOST_LISTED)
+            texts.append(f"W_LEFT_OUT: {format_count(len(cases), 'case')}: {reason} ({listed})")
+        trained = [
+            name
+            for name in self.names
+            if split_of(self.reference.cells[name].get("split", "")) == "train"
+        ]
+        if trained:
+            texts.append(
+                f"W_TRAINING: {format_count(len(trained), 'case')} of the training split: a model "
+                f"that was trained on them looks better than it is "
+                f"({format_list(trained, MOST_LISTED)})"
+            )
+        n_unnamed = sum(not self.patient_of(name) for name in self.names)
+        if n_unnamed:
+            texts.append(
+                f"W_PATIENT: {format_count(n_unnamed, 'case')} without a patient: each counts as "
+                "one, so intervals are too narrow if some are of the same patient"
+            )
+        return texts
+
+
+def _case_id(row: Mapping[str, str]) -> str:
+    """Return the id of a case: its subject, else the name of its first image."""
+    images = (cell for column, cell in row.items() if is_image_column(column) and cell)
+    if row.get("subject"):
+        return row["subject"]
+    image = Path(next(images, "").replace("\\", "/"))
+    stem = stem_of(image)
+    if Path(stem).suffix.lower() in PICTURE_SUFFIXES:
+        stem = Path(stem).stem
+    return safe_id(stem) if stem else ""
+
+
+def _failure(row: ClassRow | ValueRow, n_classes: int) -> str:
+    """Return why a case was not predicted; empty if it was."""
+    if row.status != "done":
+        return row.error or "reason unknown"
+    if isinstance(row, ValueRow):
+        is_known = row.value is not None and math.isfinite(row.value)
+        return "" if is_known else "E_ROW: has no value"
+    n_probabilities = len(row.probabilities or ())
+    if n_probabilities < n_classes:
+        return f"E_ROW: has {n_probabilities} of {n_classes} probabilities"
+    return ""
+
+
+def _parser(
+    cells: Mapping[str, str], predicted: Predicted
+) -> Callable[[str], float | int | np.ndarray | str]:
+    """Return the function from the cell of a case to its truth, or to why it has none."""
+    if predicted.kind == "numbers":
+        return _number
+    classes = list(predicted.classes)
+    sums = [sum(row.probabilities.values()) for row in predicted.rows.values()]
+    several = any(len(split_names(text)) > 1 for text in cells.values())
+    several |= any(abs(total - 1) > SUM_TOLERANCE for total in sums)
+
+    def parse(text: str) -> int | np.ndarray | str:
+        labels = split_names(text)
+        if not labels:
+            return "the cell of the truth is empty"
+        numbers = list[int]()
+        for label in labels:
+            number = _index_of(label, classes)
+            if number is None:
+                return f"the model does not know the class {label!r}"
+            numbers.append(number)
+        return np.isin(np.arange(len(classes)), numbers) if several else numbers[0]
+
+    return parse
+
+
+def _number(text: str) -> float | str:
+    try:
+        value = float(text)
+    except ValueError:
+        return "the cell of the truth is no number" if text else "the cell of the truth is empty"
+    return value if math.isfinite(value) else "the cell of the truth is no number"
+
+
+def _index_of(text: str, classes: Sequence[str]) -> int | None:
+    """Return the number of a class; `1` and `1.0` are the same."""
+    if text in classes:
+        return list(classes).index(text)
+    number = _number(text)
+    if isinstance(number, str):
+        return None
+    return next((n for n, name in enumerate(classes) if _number(name) == number), None)
+
+
+def _points(path: Path) -> list[OperatingPoint]:
+    """Return the operating points that run.json of the results states, if any."""
+    try:
+        return [OperatingPoint.of_json(entry) for entry in read_json(path)["operating_points"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
