@@ -315,7 +315,7 @@ class _ImageTraining:
                 scores[name] = baseline.reason
                 continue
             predicted = baseline.predict(validation.pixels)
-            value = score(predicted, known)
+            value = score(predicted, known > 0 if known.ndim == 2 else known)
             if value is not None:
                 scores[name] = round(value, 4)
         return baselines, scores

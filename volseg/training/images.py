@@ -183,7 +183,7 @@ def known_targets(images: ImageSet, recipe: ClassifyRecipe) -> np.ndarray:
     targets = target_array(images, recipe)
     if recipe.data.kind == NUMBER:
         return to_predictions(targets, recipe.data)[:, 0]
-    return targets.argmax(axis=1) if recipe.data.kind == CLASSES else targets > 0
+    return targets.argmax(axis=1) if recipe.data.kind == CLASSES else targets.astype(int)
 
 
 def target_array(images: ImageSet, recipe: ClassifyRecipe) -> np.ndarray:
