@@ -88,12 +88,21 @@ def near_duplicates(prints: Sequence[ImagePrint], *, rows: int = ROWS) -> Iterat
                 yield numbers[i], numbers[j]
 
 
-def groups_of(prints: Sequence[ImagePrint]) -> list[int]:
+def groups_of(prints: Sequence[ImagePrint], patients: Sequence[str | None] = ()) -> list[int]:
     """Return the number of each image's group of near duplicates, from 0 in order of appearance.
 
     Duplicates of duplicates are in one group. Folds that keep groups together do not leak.
+
+    Args:
+        patients: of each image, if known; images of a patient are in one group, too.
     """
-    return groups_of_pairs(near_duplicates(prints), len(prints))
+    homes: dict[str, int] = {}
+    pairs = [
+        (homes.setdefault(patient, number), number)
+        for number, patient in enumerate(patients)
+        if patient is not None
+    ]
+    return groups_of_pairs([*pairs, *near_duplicates(prints)], len(prints))
 
 
 def groups_of_pairs(pairs: Iterable[tuple[int, int]], n_images: int) -> list[int]:

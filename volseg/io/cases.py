@@ -166,18 +166,23 @@ class Listing:
             origin: the data set, for the message.
         """
         mistakes = self.all_mistakes()
-        if not mistakes:
-            return [row.case() for row in self.rows]
-        shown = "; ".join(
-            f"({number}) {text}" for number, text in enumerate(mistakes[:MAX_LISTED], start=1)
-        )
-        more = f"; and {len(mistakes) - MAX_LISTED} more" if len(mistakes) > MAX_LISTED else ""
-        count = f"{len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}"
-        raise VolsegError(
-            f"{origin}: {count}: {shown}{more}",
-            fix="correct them and run again; nothing was done; `volseg check` lists all of them",
-            code="E_DATASET",
-        )
+        if mistakes:
+            raise dataset_error(mistakes, origin)
+        return [row.case() for row in self.rows]
+
+
+def dataset_error(mistakes: Sequence[str], origin: str) -> VolsegError:
+    """Return one error that lists the mistakes of a data set, at least one."""
+    shown = "; ".join(
+        f"({number}) {text}" for number, text in enumerate(mistakes[:MAX_LISTED], start=1)
+    )
+    more = f"; and {len(mistakes) - MAX_LISTED} more" if len(mistakes) > MAX_LISTED else ""
+    count = f"{len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}"
+    return VolsegError(
+        f"{origin}: {count}: {shown}{more}",
+        fix="correct them and run again; nothing was done; `volseg check` lists all of them",
+        code="E_DATASET",
+    )
 
 
 @dataclass(frozen=True, slots=True)
