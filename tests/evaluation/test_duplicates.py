@@ -92,6 +92,14 @@ def test_duplicates_of_duplicates_are_one_group():
     assert groups_of([]) == []
 
 
+def test_images_of_a_patient_are_in_one_group_with_their_duplicates():
+    first, second, third, fourth = map(print_of, pictures(4))
+    prints = [first, second, third, first, fourth]
+    assert groups_of(prints) == [0, 1, 2, 0, 3]
+    assert groups_of(prints, ["P", None, None, "Q", "Q"]) == [0, 1, 2, 0, 0]
+    assert groups_of(prints, [None, "P", "P", None, None]) == [0, 1, 1, 0, 2]
+
+
 @pytest.mark.slow
 def test_five_thousand_images_are_compared_within_a_minute():
     rng = np.random.default_rng(0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from volseg.errors import VolsegError
-from volseg.io.image_cases import looks_like_images, survey_images
+from volseg.io.image_cases import find_images, looks_like_images, survey_images
 from volseg.io.volumes import write_volume
 from volseg.volume import Geometry, Volume
 
@@ -250,6 +250,22 @@ def test_a_medmnist_file_states_splits_and_labels(n_labels, tmp_path):
     with pytest.raises(VolsegError, match="give 4 rows of whole numbers") as caught:
         survey_images(tmp_path / "x.npz")
     assert caught.value.code == "E_LABELS"
+
+
+# ---- images to classify
+
+
+def test_files_volumes_and_data_sets_are_found_together(tmp_path):
+    touch(tmp_path, "lone.png", "set/a/1.png", "set/b/2.png")
+    volume(tmp_path / "ct.nii.gz")
+    remarks = []
+    cases = find_images(
+        [tmp_path / "lone.png", tmp_path / "ct.nii.gz", tmp_path / "set"], remark=remarks.append
+    )
+    assert [case.id for case in cases] == ["lone", *(f"ct_s00{k}" for k in range(5)), "1", "2"]
+    assert len(remarks) == 1 and remarks[0].startswith("W_FOLDERS: ")
+    with pytest.raises(VolsegError, match=r"\(1\) .*lost.png.* does not exist; \(2\) .*also that"):
+        find_images([tmp_path / "lost.png", tmp_path / "lone.png", tmp_path / "lone.png"])
 
 
 # ---- which kind of data set

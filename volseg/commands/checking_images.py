@@ -15,7 +15,8 @@ from volseg.io.image_cases import ImageCase, ImageSurvey, survey_images
 from volseg.io.images import ImageReader
 from volseg.words import format_count, format_sizes
 
-MAX_NAMES = 5  # images or sizes named in one finding
+MAX_NAMES = 5  # sizes named in one finding
+MAX_LISTED = 20  # findings of a kind that are listed one by one
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,9 +56,7 @@ def check_images(dataset: Path, target: str | None = None) -> Iterator[Problem]:
     for remark in survey.remarks:
         code, _, text = remark.partition(": ")
         yield problem_at(where, code, text)
-    for text in survey.unlabelled:
-        fix = f"fill in {target!r}; until then the image is not used in training"
-        yield problem_at(where, "W_NO_TARGET", text, fix)
+    yield from _unlabelled(survey, where)
     images: list[ReadImage] = []
     reader = ImageReader()
     for case in survey.cases:
@@ -68,6 +67,15 @@ def check_images(dataset: Path, target: str | None = None) -> Iterator[Problem]:
     yield from _class_problems(survey, target, where)
     yield from _looks(images, where)
     yield from _duplicates(images, _classes_of(survey, target), where)
+
+
+def _unlabelled(survey: ImageSurvey, where: str) -> Iterator[Problem]:
+    """Yield the empty cells of the target, if there are many of them as one."""
+    texts = survey.unlabelled
+    if len(texts) > MAX_LISTED:
+        texts = [f"{texts[0]}, and {len(texts) - 1} more of {len(survey.cases)} images have none"]
+    for text in texts:
+        yield problem_at(where, "W_NO_TARGET", text, "fill it in; training leaves out the image")
 
 
 def _classes_of(survey: ImageSurvey, target: str | None) -> str | None:

@@ -166,14 +166,19 @@ class Listing:
             origin: the data set, for the message.
         """
         mistakes = self.all_mistakes()
-        if not mistakes:
-            return [row.case() for row in self.rows]
-        count = format_count(len(mistakes), "mistake")
-        raise VolsegError(
-            f"{origin}: {count}: {format_numbered(mistakes, MAX_LISTED)}",
-            fix="correct them and run again; nothing was done; `volseg check` lists all of them",
-            code="E_DATASET",
-        )
+        if mistakes:
+            raise dataset_error(mistakes, origin)
+        return [row.case() for row in self.rows]
+
+
+def dataset_error(mistakes: Sequence[str], origin: str) -> VolsegError:
+    """Return one error that lists the mistakes of a data set, at least one."""
+    count = format_count(len(mistakes), "mistake")
+    return VolsegError(
+        f"{origin}: {count}: {format_numbered(mistakes, MAX_LISTED)}",
+        fix="correct them and run again; nothing was done; `volseg check` lists all of them",
+        code="E_DATASET",
+    )
 
 
 @dataclass(frozen=True, slots=True)

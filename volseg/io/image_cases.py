@@ -6,7 +6,7 @@ Nothing is read but tables, headers of volumes, and masks where the target is in
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from itertools import islice
@@ -16,10 +16,10 @@ from typing import Literal
 import numpy as np
 
 from volseg.errors import ScanError, VolsegError, missing_path
-from volseg.io.cases import listed
+from volseg.io.cases import ONE_CHANNEL, Case, dataset_error, listed, safe_id
 from volseg.io.files import RECORDS
 from volseg.io.folders import visible_paths
-from volseg.io.formats import is_scan
+from volseg.io.formats import is_scan, stem_of
 from volseg.io.image_folders import CLASS, read_image_folders
 from volseg.io.image_listing import ImageCase, ImageListing, split_mistakes
 from volseg.io.image_tables import (
@@ -36,7 +36,14 @@ from volseg.io.layouts import survey_cases
 from volseg.io.tables import read_table
 from volseg.io.volumes import read_header, read_mask
 
-__all__ = ["ImageCase", "ImageSurvey", "TargetColumn", "looks_like_images", "survey_images"]
+__all__ = [
+    "ImageCase",
+    "ImageSurvey",
+    "TargetColumn",
+    "find_images",
+    "looks_like_images",
+    "survey_images",
+]
 
 TABLE = "cases.csv"
 LIKELY = (CLASS, LABEL, "target", "diagnosis")  # names of a column to learn
@@ -125,6 +132,38 @@ def survey_images(dataset: Path, *, target: str | None = None) -> ImageSurvey:
         if target is not None and not case.cells.get(target)
     ]
     return ImageSurvey(cases, columns, listing.mistakes, listing.remarks, unlabelled)
+
+
+def find_images(
+    inputs: Sequence[Path], *, remark: Callable[[str], None] | None = None
+) -> list[ImageCase]:
+    """Return the images to classify, from files, volumes, folders, tables and data sets.
+
+    Args:
+        inputs: of a volume, all axial slices are taken.
+        remark: called with each choice that was made in reading the inputs.
+
+    Raises:
+        VolsegError: as `survey_images`; one error lists all mistakes. Splits are not checked.
+    """
+    listing = ImageListing()
+    for path in map(Path, inputs):
+        if is_image(path):
+            listing.cases.append(ImageCase(safe_id(path.stem), path, where=str(path)))
+        elif is_scan(path):
+            slices_of_scans([Case(safe_id(stem_of(path)), {ONE_CHANNEL: path})], listing)
+        else:
+            part = _read_images(path) or _slices(path)
+            listing.cases += part.cases
+            listing.mistakes += part.mistakes
+            listing.remarks += part.remarks
+    cases = listing.usable()
+    if listing.mistakes:
+        raise dataset_error(listing.mistakes, ", ".join(map(str, inputs)))
+    if remark is not None:
+        for text in listing.remarks:
+            remark(text)
+    return cases
 
 
 def looks_like_images(dataset: Path) -> bool:

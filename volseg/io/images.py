@@ -299,6 +299,8 @@ def _image_of_dicom(array: np.ndarray, tags: dict[str, str], path: Path) -> Imag
     if array.ndim == 3 and array.shape[-1] == 3:
         array = np.ascontiguousarray(np.moveaxis(array, -1, 0))
         return Image2D(array, largest_of(array.dtype), _spacing_of(spacing))
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise refusal(path, "E_NAN", "has pixels that are not finite", "export the image again")
     if array.ndim != 2:
         raise refusal(path, "E_NDIM", f"has shape {array.shape}", "give a single 2D image")
     low, high = _range_of_dicom(tags, array)
@@ -310,7 +312,7 @@ def _image_of_dicom(array: np.ndarray, tags: dict[str, str], path: Path) -> Imag
 
 def _range_of_dicom(tags: dict[str, str], array: np.ndarray) -> tuple[float, float]:
     """Return the lowest and highest intensity that the stored bits can hold."""
-    bits = int(_number(tags, BITS_STORED, array.dtype.itemsize * 8))
+    bits = int(min(max(1, _number(tags, BITS_STORED, array.dtype.itemsize * 8)), 32))
     start = -(2 ** (bits - 1)) if _number(tags, IS_SIGNED, 0) else 0
     slope, intercept = _number(tags, SLOPE, 1), _number(tags, INTERCEPT, 0)
     ends = sorted(slope * stored + intercept for stored in (start, start + 2**bits - 1))
@@ -319,9 +321,10 @@ def _range_of_dicom(tags: dict[str, str], array: np.ndarray) -> tuple[float, flo
 
 def _number(tags: dict[str, str], tag: str, default: float) -> float:
     try:
-        return float(tags.get(tag) or default)
+        number = float(tags.get(tag) or default)
     except ValueError:
         return default
+    return number if np.isfinite(number) else default
 
 
 def _spacing_of(text: str) -> tuple[float, float] | None:

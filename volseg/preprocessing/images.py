@@ -8,7 +8,7 @@ import numpy as np
 from scipy import sparse
 
 from volseg.image import Image2D
-from volseg.recipe.images import ImageNormaliser, Images
+from volseg.recipe.images import Images
 from volseg.recipe.section import closed
 
 LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601, as JPEG and Pillow
@@ -27,26 +27,17 @@ def to_input(image: Image2D, settings: Images) -> np.ndarray:
     Raises:
         VolsegError: `normalise` needs to know what white is, and the file does not say.
     """
-    array = to_channels(image.array, closed(settings.channels))
+    n_channels, normaliser = closed(settings.channels), settings.normalise
+    # Grey is repeated at the end: three equal channels need not be resized.
+    array = to_channels(image.array, min(len(image.array), n_channels))
     fitted = fit_square(array, closed(settings.pixels), settings.fit)
-    normalised = normalise_image(fitted, image.largest, settings.normalise)
-    return with_margins(normalised, closed(settings.pixels))
-
-
-def normalise_image(
-    array: np.ndarray, largest: float | None, normaliser: ImageNormaliser
-) -> np.ndarray:
-    """Return channels (C, H, W) float32, all of them normalised by the numbers of all together.
-
-    Args:
-        largest: what white is; None if unknown.
-    """
-    return normaliser.standardise(normaliser.fit(array, largest)(array))
+    scaled = to_channels(normaliser.fit(fitted, image.largest)(fitted), n_channels)
+    return with_margins(normaliser.standardise(scaled), closed(settings.pixels))
 
 
 def to_channels(array: np.ndarray, n_channels: int) -> np.ndarray:
     """Return (n_channels, H, W) float32 of (1 or 3, H, W): grey repeated, colour to luminance."""
-    array = array.astype(np.float32)
+    array = array.astype(np.float32, copy=False)
     if len(array) == n_channels:
         return array
     if n_channels == 1:
