@@ -86,6 +86,10 @@ def test_what_a_file_lacks_or_has_beyond_is_listed():
     assert "[3] in the file, [256, 128, 3, 3] here" in row(adapted, "features.10.weight").reason
     assert row(adapted, "classifier.0.weight").status is Status.UNUSED
     assert adapted.count(Status.RANDOM) == 2
+    assert adapted.summary == (
+        "26 loaded; 2 random (features.7.bias: not in the file); "
+        "1 unused (classifier.0.weight: the network has no such tensor)"
+    )
     assert adapted.count(Status.UNUSED) == 1
     assert set(adapted.weights) == set(unique_tensors(network))
 

@@ -90,6 +90,39 @@ def test_small_and_large_images_are_taken(name, settings, pixels):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_frozen_base_keeps_its_weights_and_statistics_until_it_is_released(name):
+    network = build(name).train()
+    n_stages = len(network.stages())
+
+    def step():
+        """Return the names of the tensors that a step of training changes."""
+        before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.01, weight_decay=0.1)
+        optimizer.zero_grad()
+        network(torch.randn(4, 3, 32, 32)).square().sum().backward()
+        optimizer.step()
+        after = network.state_dict()
+        return {key for key, tensor in before.items() if not torch.equal(tensor, after[key])}
+
+    network.freeze(n_stages - 1)
+    assert step() == {"head.weight", "head.bias"}
+    network.eval().train()
+    assert step() == {"head.weight", "head.bias"}
+    network.freeze(1)
+    changed = step()
+    assert not changed & set(network.stages()[0])
+    assert {key for stage in network.stages()[1:] for key in stage} <= changed
+    assert not any("running" in key for key in changed & _of_first_stage(network))
+    network.freeze(0)
+    assert set(network.stages()[0]) <= step()
+
+
+def _of_first_stage(network):
+    owners = {key.rpartition(".")[0] for key in network.stages()[0]}
+    return {key for key in network.state_dict() if key.rpartition(".")[0] in owners}
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_images_that_are_too_small_are_refused_with_both_numbers(name):
     settings = settings_of(name)
     least = settings.smallest_pixels

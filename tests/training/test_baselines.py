@@ -275,20 +275,54 @@ def test_little_time_means_fewer_images_and_not_another_clock(name):
 
 def test_too_few_images_or_a_single_class_have_a_reason():
     images, targets = pictures(n=30)
-    same = "not run: all images have the same target"
-    few = "not run: it needs 3 images of each class and 6 in all"
+    few = "not run: it needs 3 images of each of two classes"
     rare = np.where(np.arange(30) < 2, 1, 0)
     for kind, values, reason in (
-        ("classes", np.zeros(30, int), same),
-        ("number", np.full(30, 2.5), same),
-        ("labels", np.stack([np.ones(30, int), np.zeros(30, int)], axis=1), same),
+        ("classes", np.zeros(30, int), few),
+        ("number", np.full(30, 2.5), "not run: it needs 3 images, and not of a single value"),
+        ("labels", np.stack([np.ones(30, int), np.zeros(30, int)], axis=1), few),
         ("classes", rare, few),
-        ("labels", np.stack([targets, rare], axis=1), few),
+        ("labels", np.stack([rare, 1 - rare], axis=1), few),
     ):
         baselines = fit_baselines(images, values, kind, seed=0, seconds=60)
         assert_only_the_first_ran(baselines, reason)
     few_images = fit_baselines(images[:4], targets[:4], "classes", seed=0, seconds=60)
     assert_only_the_first_ran(few_images, few)
+
+
+def test_a_class_of_two_images_does_not_stop_the_others():
+    images, targets = pictures(n=60)
+    rare = targets.copy()
+    rare[:2] = 2
+    for baseline in fit_baselines(images, rare, "classes", seed=0, seconds=60):
+        predicted = baseline.predict(images)
+        expected = 2 / 60 if baseline.name == "majority" else 0
+        np.testing.assert_allclose(predicted[:, 2], expected)
+    label = (rare == 2).astype(int)
+    both = np.stack([targets, label], axis=1)
+    for baseline in fit_baselines(images, both, "labels", seed=0, seconds=60):
+        np.testing.assert_allclose(baseline.predict(images)[:, 1], 2 / 60)
+
+
+def test_a_rare_class_stays_when_there_is_hardly_time():
+    features, targets, _ = table(n=600, classes=2)
+    targets[-4:] = 2  # beyond the first 200
+    for name, fit in CLASSIFIERS.items():
+        data = FitData(features, targets, n_pixels=4, seed=0, seconds=1e-6)
+        predicted = fit(data, "softmax").predict(features)
+        assert predicted.shape == (600, 3), name
+        assert predicted[:, 2].min() > 0
+
+
+def test_a_tree_that_leads_in_circles_is_refused():
+    features, targets, _ = table()
+    trees = trees_of([HistGradientBoostingClassifier(max_iter=2).fit(features, targets)], "softmax")
+    inner = int(np.flatnonzero(trees.feature >= 0)[0])
+    for target in (inner, -1, len(trees.feature)):
+        left = trees.left.copy()
+        left[inner] = target
+        with pytest.raises(ValueError, match="leads nowhere"):
+            replace(trees, left=left)
 
 
 def test_damaged_files_are_refused_by_name(fitted, tmp_path):

@@ -102,6 +102,17 @@ class Adapted:
         """Count the tensors with this status."""
         return sum(row.status is status for row in self.rows)
 
+    @property
+    def summary(self) -> str:
+        """One line: the number of tensors of each status, with the first reason for it."""
+        parts = []
+        for status in Status:
+            rows = [row for row in self.rows if row.status is status]
+            example = next((f" ({row.tensor}: {row.reason})" for row in rows if row.reason), "")
+            if rows:
+                parts.append(f"{len(rows)} {status}{example}")
+        return "; ".join(parts)
+
 
 def read_weights(path: Path) -> WeightFile:
     """Read the weights of a safetensors file, a torch state dict or a model folder of volseg.

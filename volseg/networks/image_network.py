@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import nn
@@ -29,6 +29,7 @@ class ImageNetwork(nn.Module, ABC):
     """
 
     renames: ClassVar[tuple[tuple[str, str], ...]] = ()
+    frozen: frozenset[str] = frozenset()  # names of parameters
     head: nn.Linear
     dropout: nn.Dropout
     stage_prefixes: Sequence[tuple[str, ...]]
@@ -48,6 +49,22 @@ class ImageNetwork(nn.Module, ABC):
         names = [name for name, _ in self.named_parameters()]
         prefixes = [*self.stage_prefixes, (HEAD,)]
         return [[name for name in names if name.startswith(starts)] for starts in prefixes]
+
+    def freeze(self, n_stages: int) -> None:
+        """Stop the first stages from learning, in training too; 0 lets all of them learn again.
+
+        Their batch norms use and keep the statistics that they have, as in inference.
+        """
+        self.frozen = frozenset(name for stage in self.stages()[:n_stages] for name in stage)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name not in self.frozen)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for name in {name.rpartition(".")[0] for name in self.frozen} if mode else ():
+            self.get_submodule(name).eval()
+        return self
 
     @property
     def first_convolution(self) -> str:

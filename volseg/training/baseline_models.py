@@ -112,6 +112,13 @@ class Trees:
     right: np.ndarray
     value: np.ndarray
 
+    def __post_init__(self) -> None:
+        # Each branch leads to later nodes, so that a damaged file cannot lead in circles.
+        inner = np.flatnonzero(self.feature >= 0)
+        for branch in (self.left[inner], self.right[inner]):
+            if (branch <= inner).any() or (branch >= len(self.feature)).any():
+                raise ValueError("a branch of a tree leads nowhere")
+
     def predict(self, features: np.ndarray) -> np.ndarray:
         scores = np.tile(self.start, (len(features), 1))
         for root, output in zip(self.roots, self.outputs, strict=True):

@@ -61,8 +61,8 @@ class Baseline:
     """A fitted baseline, or the reason why there is none.
 
     Args:
-        fill: (k,) prediction of the outputs that `model` leaves out, as training had a single
-            value of them.
+        fill: (k,) prediction of the outputs that `model` leaves out, as too few training images
+            had a class, or one of the two values of a label.
         outputs: indices of the outputs that the model predicts.
     """
 
@@ -115,7 +115,7 @@ def fit_baselines(
     baselines = [Baseline(first, kind, Constant(fill), fill, tuple(range(len(fill))))]
     fits = REGRESSORS if kind == "number" else CLASSIFIERS
     reason = _reason_not_to_fit(problem)
-    features = np.empty((0, 0)) if reason else image_features(images[rows])
+    features = np.empty((0, 0)) if reason else image_features(images[rows[problem.rows]])
     n_pixel_features = n_pixels(images.shape[1])
     for name, fit in fits.items():
         now = reason or ("" if time.monotonic() < end else "not run: no time was left")
@@ -175,6 +175,8 @@ def _load(row: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Baseline:
         model = model_of(row["model"], row["link"], parts)
     fill = arrays[f"{name}/fill"]
     outputs = tuple(int(index) for index in row["outputs"])
+    if any(not 0 <= index < len(fill) for index in outputs):
+        raise ValueError(f"{name} has {len(fill)} outputs, and predicts {outputs}")
     return Baseline(name, row["kind"], model, fill, outputs, str(row["reason"]))
 
 
@@ -183,13 +185,15 @@ def _load(row: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Baseline:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Problem:
-    """Targets without outputs that never vary.
+    """Targets without classes, or values of a label, that too few images have.
 
     Args:
         targets: (n,) indices into `outputs`, (n, k) of labels, or (n,) numbers.
+        rows: (n,) indices of the images with these targets.
     """
 
     targets: np.ndarray
+    rows: np.ndarray
     outputs: tuple[int, ...]
     link: Link
 
@@ -217,52 +221,52 @@ class FitData:
         """
         share = n_features(1) / self.features.shape[1]
         n = max(LEAST_IMAGES, int(images * share / self.n_machines))
-        return replace(self, features=self.features[:n], targets=self.targets[:n])
+        is_used = np.arange(len(self.features)) < n
+        for values in self.columns:  # of each class, so many that there is one in each fold
+            for value in (0, 1):
+                is_used[np.flatnonzero(values == value)[:FOLDS]] = True
+        return replace(self, features=self.features[is_used], targets=self.targets[is_used])
 
     @property
     def n_machines(self) -> int:
         """Number of models of one output that are fitted: one for two classes or a number."""
-        if self.targets.ndim == 2:
-            return self.targets.shape[1]
-        is_number = not np.issubdtype(self.targets.dtype, np.integer)
-        return 1 if is_number or self.targets.max() < 2 else int(self.targets.max()) + 1
+        return max(1, len(self.columns))
 
     @property
     def columns(self) -> list[np.ndarray]:
-        """Zeros and ones (n,) of each label; of each class against the rest, if there are more."""
+        """Zeros and ones (n,) of each label, or of each class; of two, of the second alone."""
         if self.targets.ndim == 2:
             return list(self.targets.T)
-        return [(self.targets == index).astype(int) for index in range(self.targets.max() + 1)]
+        if not np.issubdtype(self.targets.dtype, np.integer):
+            return []
+        n = int(self.targets.max()) + 1
+        return [(self.targets == index).astype(int) for index in range(1 if n == 2 else 0, n)]
 
 
 def _problem(targets: np.ndarray, kind: Kind, n_classes: int | None) -> tuple[_Problem, np.ndarray]:
     """Return what to fit, and (k,) the constant prediction: shares, or the mean."""
+    rows = np.arange(len(targets))
     if kind == "number":
-        return _Problem(targets.astype(float), (0,), "values"), np.array([targets.mean()])
+        return _Problem(targets.astype(float), rows, (0,), "values"), np.array([targets.mean()])
     if kind == "labels":
-        shares = targets.mean(axis=0)
-        varying = np.flatnonzero((shares > 0) & (shares < 1))
-        return _Problem(targets[:, varying], tuple(varying.tolist()), "sigmoid"), shares
+        counts = targets.sum(axis=0)
+        used = np.flatnonzero(np.minimum(counts, len(targets) - counts) >= FOLDS)
+        problem = _Problem(targets[:, used].astype(int), rows, tuple(used.tolist()), "sigmoid")
+        return problem, counts / len(targets)
     counts = np.bincount(targets, minlength=n_classes or 0)
-    present = np.flatnonzero(counts)
-    indices = np.searchsorted(present, targets)
-    return _Problem(indices, tuple(present.tolist()), "softmax"), counts / counts.sum()
+    used = np.flatnonzero(counts >= FOLDS)
+    rows = np.flatnonzero(np.isin(targets, used))
+    indices = np.searchsorted(used, targets[rows])
+    return _Problem(indices, rows, tuple(used.tolist()), "softmax"), counts / counts.sum()
 
 
 def _reason_not_to_fit(problem: _Problem) -> str:
     if find_spec("sklearn") is None:
         return MISSING
-    targets = problem.targets
-    rarest = FOLDS
-    if problem.link == "softmax":
-        rarest = int(np.bincount(targets).min()) if len(problem.outputs) > 1 else 0
-    elif problem.link == "sigmoid":
-        n = targets.sum(axis=0)
-        rarest = int(np.minimum(n, len(targets) - n).min(initial=len(targets)))
-    if not problem.outputs or rarest == 0 or np.ptp(targets) == 0:
-        return "not run: all images have the same target"
-    if rarest < FOLDS or len(targets) < 2 * FOLDS:
-        return f"not run: it needs {FOLDS} images of each class and {2 * FOLDS} in all"
+    if len(problem.outputs) < (2 if problem.link == "softmax" else 1):
+        return f"not run: it needs {FOLDS} images of each of two classes"
+    if problem.link == "values" and (len(problem.rows) < FOLDS or np.ptp(problem.targets) == 0):
+        return f"not run: it needs {FOLDS} images, and not of a single value"
     return ""
 
 
@@ -365,8 +369,6 @@ def fit_support_vectors(data: FitData, link: Link) -> Model:
     mean, scale = _standardise(data.features)
     standardised = ((data.features - mean) / scale).astype(np.float32)  # as it is stored
     columns = data.columns
-    if link == "softmax" and len(columns) == 2:
-        columns = columns[1:]
     gamma = 1 / standardised.shape[1]
     estimators, sigmoids = [], []
     for column in columns:
