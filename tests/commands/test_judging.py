@@ -1,4 +1,4 @@
-"""`volseg evaluate` for predicted classes and numbers: from tables to metrics, figures and a page."""
+"""`volseg evaluate` for classes and numbers: from tables to metrics, figures and a page."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import volseg
 from volseg.cli import app
+from volseg.commands.judgement import Judgement
 from volseg.errors import VolsegError
 from volseg.evaluation.calibration import apply_temperature
 from volseg.evaluation.class_rows import ClassRow, ValueRow, class_columns, joined
@@ -59,8 +60,20 @@ def class_rows(seed, n=60, *, skill=1.5, model="net"):
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """A reference with classes, patients, sex and age, and the results of two models."""
+def folder(tmp_path, monkeypatch):
+    """A reference with classes, patients, sex and age, and results of two models; no figures."""
+    monkeypatch.setattr(Judgement, "pictures", lambda judgement: {})  # they take seconds
+    return make_tables(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """The same, judged."""
+    folder = make_tables(tmp_path_factory.mktemp("judged"))
+    return folder, judge(folder)
+
+
+def make_tables(tmp_path):
     targets, _, rows = class_rows(0)
     cases = [
         {
@@ -90,8 +103,8 @@ def by_case(folder):
         return {row["case_id"]: row for row in csv.DictReader(file)}
 
 
-def test_metrics_are_those_of_the_tables(folder):
-    report = judge(folder)
+def test_metrics_are_those_of_the_tables(judged):
+    folder, report = judged
     targets, p, _ = class_rows(0)
     summary = json.loads((folder / "out" / "summary.json").read_text())
     expected = roc_auc_score(targets, p / p.sum(axis=1, keepdims=True), multi_class="ovr")
@@ -112,8 +125,8 @@ def test_metrics_are_those_of_the_tables(folder):
     assert shown.value.tolist() == pytest.approx([expected], abs=1e-5)
 
 
-def test_every_case_has_a_row_that_says_what_was_right(folder):
-    judge(folder)
+def test_every_case_has_a_row_that_says_what_was_right(judged):
+    folder, _ = judged
     targets, p, rows = class_rows(0)
     table_rows = by_case(folder)
     assert len(table_rows) == 60
@@ -128,8 +141,8 @@ def test_every_case_has_a_row_that_says_what_was_right(folder):
     assert typed["reference_probability"].dtype == "float64"
 
 
-def test_figures_and_page_are_written_and_the_page_loads_nothing(folder):
-    judge(folder)
+def test_figures_and_page_are_written_and_the_page_loads_nothing(judged):
+    folder, _ = judged
     out = folder / "out"
     for name in ("roc", "precision_recall", "calibration", "confusion", "decision"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -177,6 +190,9 @@ def test_subgroups_and_a_second_model(folder):
 
 
 def test_the_order_of_classes_and_rows_of_the_second_model_does_not_matter(folder):
+    for name in ("one", "two"):  # fewer cases: only the pairing is tested
+        names, rows = read_class_rows(folder / name / "classes.csv")
+        write(folder / name / "classes.csv", class_table(names, rows[:24]))
     expected = judge(folder, against=folder / "two").summary["difference"]
     names, rows = read_class_rows(folder / "two" / "classes.csv")
     write(folder / "two" / "classes.csv", class_table(names[::-1], rows[::-1]))
@@ -337,8 +353,9 @@ def test_a_table_of_classes_survives_the_file(tmp_path):
 
 def test_the_command_line_prints_the_metrics(folder):
     arguments = ["evaluate", "--reference", folder / "data", "--predicted", folder / "one"]
-    arguments += ["--out", folder / "out", "--by", "sex", "--against", folder / "two"]
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    arguments += ["--out", folder / "out"]
+    with_other = [*arguments, "--by", "sex", "--against", folder / "two"]
+    result = CliRunner().invoke(app, [str(argument) for argument in with_other])
     assert result.exit_code == 0, result.output
     assert "malignant" in result.output and "balanced_accuracy" in result.output
     assert "net − weak: accuracy" in result.output

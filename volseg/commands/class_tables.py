@@ -32,10 +32,19 @@ MOST_LISTED = 5  # cases that a warning names
 
 
 def predicted_table(path: Path) -> Path | None:
-    """Return the table of predicted classes or numbers that a path is or holds; None if none."""
+    """Return the table of predicted classes or numbers that a path is or holds; None if none.
+
+    A table of masks is none.
+    """
     if path.is_dir():
         return next((path / name for name in (CLASSES, VALUES) if (path / name).is_file()), None)
-    return path if path.suffix.lower() == ".csv" and path.is_file() else None
+    if path.suffix.lower() != ".csv" or not path.is_file():
+        return None
+    try:
+        columns = set(next(stream_rows(path), []))
+    except (OSError, ValueError):
+        return None
+    return path if {"case_id", "class_name"} <= columns or {"case_id", "value"} <= columns else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -13,12 +13,7 @@ import numpy as np
 from volseg.commands.batch import reason_of
 from volseg.commands.image_start import Start
 from volseg.errors import ScanError, VolsegError
-from volseg.evaluation.duplicates import (
-    ImagePrint,
-    groups_of_pairs,
-    near_duplicates,
-    print_of,
-)
+from volseg.evaluation.duplicates import ImagePrint, groups_of, print_of
 from volseg.io.files import sha256_of
 from volseg.io.image_cases import ImageCase, ImageSurvey, looks_like_images, survey_images
 from volseg.io.images import ImageReader
@@ -289,9 +284,9 @@ def _only_target(dataset: Path, survey: ImageSurvey) -> str:
             fix="correct them and run again",
             code="E_DATASET",
         )
+    if survey.likely_target is not None:
+        return survey.likely_target
     names = [column.name for column in survey.target_columns]
-    if len(names) == 1:
-        return names[0]
     listed = format_list(names, 10) or "none"
     raise VolsegError(
         f"{dataset}: which column to predict is not stated; those that could be are {listed}",
@@ -302,12 +297,7 @@ def _only_target(dataset: Path, survey: ImageSurvey) -> str:
 
 def _groups(cases: Sequence[ImageCase], prints: Sequence[ImagePrint]) -> dict[str, str]:
     """Return case id → group: images of one patient, and near duplicates, share it."""
-    first_of: dict[str, int] = {}
-    pairs = list(near_duplicates(prints))
-    for index, case in enumerate(cases):
-        if case.patient:
-            pairs.append((first_of.setdefault(case.patient, index), index))
-    numbers = groups_of_pairs(pairs, len(cases))
+    numbers = groups_of(prints, [case.patient for case in cases])
     names: dict[int, str] = {}
     return {
         case.id: names.setdefault(number, case.patient or case.id)

@@ -20,8 +20,7 @@ from volseg.inference.images import embed_images, predict_outputs, to_prediction
 from volseg.inputs import read_json
 from volseg.io.csv_text import iterate_csv
 from volseg.io.files import json_text, sha256_of
-from volseg.io.image_cases import ImageCase
-from volseg.io.image_inputs import find_images
+from volseg.io.image_cases import ImageCase, find_images
 from volseg.io.images import ImageReader
 from volseg.options import InferOptions
 from volseg.pages.about import About
@@ -47,7 +46,10 @@ def infer_images(options: InferOptions) -> ImagesReport:
     """
     assert options.model is not None
     bundle = load_image_bundle(options.model)
-    cases, remarks = find_images(options.scans)
+    remarks = list[str]()
+    cases = find_images(options.scans, remark=remarks.append)
+    # Which folders are classes is of no importance here.
+    remarks = [text for text in remarks if not text.startswith("W_FOLDERS")]
     options.warn(*remarks)
     inputs = [*options.scans, options.model, *{case.path for case in cases}]
     with OutputFolder(options.out, "infer", inputs=inputs) as outputs:

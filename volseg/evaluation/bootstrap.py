@@ -102,22 +102,12 @@ def bootstrap(
 
     Source: Efron, J Am Stat Assoc 82:171 (1987).
     """
-    resampling, of_patient = resampling or Resampling(), numbered(patients)
-    whole = _evaluated(statistics, iter([np.ones((1, of_patient.size))]))
-    n_patients = 1 + int(of_patient.max(initial=-1))
-    if n_patients < FEWEST_PATIENTS:
-        missing = Interval(reason=too_few(n_patients))
-        return {name: Estimate(_finite(float(value[0])), missing) for name, value in whole.items()}
-    drawn = _evaluated(statistics, resampling.rows(of_patient))
-    left_out = _evaluated(statistics, resampling.without_one(of_patient))
-    estimates = {}
-    for name, values in whole.items():
-        value = float(values[0])
-        sample = _Sample(value, drawn[name], left_out[name], (bounds or {}).get(name, ANY_NUMBER))
-        estimates[name] = Estimate(
-            _finite(value), sample.interval((n_relevant or {}).get(name, n_patients))
-        )
-    return estimates
+    samples = _samples(statistics, numbered(patients), resampling or Resampling(), bounds or {})
+    n_patients, n_relevant = len(set(patients)), n_relevant or {}
+    return {
+        name: Estimate(sample.known_value, sample.interval(n_patients, n_relevant.get(name)))
+        for name, sample in samples.items()
+    }
 
 
 def bootstrap_difference(
@@ -140,16 +130,36 @@ def bootstrap_difference(
         ours, theirs = statistics(weights), others(weights)
         return {name: ours[name] - theirs[name] for name in ours.keys() & theirs.keys()}
 
-    resampling = resampling or Resampling()
-    estimates = bootstrap(difference, patients, resampling=resampling)
-    drawn = _evaluated(difference, resampling.rows(numbered(patients)))
+    samples = _samples(difference, numbered(patients), resampling or Resampling(), {})
+    n_patients, estimates = len(set(patients)), {}
+    for name, sample in samples.items():
+        interval = sample.interval(n_patients)
+        p_value = None if interval.reason else _p_value(sample.drawn)
+        estimates[name] = Estimate(sample.known_value, interval, p_value)
+    return estimates
+
+
+def _samples(
+    statistics: Statistics,
+    of_patient: np.ndarray,
+    resampling: Resampling,
+    bounds: Mapping[str, tuple[float, float]],
+) -> dict[str, _Sample]:
+    """Return each statistic of all patients, of the resamples and without each patient."""
+    whole = _evaluated(statistics, iter([np.ones((1, of_patient.size))]))
+    drawn, left_out = {}, {}
+    if of_patient.max(initial=-1) + 1 >= FEWEST_PATIENTS:
+        drawn = _evaluated(statistics, resampling.rows(of_patient))
+        left_out = _evaluated(statistics, resampling.without_one(of_patient))
+    nothing = np.empty(0)
     return {
-        name: Estimate(
-            estimate.value,
-            estimate.interval,
-            None if estimate.interval.reason else _p_value(drawn[name]),
+        name: _Sample(
+            float(values[0]),
+            drawn.get(name, nothing),
+            left_out.get(name, nothing),
+            bounds.get(name, ANY_NUMBER),
         )
-        for name, estimate in estimates.items()
+        for name, values in whole.items()
     }
 
 
@@ -174,10 +184,22 @@ class _Sample:
     without_one: np.ndarray
     bounds: tuple[float, float]
 
-    def interval(self, n_relevant: int) -> Interval:
-        """Return the 95 % interval, or the reason why there is none."""
+    @property
+    def known_value(self) -> float | None:
+        """The value; None if it is undefined."""
+        return self.value if math.isfinite(self.value) else None
+
+    def interval(self, n_patients: int, n_relevant: int | None = None) -> Interval:
+        """Return the 95 % interval, or the reason why there is none.
+
+        Args:
+            n_relevant: number of patients on whom the value depends; None: all.
+        """
+        if n_patients < FEWEST_PATIENTS:
+            return Interval(reason=too_few(n_patients))
         if not math.isfinite(self.value):
             return Interval(reason="undefined")
+        n_relevant = n_patients if n_relevant is None else n_relevant
         drawn = self.drawn[np.isfinite(self.drawn)]
         if drawn.size < (1 - MOST_UNDEFINED) * self.drawn.size:
             return Interval(reason="undefined in over 5 % of the resamples: too few such patients")
@@ -208,7 +230,3 @@ class _Sample:
 def _student_95(n_patients: int) -> float:
     """Return the 97.5 % quantile of Student's t; of at least two patients."""
     return float(stdtrit(max(n_patients, 2) - 1, (1 + LEVEL) / 2))
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -45,7 +45,7 @@ UNKNOWN_GROUP = "unknown"
 class MetricRow:
     """One metric of a class or an average, over all cases or a subgroup; an empty cell: unknown."""
 
-    metric: str = column("", "name of the metric; docs/evaluation.md defines each")
+    metric: str = column("", "name of the metric; docs/classes.md defines each")
     class_name: str = column("", "class, against all others; empty for an average")
     average: str = column(
         "", "overall, macro (mean over classes) or weighted (by their cases); empty for a class"
