@@ -70,6 +70,9 @@ class Line:
     def groups(self, network):
         return [ParameterGroup(["weight"])]
 
+    def prepare(self, network, step):
+        pass
+
     def batches(self, seed, device, *, rank=0, ranks=1):
         return Points(seed, self.factor)
 
@@ -157,7 +160,10 @@ class Frozen(Line):
         return nn.Linear(1, 1)
 
     def groups(self, network):
-        return [ParameterGroup(["weight"], frozen_steps=2 * STEPS), ParameterGroup(["bias"])]
+        return [ParameterGroup(["weight"]), ParameterGroup(["bias"])]
+
+    def prepare(self, network, step):
+        network.weight.requires_grad = step >= 2 * STEPS
 
 
 def test_a_frozen_group_stays_for_its_steps_and_then_moves(tmp_path):

@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; only a command that needs it
 READING, PREPARING = "Reading the images", "Preparing the images"
 MAX_SHOWN = 10  # mistakes listed in one message
 SAMPLE = 1000  # images whose size the fingerprint holds
+INTENSITIES = 500  # pixels of an image from which percentiles are computed
 DEFAULT_NETWORK = "cnn_small"
 
 
@@ -148,7 +149,8 @@ class ImageDataset:
             try:
                 image = reader.read(case.path, case.index)
                 prints = print_of(image.array, image.largest)
-                facts[case.id] = _Facts(image.array.shape, prints)
+                pixels = image.array.ravel()[:: max(1, image.array.size // INTENSITIES)]
+                facts[case.id] = _Facts(image.array.shape, prints, pixels.copy())
             except ScanError as error:
                 failed[case.id] = reason_of(error)
                 self.announce(failure_line(case.id, failed[case.id]))
@@ -184,10 +186,11 @@ class ImageDataset:
 
 @dataclass(frozen=True, slots=True)
 class _Facts:
-    """Shape (C, H, W) of an image, and what tells whether it is a duplicate."""
+    """Shape (C, H, W) of an image, what tells whether it is a duplicate, and some intensities."""
 
     shape: tuple[int, ...]
     print: ImagePrint
+    intensities: np.ndarray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -392,6 +395,8 @@ def _fingerprint(
         )
     targets = [values[case.id] for case in training]
     sizes = [facts[case.id].shape[1:] for case in training[:: -(-len(training) // SAMPLE)]]
+    pixels = np.concatenate([facts[case.id].intensities for case in training])
+    low, high = np.percentile(pixels, (0.5, 99.5)).tolist()
     is_number = recipe.data.kind == NUMBER
     numbers = np.array(targets, float) if is_number else np.zeros(1)
     return ImageFingerprint(
@@ -404,4 +409,6 @@ def _fingerprint(
         counts={} if is_number else count_classes(targets, recipe.data),
         mean=float(numbers.mean()) if is_number else None,
         sd=float(max(numbers.std(), 1e-9)) if is_number else None,
+        low=low,
+        high=high if high > low else low + 1,
     )

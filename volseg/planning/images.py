@@ -33,6 +33,7 @@ class ImageFingerprint(BaseModel):
         sizes: (height, width) of the training images, up to 1000 of them. channels: most of any.
         kind: of the target. counts: class or label → training images, in the order of the outputs.
         mean, sd: of a number.
+        low, high: 0.5 and 99.5 percentile of the intensities of the training images.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -45,6 +46,8 @@ class ImageFingerprint(BaseModel):
     counts: dict[str, int] = {}
     mean: float | None = None
     sd: float | None = None
+    low: float
+    high: float
 
     @property
     def median_edge(self) -> int:
@@ -115,6 +118,8 @@ def _decisions(
         )
         reason = f"as many blocks as images of {pixels}² pixels allow"
         decisions["network.features"] = (features_for(pixels), reason)
+    decisions["images.normalise.low"] = (facts.low, "0.5 percentile of the training images")
+    decisions["images.normalise.high"] = (facts.high, "99.5 percentile of the training images")
     return decisions | _target(facts)
 
 

@@ -74,16 +74,18 @@ class ImageObjective:
 
     def groups(self, network: nn.Module) -> list[ParameterGroup]:
         assert isinstance(network, ImageNetwork)
-        train, stages = self.recipe.train, [names for names in network.stages() if names]
-        frozen = train.freeze_epochs * closed(train.steps_per_epoch) if self.starts_trained else 0
-        return [
-            ParameterGroup(
-                names,
-                factor=train.layer_decay**depth if self.starts_trained else 1.0,
-                frozen_steps=frozen if depth else 0,
-            )
-            for depth, names in enumerate(reversed(stages))
-        ]
+        decay = self.recipe.train.layer_decay if self.starts_trained else 1.0
+        stages = [names for names in network.stages() if names]
+        return [ParameterGroup(names, decay**depth) for depth, names in enumerate(reversed(stages))]
+
+    def prepare(self, network: nn.Module, step: int) -> None:
+        assert isinstance(network, ImageNetwork)
+        train = self.recipe.train
+        is_frozen = self.starts_trained and step < train.freeze_epochs * closed(
+            train.steps_per_epoch
+        )
+        if is_frozen != bool(network.frozen):
+            network.freeze(len(network.stages()) - 1 if is_frozen else 0)
 
     def batches(
         self, seed: int, device: torch.device, *, rank: int = 0, ranks: int = 1

@@ -45,12 +45,10 @@ class ParameterGroup:
     Args:
         names: of the parameters.
         factor: times the learning rate.
-        frozen_steps: first steps of the run in which they stay as they are.
     """
 
     names: Sequence[str]
     factor: float = 1.0
-    frozen_steps: int = 0
 
 
 class BatchSource(AbstractContextManager["BatchSource"], Protocol):
@@ -122,6 +120,10 @@ class Objective(Protocol):
 
     def groups(self, network: nn.Module) -> Sequence[ParameterGroup]:
         """Return groups that together hold every parameter of the network."""
+        ...
+
+    def prepare(self, network: nn.Module, step: int) -> None:
+        """Change what is trained in this step and those after it, such as the end of a freeze."""
         ...
 
     def batches(

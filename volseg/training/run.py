@@ -94,10 +94,8 @@ class Run:
         train, fabric = self.train, self.team.fabric
         learning_rate = train.learning_rate * learning_rate_factor(done, train.schedule)
         for values, group in zip(self.optimizer.param_groups, self.groups, strict=True):
-            is_trained = self.state.step >= group.frozen_steps
-            values["lr"] = learning_rate * group.factor if is_trained else 0.0
-            for parameter in values["params"]:
-                parameter.requires_grad = is_trained
+            values["lr"] = learning_rate * group.factor
+        self.job.objective.prepare(self.raw, self.state.step)
         parts = self.batches.at(self.state.step)
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)

@@ -53,6 +53,9 @@ class SegmentationObjective:
     def groups(self, network: nn.Module) -> list[ParameterGroup]:
         return [ParameterGroup([name for name, _ in network.named_parameters()])]
 
+    def prepare(self, network: nn.Module, step: int) -> None:
+        pass
+
     def batches(self, seed: int, device: torch.device, *, rank: int = 0, ranks: int = 1) -> Batches:
         return Batches(self.training, self.recipe, seed=seed, device=device, rank=rank, ranks=ranks)
 
