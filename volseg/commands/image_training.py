@@ -308,14 +308,14 @@ class _ImageTraining:
             n_classes=recipe.data.n_outputs,
         )
         scores: dict[str, Any] = {}
-        score, known = SCORES[str(recipe.train.monitor)], known_targets(validation, recipe)
+        score, truth = SCORES[str(recipe.train.monitor)], known_targets(validation, recipe)
         for baseline in baselines:
             name = f"baseline_{baseline.name}_{recipe.train.monitor}"
             if baseline.reason:
                 scores[name] = baseline.reason
                 continue
             predicted = baseline.predict(validation.pixels)
-            value = score(predicted, known > 0 if known.ndim == 2 else known)
+            value = score(predicted, truth > 0 if truth.ndim == 2 else truth)
             if value is not None:
                 scores[name] = round(value, 4)
         return baselines, scores

@@ -25,7 +25,7 @@ from volseg.training.objective import Weights
 from volseg.training.roi import train_roi
 from volseg.training.run import Job
 from volseg.training.schedule import RunSettings, Stop
-from volseg.training.segmentation import SegmentationObjective
+from volseg.training.segmentation import SCORE, SegmentationObjective
 from volseg.training.state import Epoch
 
 NO_TIME = "no time was left"
@@ -206,8 +206,7 @@ class NetworkTraining:
         )
 
     def _report(self, stage: str, name: str, history: Sequence[Epoch], done: float) -> None:
-        name_of_score = SegmentationObjective.score_name
-        headings = {"validation_score": name_of_score, "validation_loss": None}
+        headings = {"validation_score": SCORE, "validation_loss": None}
         self._call.outputs.write(name, table(Epoch, history, headings))
         epoch = history[-1]
         values = {key: value for key, value in asdict(epoch).items() if value is not None}

@@ -112,8 +112,8 @@ class ImageObjective:
             numbers = to_predictions(outputs.targets, self.recipe.data)
             return self._score(predicted[:, 0], numbers[:, 0])
         targets = outputs.targets > 0
-        known = targets if self.recipe.data.kind == LABELS else targets.argmax(axis=1)
-        return self._score(predicted, known)
+        truth = targets if self.recipe.data.kind == LABELS else targets.argmax(axis=1)
+        return self._score(predicted, truth)
 
     def validation_loss(self, rows: Sequence[Outputs]) -> float:
         (outputs,) = rows

@@ -47,23 +47,23 @@ def judge(
     temperature = fit_temperature(outputs, _known(targets, recipe))
     before = to_predictions(outputs, recipe.data)
     probabilities = to_predictions(outputs, recipe.data, temperature)
-    known, names = _known(targets, recipe), recipe.data.names
+    truth, names = _known(targets, recipe), recipe.data.names
     coverage = recipe.infer.coverage
     is_exclusive = recipe.data.kind == CLASSES
     judgement = Judgement(
         temperature=temperature,
         points=tuple(_points(probabilities, targets > 0, names)),
-        sets=fit_conformal(probabilities, known, coverage=coverage) if is_exclusive else None,
+        sets=fit_conformal(probabilities, truth, coverage=coverage) if is_exclusive else None,
         coverage=coverage,
         outliers=outliers,
     )
     metrics: dict[str, Any] = {"temperature": round(temperature, 4)}
     for name in ("auc", "average_precision", "accuracy", "balanced_accuracy", "f1", "log_loss"):
-        value = SCORES[name](probabilities, known)
+        value = SCORES[name](probabilities, truth)
         if value is not None:
             metrics[f"validation_{name}"] = round(value, 4)
-    metrics["validation_ece"] = round(calibration_error(probabilities, known), 4)
-    metrics["validation_ece_without_temperature"] = round(calibration_error(before, known), 4)
+    metrics["validation_ece"] = round(calibration_error(probabilities, truth), 4)
+    metrics["validation_ece_without_temperature"] = round(calibration_error(before, truth), 4)
     return judgement, metrics
 
 
@@ -71,13 +71,13 @@ def _judge_numbers(
     outputs: np.ndarray, targets: np.ndarray, recipe: ClassifyRecipe, outliers: OutlierModel | None
 ) -> tuple[Judgement, dict[str, Any]]:
     predicted = to_predictions(outputs, recipe.data)[:, 0]
-    known = to_predictions(targets, recipe.data)[:, 0]
+    truth = to_predictions(targets, recipe.data)[:, 0]
     coverage = recipe.infer.coverage
-    half_width: float | None = interval_half_width(predicted - known, coverage=coverage)
+    half_width: float | None = interval_half_width(predicted - truth, coverage=coverage)
     if not math.isfinite(half_width):  # too few validation images for this coverage
         half_width = None
     judgement = Judgement(half_width=half_width, coverage=coverage, outliers=outliers)
-    scores = {name: SCORES[name](predicted, known) for name in ("mae", "mse", "r2")}
+    scores = {name: SCORES[name](predicted, truth) for name in ("mae", "mse", "r2")}
     return judgement, {
         f"validation_{name}": round(value, 4) for name, value in scores.items() if value is not None
     }

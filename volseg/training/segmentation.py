@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +21,8 @@ from volseg.training.objective import ParameterGroup, Total
 from volseg.training.validator import Validator
 from volseg.words import format_sizes
 
+SCORE = "validation_dice"
+
 
 @dataclass(frozen=True, eq=False)
 class SegmentationObjective:
@@ -30,13 +32,18 @@ class SegmentationObjective:
     validation_cases: Sequence[PreparedCase]
     recipe: Recipe
 
-    score_name: ClassVar[str] = "validation_dice"
-    higher_is_better: ClassVar[bool] = True
-
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle for a process that trains too but does not validate; it maps the same files."""
         paths = [(case.folder, case.id) for case in self.training]
         return _read, (paths, self.recipe)
+
+    @property
+    def score_name(self) -> str:
+        return SCORE
+
+    @property
+    def higher_is_better(self) -> bool:
+        return True
 
     @property
     def train(self) -> Train:
