@@ -120,3 +120,16 @@ def test_spread_is_0_for_equal_embeddings_and_1_for_random_directions():
     directions = torch.randn(4000, 16, generator=generator())
     assert module.spread(directions) == pytest.approx(1, abs=0.02)
     assert math.isfinite(module.spread(directions[:2]))
+
+
+def test_the_gradient_reaches_the_predicting_side_alone():
+    """Both projections are constants where they are predicted, so each has half of the gradient."""
+    module = method()
+    module.network.embed = lambda views: views
+    module.projector = module.predictor = torch.nn.Identity()
+    first, second = torch.randn(2, 6, 4, generator=generator()).unbind()
+    first.requires_grad_()
+    module(first, second).backward()
+    alone = first.detach().clone().requires_grad_()
+    (-0.5 * torch.nn.functional.cosine_similarity(alone, second).mean()).backward()
+    torch.testing.assert_close(first.grad, alone.grad)
