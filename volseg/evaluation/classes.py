@@ -10,12 +10,7 @@ from typing import Literal
 import numpy as np
 
 from volseg.evaluation.calibration import case_briers, case_log_losses, one_hot
-from volseg.evaluation.ranking import (
-    Ranking,
-    ratio,
-    weighted_auc,
-    weighted_average_precision,
-)
+from volseg.evaluation.ranking import Ranking, ranked_metrics, ratio
 from volseg.evaluation.regression import (
     explained_variance,
     mean_absolute_error,
@@ -187,15 +182,14 @@ def _rates(predictions: ClassPredictions, weights: np.ndarray) -> dict[str, np.n
 
 
 def _ranked_metrics(predictions: ClassPredictions, weights: np.ndarray) -> dict[str, np.ndarray]:
-    truth = predictions.truth
-    rankings = [Ranking.of(scores) for scores in predictions.probabilities.T]
-    pairs = list(zip(rankings, truth.T, strict=True))
-    return {
-        "auc": np.stack([weighted_auc(*pair, weights) for pair in pairs], axis=1),
-        "average_precision": np.stack(
-            [weighted_average_precision(*pair, weights) for pair in pairs], axis=1
+    aucs, precisions = zip(
+        *(
+            ranked_metrics(Ranking.of(scores), truth, weights)
+            for scores, truth in zip(predictions.probabilities.T, predictions.truth.T, strict=True)
         ),
-    }
+        strict=True,
+    )
+    return {"auc": np.stack(aucs, axis=1), "average_precision": np.stack(precisions, axis=1)}
 
 
 def overall_metrics(predictions: ClassPredictions, weights: np.ndarray) -> dict[str, np.ndarray]:

@@ -48,9 +48,13 @@ class Ranking:
             Two arrays (B, G).
         """
         ordered, is_positive = weights[:, self.order], np.asarray(positive, bool)[self.order]
-        positives = np.add.reduceat(ordered * is_positive, self.starts, axis=1)
-        negatives = np.add.reduceat(ordered * ~is_positive, self.starts, axis=1)
-        return positives, negatives
+        positives, negatives = ordered * is_positive, ordered * ~is_positive
+        if self.starts.size == self.order.size:  # no ties: every group is a case
+            return positives, negatives
+        return (
+            np.add.reduceat(positives, self.starts, axis=1),
+            np.add.reduceat(negatives, self.starts, axis=1),
+        )
 
 
 def weighted_auc(ranking: Ranking, positive: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -58,7 +62,10 @@ def weighted_auc(ranking: Ranking, positive: np.ndarray, weights: np.ndarray) ->
 
     Ties count half. With equal weights it is `roc.auc`.
     """
-    positives, negatives = ranking.sums(positive, weights)
+    return _auc_of(*ranking.sums(positive, weights))
+
+
+def _auc_of(positives: np.ndarray, negatives: np.ndarray) -> np.ndarray:
     n_positive, n_negative = positives.sum(axis=1), negatives.sum(axis=1)
     not_below = negatives.cumsum(axis=1)  # negatives that score as high or higher
     n_won = n_negative[:, None] - not_below + negatives / 2
@@ -72,7 +79,18 @@ def weighted_average_precision(
 
     It is the sum over distinct scores of precision × gain in recall, without interpolation.
     """
-    positives, negatives = ranking.sums(positive, weights)
+    return _precision_of(*ranking.sums(positive, weights))
+
+
+def ranked_metrics(
+    ranking: Ranking, positive: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return `weighted_auc` and `weighted_average_precision`, in less time than one by one."""
+    sums = ranking.sums(positive, weights)
+    return _auc_of(*sums), _precision_of(*sums)
+
+
+def _precision_of(positives: np.ndarray, negatives: np.ndarray) -> np.ndarray:
     n_true = positives.cumsum(axis=1)
     precision = ratio(n_true, n_true + negatives.cumsum(axis=1), otherwise=0.0)
     return ratio((positives * precision).sum(axis=1), positives.sum(axis=1))
