@@ -29,7 +29,8 @@ from volseg.options import Announce, Progress, ignore_progress, ignore_text
 from volseg.options.shared import failure_line
 from volseg.preprocessing.images import to_input
 from volseg.recipe import AnyRecipe, ClassifyRecipe, as_any_recipe, parse_image_recipe
-from volseg.recipe.classification import NUMBER
+from volseg.recipe.classification import NUMBER, Target
+from volseg.recipe.images import ZScoreImage
 from volseg.recipe.section import AUTO
 from volseg.words import format_list, format_numbered
 
@@ -98,15 +99,19 @@ class ImageDataset:
             code="E_DATASET",
         )
 
-    def plan(self) -> PlannedImages:
+    def plan(self, *, labelled: bool = True) -> PlannedImages:
         """Return the images with their targets and splits, and the closed recipe.
+
+        Args:
+            labelled: False takes images without a target too; then all have the target 0.
 
         Raises:
             VolsegError: as `survey`, or a target is not what the recipe says.
         """
-        from volseg.planning.images import close_images
         from volseg.planning.targets import TargetCells
 
+        if not labelled:
+            return self._plan_unlabelled()
         survey, recipe = self.survey()
         name = recipe.data.target
         used = [case for case in survey.cases if case.split != "test"]
@@ -123,6 +128,28 @@ class ImageDataset:
         if mistakes:
             self._refuse(mistakes)
         cases = [case for case in used if values[case.id] is not None]
+        return self._planned(cases, recipe, values, remarks)
+
+    def _plan_unlabelled(self) -> PlannedImages:
+        assert self.recipe is not None
+        survey = survey_images(self.dataset)
+        if survey.mistakes:
+            self._refuse(survey.mistakes)
+        cases = [case for case in survey.cases if case.split != "test"]
+        remarks = [text for text in survey.remarks if not text.startswith("W_FOLDERS")]
+        recipe = self.recipe.model_copy(update={"data": unlabelled_recipe(self.dataset).data})
+        return self._planned(cases, recipe, {case.id: 0 for case in cases}, remarks)
+
+    def _planned(
+        self,
+        cases: Sequence[ImageCase],
+        recipe: ClassifyRecipe,
+        values: Mapping[str, Value],
+        remarks: list[str],
+    ) -> PlannedImages:
+        """Read the images, split them, and close the recipe."""
+        from volseg.planning.images import close_images
+
         images, failed = self._measure(cases)
         cases = [case for case in cases if case.id in images]
         groups = _groups(cases, [images[case.id].print for case in cases])
@@ -277,6 +304,15 @@ def automatic_image_recipe(dataset: Path, target: str) -> ClassifyRecipe:
         "network": {"name": DEFAULT_NETWORK, "features": AUTO},
     }
     return ClassifyRecipe.model_validate(content)
+
+
+def unlabelled_recipe(dataset: Path) -> ClassifyRecipe:
+    """Return a recipe for images without labels, whose intensities are standardised."""
+    recipe = automatic_image_recipe(dataset, "image")
+    data = Target(target="image", kind="classes", classes=("image", "other"), mean=0, sd=1)
+    images = recipe.images.model_copy(update={"normalise": ZScoreImage()})
+    train = recipe.train.model_copy(update={"monitor": "log_loss", "balance": "none"})
+    return recipe.model_copy(update={"data": data, "images": images, "train": train})
 
 
 def _only_target(dataset: Path, survey: ImageSurvey) -> str:

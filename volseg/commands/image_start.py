@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from volseg.errors import VolsegError
-from volseg.recipe import ClassifyRecipe
+from volseg.inputs import read_json
+from volseg.recipe import ClassifyRecipe, parse_image_recipe
 from volseg.recipe.images import Images, ScaleImage
 from volseg.recipe.train import Network
 from volseg.words import format_count
@@ -19,6 +20,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; only a command that needs it
     from volseg.networks.adapt import Adapted, Scaling
     from volseg.training.objective import Weights
 
+PRETRAINED = "pretrained.json"  # recipe and metrics of `volseg pretrain`
 CANDIDATES: tuple[dict[str, Any], ...] = (  # networks for which there are public weights
     {"name": "vgg", "depth": 16},
     {"name": "vgg", "depth": 13},
@@ -55,12 +57,28 @@ class Start:
         from volseg.image_bundle import CLASSIFIER, is_image_model, load_image_bundle
         from volseg.networks.adapt import read_weights
 
+        if (path / PRETRAINED).is_file():
+            return cls._pretrained(path)
         if is_image_model(path):
             bundle = load_image_bundle(path)
             tensors, recipe = bundle.weights[CLASSIFIER], bundle.recipe
             return cls(path, tensors, network=recipe.network, images=recipe.images)
         weights = read_weights(path)
         return cls(path, weights.tensors, weights.scaling)
+
+    @classmethod
+    def _pretrained(cls, path: Path) -> Start:
+        from volseg.networks.adapt import read_weights
+
+        try:
+            content = read_json(path / PRETRAINED)["recipe"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise VolsegError(
+                f"{path / PRETRAINED}: damaged ({error})", fix="copy it again", code="E_CKPT"
+            ) from error
+        recipe = parse_image_recipe(content, where=str(path / PRETRAINED))
+        tensors = read_weights(path).tensors
+        return cls(path, tensors, network=recipe.network, images=recipe.images)
 
     def fitted_to(self, recipe: ClassifyRecipe) -> ClassifyRecipe:
         """Return an automatic recipe with the network of these weights, and its input scaling."""

@@ -193,6 +193,35 @@ class TrainOptions(TimedOptions, Announcing):
 
 
 @options
+class PretrainOptions(OnDevice, Seeded, Announcing):
+    """Train a 2D network on images without labels, as a start for `volseg train --init`.
+
+    Two random views of an image shall have the same embedding (SimSiam). It helps where few images
+    have a label and many have none. Test images are not read.
+    """
+
+    dataset: Path = argument(
+        "Images: a folder, a table with a column `image`, a MedMNIST file, or slices of volumes.",
+        converter=input_path,
+    )
+    out: Path = option("Folder for the weights.", converter=path, short="-o")
+    recipe: Path | str | AnyRecipe | None = option(
+        "TOML file with a recipe of a classifier, for its network and input; without it, planned.",
+        default=None,
+        kind=str,
+    )
+    epochs: int | None = option(
+        "Number of epochs; overrides the recipe.", default=None, values=COUNT
+    )
+    time_budget_seconds: float | None = option(
+        "Time limit, e.g. 20m; the learning-rate schedule ends with it.",
+        default=None,
+        converter=seconds,
+        flag="--time-budget",
+    )
+
+
+@options
 class QuantiseOptions(Progressing):
     """Add an int8 network to a model, for faster CPU inference.
 

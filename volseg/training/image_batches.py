@@ -79,17 +79,21 @@ class ImageBatches:
         if self._is_balanced:
             rng = np.random.default_rng([self._seed, number, 3])
             return rng.choice(len(self._images), self._size, p=self._chances())
-        first = number * self._size
-        n, places = len(self._images), range(first, first + self._size)
-        passes = {place // n for place in places}
-        orders = {k: np.random.default_rng([self._seed, k, 4]).permutation(n) for k in passes}
-        return np.array([orders[place // n][place % n] for place in places])
+        return drawn_indices(len(self._images), self._size, number, self._seed)
 
     def _chances(self) -> np.ndarray:
         """Return the probability of each image, so that all classes are equally likely."""
         counts = self._targets.sum(axis=0)
         chances = self._targets @ (1 / np.maximum(counts, 1))
         return chances / chances.sum()
+
+
+def drawn_indices(n: int, size: int, number: int, seed: int) -> np.ndarray:
+    """Return which of n images are in a batch: each is drawn once per pass, in a new order."""
+    places = range(number * size, (number + 1) * size)
+    passes = {place // n for place in places}
+    orders = {k: np.random.default_rng([seed, k, 4]).permutation(n) for k in passes}
+    return np.array([orders[place // n][place % n] for place in places])
 
 
 def class_weights(targets: np.ndarray) -> list[float]:
