@@ -199,7 +199,8 @@ def _reasons_without_interval(
 def show_problems(path: Any, problems: list[dict[str, str]], n_errors: int) -> None:
     for problem in problems:
         fix = f"; to fix: {problem['fix']}" if problem["fix"] else ""
-        line = f"{problem['where']}: [{problem['code']}] {problem['problem']}{fix}"
+        kind = "warning" if problem["code"].startswith("W_") else "error"
+        line = f"{kind}: {problem['code']}: {problem['where']}: {problem['problem']}{fix}"
         typer.echo(one_line(line))
     n_warnings = len(problems) - n_errors
     counts = [format_count(n_errors, "problem")]

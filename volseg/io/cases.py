@@ -15,7 +15,7 @@ from volseg.inputs import kind_of, shorten
 from volseg.io.formats import READABLE, stem_of
 from volseg.io.series import split_volume
 from volseg.io.tables import PATIENT, read_table
-from volseg.words import format_count
+from volseg.words import format_count, format_numbered
 
 ONE_CHANNEL = "image"  # name of an unnamed single channel
 MAX_LISTED = 10  # mistakes listed in one message
@@ -173,13 +173,9 @@ class Listing:
 
 def dataset_error(mistakes: Sequence[str], origin: str) -> VolsegError:
     """Return one error that lists the mistakes of a data set, at least one."""
-    shown = "; ".join(
-        f"({number}) {text}" for number, text in enumerate(mistakes[:MAX_LISTED], start=1)
-    )
-    more = f"; and {len(mistakes) - MAX_LISTED} more" if len(mistakes) > MAX_LISTED else ""
-    count = f"{len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}"
+    count = format_count(len(mistakes), "mistake")
     return VolsegError(
-        f"{origin}: {count}: {shown}{more}",
+        f"{origin}: {count}: {format_numbered(mistakes, MAX_LISTED)}",
         fix="correct them and run again; nothing was done; `volseg check` lists all of them",
         code="E_DATASET",
     )
