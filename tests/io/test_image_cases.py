@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from volseg.errors import VolsegError
 from volseg.io.image_cases import find_images, looks_like_images, survey_images
+from volseg.io.images import read_image
 from volseg.io.volumes import write_volume
 from volseg.volume import Geometry, Volume
 
@@ -199,6 +201,24 @@ def test_a_row_per_slice_names_it_and_keeps_its_patient(tmp_path):
     assert survey.mistakes == [
         "cases.csv line 8: slice '5' is not a whole number from 0 to 4",
     ]
+
+
+def test_rows_of_an_array_and_pages_are_named_like_slices(tmp_path):
+    np.savez(tmp_path / "x.npz", train_images=np.zeros((3, 8, 8), np.uint8))
+    pages = [Image.new("L", (9, 9), n) for n in range(2)]
+    pages[0].save(tmp_path / "y.tif", save_all=True, append_images=pages[1:])
+    Image.new("L", (9, 9)).save(tmp_path / "z.tif")
+    rows = ["x.npz,2", "x.npz,0", "x.npz,3", "y.tif,1", "y.tif,0", "z.tif,", "z.tif,one"]
+    table(tmp_path, "\n".join(["image,slice_number", *rows]))
+    assert looks_like_images(tmp_path)
+    survey = survey_images(tmp_path)
+    assert [(case.id, case.index) for case in survey.cases] == [
+        *(("x_s002", 2), ("x_s000", 0), ("y_s001", 1), ("y_s000", 0), ("z", None))
+    ]
+    assert [mistake.partition(": ")[0] for mistake in survey.mistakes] == [
+        *("cases.csv line 4", "cases.csv line 8")
+    ]
+    assert [read_image(case.path, case.index).array.max() for case in survey.cases[2:4]] == [1, 0]
 
 
 def test_masks_say_which_slices_hold_a_label(tmp_path):

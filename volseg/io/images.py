@@ -21,6 +21,7 @@ from volseg.io.formats import is_scan
 from volseg.io.gzip_stream import COPY_AGAIN, opened_raw, refusal
 from volseg.io.medmnist import SUFFIX as NPZ_SUFFIX
 from volseg.io.medmnist import ImageArrays
+from volseg.io.series import split_volume
 from volseg.io.volumes import read_volume
 from volseg.volume import Volume
 
@@ -115,7 +116,7 @@ class _Stack(Protocol):
 def _stack_opener(path: Path) -> Callable[[Path], _Stack] | None:
     if path.name.lower().endswith(NPZ_SUFFIX):
         return _Rows
-    return _Slices if is_scan(path) else None
+    return _Slices if is_scan(split_volume(path)[0]) else None
 
 
 class _Rows:
