@@ -188,3 +188,45 @@ def test_a_target_that_is_not_stated_or_not_there_is_refused(table, tmp_path):
     with pytest.raises(VolsegError, match="colour"):
         volseg.train(table, target="colour", out=tmp_path / "m")
     assert not (tmp_path / "m" / "model.json").exists()
+
+
+def test_a_student_learns_from_a_teacher_and_a_vgg_is_pruned_and_fine_tuned(table, tmp_path):
+    vgg = {"name": "vgg", "depth": 11, "widths": [8, 8, 16, 16, 16, 16, 16, 16]}
+    large = recipe("shape", {"epochs": 1}, network=vgg)
+    volseg.train(table, recipe=large, out=tmp_path / "vgg")
+    volseg.train(
+        table,
+        target="shape",
+        init=tmp_path / "vgg",
+        prune=0.5,
+        out=tmp_path / "pruned",
+        epochs=1,
+    )
+    sizes = [
+        sum(tensor.size for tensor in weights_of(tmp_path / name).values())
+        for name in ("vgg", "pruned")
+    ]
+    assert sizes[1] < 0.35 * sizes[0]
+    taught = volseg.train(table, teacher=tmp_path / "vgg", out=tmp_path / "student", epochs=1)
+    student = load_image_bundle(tmp_path / "student")
+    assert taught.exit_code == 0 and student.recipe.network.name == "cnn_small"
+    assert student.recipe.images == load_image_bundle(tmp_path / "vgg").recipe.images
+    with pytest.raises(VolsegError, match="classes differ"):
+        volseg.train(
+            table, recipe=recipe("labels"), teacher=tmp_path / "vgg", out=tmp_path / "other"
+        )
+
+
+def test_pretrained_weights_are_a_start(table, tmp_path):
+    report = volseg.pretrain(table, recipe=recipe("shape", {"epochs": 1}), out=tmp_path / "p")
+    assert report.metrics["training_images"] == 24
+    lines = []
+    volseg.train(
+        table,
+        recipe=recipe("shape", {"epochs": 1}),
+        init=tmp_path / "p",
+        out=tmp_path / "m",
+        announce=lines.append,
+    )
+    (summary,) = (line for line in lines if "tensors" in line)
+    assert "2 random" in summary  # the head alone

@@ -63,7 +63,7 @@ class ImageDataset:
         recipe: None for one that leaves everything to the plan.
         target: column, where the recipe does not name it.
         seed: of the drawn split.
-        start: weights that training starts from.
+        start: weights that training starts from. teacher: recipe of the model to learn from.
     """
 
     dataset: Path
@@ -71,6 +71,7 @@ class ImageDataset:
     target: str | None = None
     seed: int = 0
     start: Start | None = None
+    teacher: ClassifyRecipe | None = None
     progress: Progress = field(default=ignore_progress, compare=False)
     announce: Announce = field(default=ignore_text, compare=False)
 
@@ -81,6 +82,8 @@ class ImageDataset:
             VolsegError: the dataset has mistakes, or does not say what its target is.
         """
         target = self.target if self.recipe is None else self.recipe.data.target
+        if target is None and self.teacher is not None:
+            target = self.teacher.data.target
         if target is None:
             target = _only_target(self.dataset, survey_images(self.dataset))
         survey = survey_images(self.dataset, target=target)
@@ -90,6 +93,9 @@ class ImageDataset:
         if recipe is None:
             recipe = automatic_image_recipe(self.dataset, target)
             recipe = recipe if self.start is None else self.start.fitted_to(recipe)
+            if self.teacher is not None:
+                parts = {"data": self.teacher.data, "images": self.teacher.images}
+                recipe = recipe.model_copy(update=parts)
         return survey, recipe
 
     def _refuse(self, mistakes: Sequence[str]) -> None:

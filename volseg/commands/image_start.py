@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,6 +117,38 @@ class Start:
                 code="E_CKPT",
             )
         return Network.model_validate(best)
+
+    def pruned(self, fraction: float) -> Start:
+        """Return the start without this fraction of the channels of each convolution of a VGG.
+
+        Raises:
+            VolsegError: the network is none.
+        """
+        from volseg.networks import architecture, build_network, copy_weights
+        from volseg.networks.vgg import Settings, Vgg
+        from volseg.training.compress import prune_channels
+
+        network = self.network or self._recognised()
+        settings = architecture(network)
+        if not isinstance(settings, Settings):
+            raise VolsegError(
+                f"{self.path}: is a {network.name}, and only a vgg can be pruned",
+                fix="leave out --prune, or make a smaller student with --teacher",
+                code="E_USAGE",
+            )
+        first = next(tensor for name, tensor in self.tensors.items() if tensor.ndim == 4)
+        n_classes = len(self.tensors["head.weight"]) if "head.weight" in self.tensors else 2
+        whole = build_network(
+            network.name, in_channels=first.shape[1], out_channels=n_classes, **network.settings
+        )
+        weights, _ = self.adapted_to(whole)
+        copy_weights(whole, dict(whole.state_dict()) | dict(weights))
+        assert isinstance(whole, Vgg)
+        smaller = prune_channels(whole, settings, fraction)
+        section = Network.model_validate(
+            {"name": network.name, **network.settings, "widths": smaller.settings.widths}
+        )
+        return replace(self, tensors=smaller.weights, network=section)
 
     def adapted_to(self, network: Any) -> tuple[Weights, list[str]]:
         """Return the tensors that fit a network, and sentences on what fitted and what did not."""

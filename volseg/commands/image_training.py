@@ -33,6 +33,7 @@ from volseg.inference.images import embed_images, to_predictions
 from volseg.io.csv_text import write_csv
 from volseg.io.files import TEMPORARY_PREFIX, make_folder
 from volseg.io.prepared_images import ImageSet, has_prepared_images
+from volseg.networks.image_network import ImageNetwork
 from volseg.options.training import MAX_FOLDS
 from volseg.pages.training_figures import curves_png
 from volseg.recipe import ClassifyRecipe, as_any_recipe
@@ -74,8 +75,17 @@ class _Fold:
 class _ImageTraining:
     def __init__(self, call: Call) -> None:
         self._call, self._options = call, call.options
-        init = call.options.init
+        init, teacher = call.options.init, call.options.teacher
+        if call.options.prune is not None and init is None:
+            raise VolsegError(
+                "--prune removes channels of a trained network, and --init names none",
+                fix="add --init MODEL",
+                code="E_USAGE",
+            )
         self._start = None if init is None else Start.read(init)
+        if self._start is not None and call.options.prune:
+            self._start = self._start.pruned(call.options.prune)
+        self._teacher = None if teacher is None else load_image_bundle(teacher)
 
     def run(self) -> TrainReport:
         call, options = self._call, self._options
@@ -144,6 +154,7 @@ class _ImageTraining:
                     options.target,
                     seed=options.seed,
                     start=self._start,
+                    teacher=None if self._teacher is None else self._teacher.recipe,
                     progress=self._call.progress,
                     announce=options.announce,
                 )
@@ -185,7 +196,9 @@ class _ImageTraining:
     ) -> _Fold:
         options, call = self._options, self._call
         n = options.folds or 1
-        objective = ImageObjective(training, validation, recipe, self._start is not None)
+        objective = ImageObjective(
+            training, validation, recipe, self._start is not None, self._teachers(recipe)
+        )
         make_folder(folder := call.checkpoints(number, n))
         left = call.time.left()
         seconds = None if left is None else left / (n - number if n > 1 else 1)
@@ -218,6 +231,24 @@ class _ImageTraining:
             call.team.fabric.device, None, lambda doing: None
         ).validate_all(trained.weights)
         return _Fold(trained, validation, number, rows[0])
+
+    def _teachers(self, recipe: ClassifyRecipe) -> Sequence[ImageNetwork]:
+        """Return the networks of the teacher, which must see and name the same as the student."""
+        if self._teacher is None:
+            return ()
+        other = self._teacher.recipe
+        for what, mine, its in (
+            ("classes", recipe.data.names, other.data.names),
+            ("kind of target", recipe.data.kind, other.data.kind),
+            ("[images]", recipe.images, other.images),
+        ):
+            if mine != its:
+                raise VolsegError(
+                    f"{self._options.teacher}: its {what} differ from those of the student",
+                    fix="give a recipe with the teacher's [data] and [images], or none",
+                    code="E_TEACHER",
+                )
+        return self._teacher.networks()
 
     def _initial(self, objective: ImageObjective) -> Weights:
         if self._start is None:

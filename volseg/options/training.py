@@ -163,6 +163,16 @@ class TrainOptions(TimedOptions, Announcing):
         default=None,
         converter=optional_input_path,
     )
+    prune: float | None = option(
+        "With --init and a VGG: remove this fraction of each layer's channels, then fine-tune.",
+        default=None,
+        values=Range(0.0, below=1.0),
+    )
+    teacher: Path | None = option(
+        "Classifier whose outputs the network learns besides the targets (distillation).",
+        default=None,
+        converter=optional_input_path,
+    )
     freeze: tuple[str, ...] = option(
         "Freeze the layers that match this pattern, e.g. 'downsamples.*'; repeatable.",
         default=(),

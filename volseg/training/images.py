@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,11 @@ from volseg.errors import VolsegError
 from volseg.evaluation.classes import SCORES, Score
 from volseg.inference.images import predict_outputs, to_predictions
 from volseg.io.prepared_images import ImageSet
-from volseg.networks import build_images, copy_weights
+from volseg.networks import build_images, copy_weights, unique_tensors
 from volseg.networks.image_network import ImageNetwork
 from volseg.recipe.classification import CLASSES, LABELS, NUMBER, ClassifyRecipe
 from volseg.recipe.section import closed
+from volseg.training.compress import Distillation
 from volseg.training.image_batches import ImageBatches, class_weights
 from volseg.training.image_losses import ImageCriterion, make_loss
 from volseg.training.objective import Optimisation, ParameterGroup, Total
@@ -38,12 +40,14 @@ class ImageObjective:
 
     Args:
         starts_trained: the network starts from given weights, so that its base may be frozen.
+        teachers: networks whose mean output it learns besides the targets.
     """
 
     training: ImageSet
     validation_images: ImageSet
     recipe: ClassifyRecipe
     starts_trained: bool = False
+    teachers: Sequence[ImageNetwork] = ()
 
     @property
     def _score(self) -> Score:
@@ -64,7 +68,16 @@ class ImageObjective:
     def identity(self) -> Sequence[Any]:
         cases = [*self.training.cases, *self.validation_images.cases]
         keys = [[case.id, case.sha256, case.target] for case in cases]
-        return [self.recipe.sha256, keys, len(self.training), self.starts_trained]
+        return [self.recipe.sha256, keys, len(self.training), self.starts_trained, self._teaching()]
+
+    def _teaching(self) -> str:
+        """Return a hash of the teachers' weights, empty without teachers."""
+        if not self.teachers:
+            return ""
+        digest = hashlib.sha256()
+        for tensor in (t for network in self.teachers for t in unique_tensors(network).values()):
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def network(self) -> ImageNetwork:
         network = build_images(self.recipe)
@@ -89,12 +102,19 @@ class ImageObjective:
 
     def batches(
         self, seed: int, device: torch.device, *, rank: int = 0, ranks: int = 1
-    ) -> ImageBatches:
+    ) -> ImageBatches | TaughtBatches:
         assert ranks == 1, "images are trained on one device"
         targets = target_array(self.training, self.recipe)
-        return ImageBatches(self.training, targets, self.recipe, seed=seed, device=device)
+        batches = ImageBatches(self.training, targets, self.recipe, seed=seed, device=device)
+        return TaughtBatches(batches, self.teachers, device) if self.teachers else batches
 
-    def loss(self, total: Total | None) -> ImageCriterion:
+    def loss(self, total: Total | None) -> nn.Module:
+        supervised = self._supervised()
+        if not self.teachers:
+            return supervised
+        return TaughtLoss(Distillation(kind=closed(self.recipe.data.kind), supervised=supervised))
+
+    def _supervised(self) -> ImageCriterion:
         weights, train = None, self.recipe.train
         if train.balance == "weights":
             weights = class_weights(target_array(self.training, self.recipe))
@@ -117,8 +137,8 @@ class ImageObjective:
 
     def validation_loss(self, rows: Sequence[Outputs]) -> float:
         (outputs,) = rows
-        loss = self.loss(None)(torch.from_numpy(outputs.logits), torch.from_numpy(outputs.targets))
-        return float(loss)
+        logits, targets = torch.from_numpy(outputs.logits), torch.from_numpy(outputs.targets)
+        return float(self._supervised()(logits, targets))
 
     def metrics(self, rows: Sequence[Outputs]) -> Mapping[str, Any]:
         score = self.score(rows)
@@ -144,6 +164,49 @@ class ImageObjective:
             fix="lower train.batch_size or images.pixels in the recipe",
             code="E_BUDGET",
         )
+
+
+class TaughtBatches:
+    """Batches whose targets are followed by the teachers' mean output for the same images."""
+
+    def __init__(
+        self, batches: ImageBatches, teachers: Sequence[ImageNetwork], device: torch.device
+    ) -> None:
+        self._batches = batches
+        self._teachers = [teacher.to(device).eval() for teacher in teachers]
+
+    @property
+    def waited(self) -> float:
+        return self._batches.waited
+
+    def __enter__(self) -> TaughtBatches:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def at(self, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return images and (n, 2 × outputs) targets with outputs of the teachers."""
+        return [
+            (images, self._taught(images, targets)) for images, targets in self._batches.at(step)
+        ]
+
+    @torch.no_grad()
+    def _taught(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        outputs = torch.stack([teacher(images).float() for teacher in self._teachers]).mean(0)
+        return torch.cat([targets, outputs], dim=1)
+
+
+class TaughtLoss(nn.Module):
+    """The loss of a student, whose targets are followed by the teachers' outputs."""
+
+    def __init__(self, distillation: Distillation) -> None:
+        super().__init__()
+        self._distillation = distillation
+
+    def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        n = outputs.shape[1]
+        return self._distillation(outputs, targets[:, n:], targets[:, :n])
 
 
 class ImageValidation:
