@@ -267,8 +267,9 @@ def test_all_296_tensors_of_lite0_fit_and_it_knows_a_cat_and_a_coffee():
     with torch.inference_mode():
         cat = network(scaled(square(skimage_data.chelsea()), file.scaling)).softmax(1)[0]
         coffee = network(scaled(square(skimage_data.coffee()), file.scaling)).softmax(1)[0]
-    assert float(cat[[tabby, tiger_cat, egyptian]].sum()) > 0.8
-    assert int(coffee.argmax()) == espresso and float(coffee[espresso]) > 0.85
+    # As the package of the weights predicts; symmetric padding gives other numbers.
+    assert float(cat[[tabby, tiger_cat, egyptian]].sum()) == pytest.approx(0.89, abs=0.005)
+    assert float(coffee[espresso]) == pytest.approx(0.94, abs=0.005)
 
 
 def test_lite0_still_sees_a_cat_in_one_grey_channel():
