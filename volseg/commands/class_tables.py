@@ -296,7 +296,8 @@ class TruthTable:
 
     def limited_to(self, names: Sequence[str]) -> TruthTable:
         """Return the table of some of its cases."""
-        index = [self.names.index(name) for name in names]
+        place = {name: number for number, name in enumerate(self.names)}
+        index = [place[name] for name in names]
         return TruthTable(
             reference=self.reference,
             predicted=self.predicted,
