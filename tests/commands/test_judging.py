@@ -213,6 +213,23 @@ def test_operating_points_of_the_model_are_judged(folder):
     )
 
 
+def test_rates_at_an_operating_point_have_intervals(folder):
+    point = OperatingPoint("youden", "malignant", 0.4, 0.9, 0.9)
+    elsewhere = OperatingPoint("youden", "of another model", 0.4, 0.9, 0.9)
+    content = {"operating_points": [asdict(point), asdict(elsewhere)]}
+    (folder / "one" / "run.json").write_text(json.dumps(content))
+    of_class = judge(folder).summary["metrics_by_class"]["malignant"]
+    targets, p, _ = class_rows(0)
+    called = p[:, 1] >= 0.4
+    for kind, expected in (
+        ("precision", (targets[called] == 1).mean()),
+        ("accuracy", (called == (targets == 1)).mean()),
+    ):
+        entry = of_class[f"{kind} at youden"]
+        assert entry["value"] == pytest.approx(expected)
+        assert entry["value_95"][0] < expected < entry["value_95"][1]
+
+
 def test_several_labels_at_once(tmp_path):
     rng = np.random.default_rng(0)
     truth = rng.random((40, 3)) < 0.4
