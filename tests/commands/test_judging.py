@@ -189,6 +189,19 @@ def test_subgroups_and_a_second_model(folder):
     assert difference["value_95"][0] > 0 and difference["p_value"] < 0.05
 
 
+def test_the_target_that_the_results_state_is_used(folder):
+    file = folder / "data" / "cases.csv"
+    lines = file.read_text(encoding="utf-8").splitlines()
+    second = [f"{lines[0]},second reader"]
+    second += [f"{line},{line.split(',')[3]}" for line in lines[1:]]
+    file.write_text("\n".join(second), encoding="utf-8")
+    with pytest.raises(VolsegError, match="diagnosis, second reader all fit"):
+        judge(folder)
+    (folder / "one" / "run.json").write_text(json.dumps({"target": "second reader"}))
+    assert judge(folder).summary["target"] == "second reader"
+    assert judge(folder, target="diagnosis").summary["target"] == "diagnosis"
+
+
 def test_the_order_of_classes_and_rows_of_the_second_model_does_not_matter(folder):
     for name in ("one", "two"):  # fewer cases: only the pairing is tested
         names, rows = read_class_rows(folder / name / "classes.csv")
