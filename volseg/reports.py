@@ -485,7 +485,7 @@ class EvaluateReport(RunReport):
         return f"{text}, mean Dice {dice:.3f}{between}"
 
     def _shown_table(self) -> DataFrame:
-        return self.evaluation
+        return self.metrics if "headline" in self.summary else self.evaluation
 
     def as_json(self) -> dict[str, Any]:
         content = RunReport.as_json(self)

@@ -189,6 +189,19 @@ def test_subgroups_and_a_second_model(folder):
     assert difference["value_95"][0] > 0 and difference["p_value"] < 0.05
 
 
+def test_the_target_that_the_results_state_is_used(folder):
+    file = folder / "data" / "cases.csv"
+    lines = file.read_text(encoding="utf-8").splitlines()
+    second = [f"{lines[0]},second reader"]
+    second += [f"{line},{line.split(',')[3]}" for line in lines[1:]]
+    file.write_text("\n".join(second), encoding="utf-8")
+    with pytest.raises(VolsegError, match="diagnosis, second reader all fit"):
+        judge(folder)
+    (folder / "one" / "run.json").write_text(json.dumps({"target": "second reader"}))
+    assert judge(folder).summary["target"] == "second reader"
+    assert judge(folder, target="diagnosis").summary["target"] == "diagnosis"
+
+
 def test_the_order_of_classes_and_rows_of_the_second_model_does_not_matter(folder):
     for name in ("one", "two"):  # fewer cases: only the pairing is tested
         names, rows = read_class_rows(folder / name / "classes.csv")
@@ -211,6 +224,23 @@ def test_operating_points_of_the_model_are_judged(folder):
     assert of_class["specificity at youden"]["value"] == pytest.approx(
         (~called[targets != 1]).mean()
     )
+
+
+def test_rates_at_an_operating_point_have_intervals(folder):
+    point = OperatingPoint("youden", "malignant", 0.4, 0.9, 0.9)
+    elsewhere = OperatingPoint("youden", "of another model", 0.4, 0.9, 0.9)
+    content = {"operating_points": [asdict(point), asdict(elsewhere)]}
+    (folder / "one" / "run.json").write_text(json.dumps(content))
+    of_class = judge(folder).summary["metrics_by_class"]["malignant"]
+    targets, p, _ = class_rows(0)
+    called = p[:, 1] >= 0.4
+    for kind, expected in (
+        ("precision", (targets[called] == 1).mean()),
+        ("accuracy", (called == (targets == 1)).mean()),
+    ):
+        entry = of_class[f"{kind} at youden"]
+        assert entry["value"] == pytest.approx(expected)
+        assert entry["value_95"][0] < expected < entry["value_95"][1]
 
 
 def test_several_labels_at_once(tmp_path):

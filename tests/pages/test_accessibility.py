@@ -3,14 +3,21 @@
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from browser_visits import Visit
 from hostile_pages import lesion, page_of, report_of_all_states, scene
 from two_scans import changes_of, two_scans
 
+from volseg.evaluation.bootstrap import Resampling
+from volseg.evaluation.class_intervals import Judged, metric_rows
+from volseg.evaluation.class_rows import JudgedRow
+from volseg.evaluation.classes import ClassPredictions
 from volseg.measurement.rows import CaseRow
 from volseg.pages.about import About
 from volseg.pages.change_page import change_page_html
+from volseg.pages.classification_figures import confusion_png
+from volseg.pages.judgement_page import Content, judgement_html
 from volseg.pages.montage import montage_jpeg
 from volseg.pages.run_page import run_page
 from volseg.volume import Rigid
@@ -28,15 +35,39 @@ def pages(tmp_path_factory):
         "report": report_of_all_states(),
         "viewer": page_of(scan, ids, rows),
         "compare": change_page_html(two, changes_of(two), patient="p"),
+        "classes": judged_page(),
     }
     for name, text in texts.items():
         (folder / f"{name}.html").write_text(text, encoding="utf-8")
     return folder
 
 
+def judged_page():
+    """Return the page of a few judged cases, with names that look like code."""
+    rng, names = np.random.default_rng(0), ["<b>benign</b>", "a long name of a class " * 4, "c"]
+    targets = np.arange(30) % 3
+    table = rng.dirichlet(np.ones(3), 30)
+    judged = Judged(ClassPredictions(table, targets, names), range(30), "<script>net</script>")
+    cases = [
+        JudgedRow(
+            case_id=f"case_{n}", patient=f"p{n}", reference=names[target], is_right=n % 2 == 0
+        )
+        for n, target in enumerate(targets)
+    ]
+    failed = JudgedRow(case_id="x", patient="x", status="failed", reason="E_READ: <i>cut off</i>")
+    content = Content(
+        sentence="volseg judged 30 cases.",
+        cases=[*cases, failed],
+        metrics=metric_rows(judged, resampling=Resampling(n_resamples=50)),
+        pictures={"confusion.png": confusion_png(judged.predictions)},
+        remarks=["W_PATIENT: <u>30 cases</u> without a patient"],
+    )
+    return judgement_html(About(command="evaluate"), content)
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["report", "viewer", "compare"])
+@pytest.mark.parametrize("name", ["report", "viewer", "compare", "classes"])
 def test_controls_have_names_text_has_contrast_and_nothing_is_wider_than_the_window(
     name, scheme, pages, browser
 ):

@@ -140,7 +140,8 @@ class Predicted:
     Args:
         path: of the table. classes: names in order; empty for numbers.
         rows: case id → row of each case that was predicted. failed: case id → reason.
-        points: the operating points of the model, if run.json states them.
+        points: the operating points of the model, if run.json states them (`operating_points`).
+        target: what it predicts, if run.json states it (`target`).
     """
 
     path: Path
@@ -149,6 +150,7 @@ class Predicted:
     rows: Mapping[str, Any]  # ClassRow or ValueRow
     failed: Mapping[str, str]
     points: Sequence[OperatingPoint] = ()
+    target: str | None = None
 
     @classmethod
     def of(cls, path: Path) -> Predicted:
@@ -177,6 +179,7 @@ class Predicted:
                 fix="give the results of `volseg infer` with a classifier",
                 code="E_DATASET",
             ) from error
+        run = _run_of(file.parent)
         reasons = {row.case_id: _failure(row, len(classes)) for row in rows}
         failed = {name: reason for name, reason in reasons.items() if reason}
         return cls(
@@ -185,7 +188,8 @@ class Predicted:
             classes=classes,
             rows={row.case_id: row for row in rows if row.case_id not in failed},
             failed=failed,
-            points=_points(file.parent / "run.json"),
+            points=_points(run),
+            target=stated if isinstance(stated := run.get("target"), str) else None,
         )
 
     @property
@@ -220,6 +224,8 @@ class TruthTable:
         Raises:
             VolsegError: no case has both a truth and a prediction.
         """
+        if target is None and predicted.target in reference.columns:
+            target = predicted.target
         column = reference.target(target, predicted.classes)
         common = [name for name in reference.cells if name in predicted.rows]
         cells = {name: reference.cells[name].get(column, "") for name in common}
@@ -296,7 +302,8 @@ class TruthTable:
 
     def limited_to(self, names: Sequence[str]) -> TruthTable:
         """Return the table of some of its cases."""
-        index = [self.names.index(name) for name in names]
+        place = {name: number for number, name in enumerate(self.names)}
+        index = [place[name] for name in names]
         return TruthTable(
             reference=self.reference,
             predicted=self.predicted,
@@ -403,9 +410,18 @@ def _index_of(text: str, classes: Sequence[str]) -> int | None:
     return next((n for n, name in enumerate(classes) if _number(name) == number), None)
 
 
-def _points(path: Path) -> list[OperatingPoint]:
-    """Return the operating points that run.json of the results states, if any."""
+def _run_of(folder: Path) -> Mapping[str, Any]:
+    """Return the content of run.json of the results; empty if there is none."""
     try:
-        return [OperatingPoint.of_json(entry) for entry in read_json(path)["operating_points"]]
-    except (OSError, ValueError, KeyError, TypeError):
+        content = read_json(folder / "run.json")
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _points(run: Mapping[str, Any]) -> list[OperatingPoint]:
+    """Return the operating points that run.json states, if any."""
+    try:
+        return [OperatingPoint.of_json(entry) for entry in run.get("operating_points", ())]
+    except (ValueError, KeyError, TypeError):
         return []

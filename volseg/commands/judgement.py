@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,11 +23,25 @@ from volseg.options import EvaluateOptions
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Judgement:
-    """What came out: the metrics, and all that its tables, figures and page say."""
+    """What came out: the metrics, and all that its tables, figures and page say.
+
+    Args:
+        judged_rows: of evaluation.csv, for the judged cases.
+    """
 
     truth: TruthTable
     judged: Judged
     metrics: Sequence[MetricRow]
+    judged_rows: Sequence[JudgedRow]
+
+    @classmethod
+    def of(cls, truth: TruthTable, judged: Judged, metrics: Sequence[MetricRow]) -> Judgement:
+        return cls(
+            truth=truth,
+            judged=judged,
+            metrics=metrics,
+            judged_rows=list(_judged_rows(truth, judged)),
+        )
 
     @property
     def case_rows(self) -> list[JudgedRow]:
@@ -44,18 +58,7 @@ class Judgement:
             )
             for name, reason in self.truth.predicted.failed.items()
         ]
-        return [*self._judged_rows(), *failed]
-
-    def _judged_rows(self) -> Iterator[JudgedRow]:
-        p = self.judged.predictions
-        for number, (name, row) in enumerate(zip(self.truth.names, self.truth.rows, strict=True)):
-            facts = _number_facts(p, number, row)
-            if isinstance(p, ClassPredictions):
-                facts = _class_facts(p, number, row)
-            patient = self.truth.patient_of(name) or name
-            values = {"case_id": name, "patient": patient, "status": "done"}
-            values["out_of_distribution"] = row.out_of_distribution
-            yield row_of(JudgedRow, values | facts)
+        return [*self.judged_rows, *failed]
 
     def rows_of(self, metric: str, *, average: str = "", class_name: str = "") -> list[MetricRow]:
         """Return the rows of a metric over all cases, of the one model."""
@@ -139,7 +142,7 @@ class Judgement:
 
     def _covered(self) -> dict[str, Any] | None:
         """Return how many intervals contain the true number; None if the model states none."""
-        covered = [row.is_covered for row in self._judged_rows() if row.is_covered is not None]
+        covered = [row.is_covered for row in self.judged_rows if row.is_covered is not None]
         if not covered:
             return None
         widths = [
@@ -160,7 +163,7 @@ class Judgement:
 
     def _unusual(self) -> dict[str, Any] | None:
         """Return how many cases were flagged, and the errors among them and among the others."""
-        rows = [row for row in self._judged_rows() if row.out_of_distribution is not None]
+        rows = [row for row in self.judged_rows if row.out_of_distribution is not None]
         if not rows:
             return None
         flagged = [row for row in rows if row.out_of_distribution]
@@ -208,36 +211,55 @@ class Judgement:
         return {name: picture for name, picture in drawn.items() if picture is not None}
 
 
-def _class_facts(p: ClassPredictions, number: int, row: Any) -> dict[str, Any]:
-    """Return the columns of a case of classes."""
-    truth, decided = p.truth[number], p.decided[number]
-    names, is_open = list(p.names), None
-    if row.confidence_set:
-        is_open = np.isin(names, split_names(row.confidence_set))
-    single = None if p.is_multilabel else float(p.probabilities[number][truth][0])
-    return {
-        "reference": joined([names[n] for n in np.flatnonzero(truth)]),
-        "predicted": joined([names[n] for n in np.flatnonzero(decided)]),
-        "is_right": bool((truth == decided).all()),
-        "reference_probability": single,
-        "is_covered": None if is_open is None else bool(is_open[truth].all()),
-    }
+def _judged_rows(truth: TruthTable, judged: Judged) -> Iterator[JudgedRow]:
+    p = judged.predictions
+    facts_of = _class_facts(p) if isinstance(p, ClassPredictions) else _number_facts(p)
+    for number, (name, row) in enumerate(zip(truth.names, truth.rows, strict=True)):
+        patient = truth.patient_of(name) or name
+        values = {"case_id": name, "patient": patient, "status": "done"}
+        values["out_of_distribution"] = row.out_of_distribution
+        yield row_of(JudgedRow, values | facts_of(number, row))
 
 
-def _number_facts(p: Any, number: int, row: Any) -> dict[str, Any]:
-    """Return the columns of a case of numbers; empty for classes."""
-    if isinstance(p, ClassPredictions):
-        return {}
-    true, predicted = float(p.targets[number]), float(p.predicted[number])
-    is_covered = None
-    if row.value_low is not None and row.value_high is not None:
-        is_covered = row.value_low <= true <= row.value_high
-    return {
-        "reference": f"{true:.10g}",
-        "predicted": f"{predicted:.10g}",
-        "error": predicted - true,
-        "is_covered": is_covered,
-    }
+Facts = Callable[[int, Any], dict[str, Any]]
+
+
+def _class_facts(p: ClassPredictions) -> Facts:
+    """Return the function from a case of classes to its columns."""
+    names, truth, decided = list(p.names), p.truth, p.decided
+
+    def facts(number: int, row: Any) -> dict[str, Any]:
+        is_true, is_open = truth[number], None
+        if row.confidence_set:
+            is_open = np.isin(names, split_names(row.confidence_set))
+        single = None if p.is_multilabel else float(p.probabilities[number][is_true][0])
+        return {
+            "reference": joined([names[n] for n in np.flatnonzero(is_true)]),
+            "predicted": joined([names[n] for n in np.flatnonzero(decided[number])]),
+            "is_right": bool((is_true == decided[number]).all()),
+            "reference_probability": single,
+            "is_covered": None if is_open is None else bool(is_open[is_true].all()),
+        }
+
+    return facts
+
+
+def _number_facts(p: NumberPredictions) -> Facts:
+    """Return the function from a case of numbers to its columns."""
+
+    def facts(number: int, row: Any) -> dict[str, Any]:
+        true, predicted = float(p.targets[number]), float(p.predicted[number])
+        is_covered = None
+        if row.value_low is not None and row.value_high is not None:
+            is_covered = row.value_low <= true <= row.value_high
+        return {
+            "reference": f"{true:.10g}",
+            "predicted": f"{predicted:.10g}",
+            "error": predicted - true,
+            "is_covered": is_covered,
+        }
+
+    return facts
 
 
 def _mean_success(rows: Sequence[JudgedRow]) -> Value:

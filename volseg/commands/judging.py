@@ -101,7 +101,7 @@ def _judge(truth: TruthTable, options: EvaluateOptions) -> Judgement:
         options.progress("Judging", 1 - 1 / n_steps, "against the other model")
         metrics += _differences(truth, Predicted.of(options.against))
     options.progress("Judging", 1.0, "")
-    return Judgement(truth=truth, judged=judged, metrics=metrics)
+    return Judgement.of(truth, judged, metrics)
 
 
 def _differences(truth: TruthTable, other: Predicted) -> list[MetricRow]:
@@ -119,7 +119,8 @@ def _differences(truth: TruthTable, other: Predicted) -> list[MetricRow]:
             code="E_DATASET",
         )
     theirs = TruthTable.of(truth.reference, replace(other, classes=ours.classes), truth.target)
-    shared = [name for name in truth.names if name in set(theirs.names)]
+    common = set(theirs.names)
+    shared = [name for name in truth.names if name in common]
     if not shared:
         raise VolsegError(
             f"{other.path}: has no case of {ours.path}",

@@ -167,7 +167,7 @@ def _p_value(differences: np.ndarray) -> float:
     """Return the two-sided p-value that a difference is 0, from its resamples."""
     differences = differences[np.isfinite(differences)]
     fewer = min(np.count_nonzero(differences <= 0), np.count_nonzero(differences >= 0))
-    return min(1.0, 2 * (1 + fewer) / (1 + differences.size))
+    return float(min(1.0, 2 * (1 + fewer) / (1 + differences.size)))
 
 
 def _evaluated(statistics: Statistics, rows: Iterator[np.ndarray]) -> dict[str, np.ndarray]:

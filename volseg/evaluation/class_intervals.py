@@ -171,9 +171,10 @@ def subgroup_rows(
 def operating_rows(
     judged: Judged, points: Sequence[OperatingPoint], *, resampling: Resampling | None = None
 ) -> list[MetricRow]:
-    """Return sensitivity and specificity at thresholds that were chosen on other cases.
+    """Return rates at thresholds that were chosen on other cases.
 
-    The metric is called after the point, such as `sensitivity at youden`. Points of classes that
+    They are sensitivity, specificity, precision and accuracy of the class against all others, and
+    are called after the point, such as `sensitivity at youden`. Points of classes that
     these predictions lack are left out.
     """
     p = judged.predictions
@@ -183,13 +184,14 @@ def operating_rows(
     for point in (point for point in points if point.class_name in p.names):
         number = list(p.names).index(point.class_name)
         truth, called = p.truth[:, number], point.decide(p.probabilities[:, number])
+        names = {kind: f"{kind} at {point.name}" for kind in RATES}
         estimates = bootstrap(
-            _rates_at(point, truth, called),
+            _rates_at(names, truth, called),
             judged.patients,
-            bounds={f"{kind} at {point.name}": FRACTION for kind in ("sensitivity", "specificity")},
+            bounds=dict.fromkeys(names.values(), FRACTION),
             n_relevant={
-                f"sensitivity at {point.name}": _n_patients(truth, judged.patients),
-                f"specificity at {point.name}": _n_patients(~truth, judged.patients),
+                names[kind]: _n_patients(RELEVANT[kind](truth, called)[0], judged.patients)
+                for kind in RATES
             },
             resampling=resampling,
         )
@@ -200,12 +202,19 @@ def operating_rows(
     return rows
 
 
-def _rates_at(point: OperatingPoint, truth: np.ndarray, called: np.ndarray) -> Statistics:
+RATES = ("sensitivity", "specificity", "precision", "accuracy")
+
+
+def _rates_at(names: Mapping[str, str], truth: np.ndarray, called: np.ndarray) -> Statistics:
     def statistics(weights: np.ndarray) -> dict[str, np.ndarray]:
-        return {
-            f"sensitivity at {point.name}": ratio(weights @ (truth & called), weights @ truth),
-            f"specificity at {point.name}": ratio(weights @ ~(truth | called), weights @ ~truth),
-        }
+        hits, total = weights @ (truth & called), weights.sum(axis=1)
+        rates = (
+            ratio(hits, weights @ truth),
+            ratio(weights @ ~(truth | called), weights @ ~truth),
+            ratio(hits, weights @ called),
+            ratio(weights @ (truth == called), total),
+        )
+        return {names[kind]: rate for kind, rate in zip(RATES, rates, strict=True)}
 
     return statistics
 

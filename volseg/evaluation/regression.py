@@ -19,12 +19,10 @@ class NumberPredictions:
 
     Args:
         predicted, targets: (n,) float64, finite.
-        unit: of both, such as years; for messages and figures.
     """
 
     predicted: np.ndarray
     targets: np.ndarray
-    unit: str = ""
 
     def __post_init__(self) -> None:
         for name in ("predicted", "targets"):

@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from operator import attrgetter
 from pathlib import Path
 from types import NoneType
@@ -144,8 +145,13 @@ def typed_row(row_type: type[Row], cells: Mapping[str, str]) -> Row:
     Raises:
         ValueError: a cell does not have the type of its column.
     """
-    hints = get_type_hints(row_type)
+    hints = _hints(row_type)
     return row_type(**{name: _value(hint, cells.get(name, "")) for name, hint in hints.items()})
+
+
+@cache
+def _hints(row_type: type) -> dict[str, Any]:
+    return get_type_hints(row_type)
 
 
 def _value(hint: Any, text: str) -> Any:
