@@ -1,4 +1,5 @@
 # make demo   own virtual environment, install, then the main job on sample_data/
+# make demo-classify  train a classifier on drawn images, and judge it on others
 # make test   the test suite          make lint   ruff, pyright, import-linter
 # make docs   write docs/columns.md, docs/options.md, docs/api.md
 # make pictures  the pictures of README.md
@@ -9,10 +10,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint docs pictures bench clean
+.PHONY: demo demo-classify test lint docs pictures bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/python sample_data/demo.py --out demo_results
+
+demo-classify: $(INSTALLED)
+	$(BIN)/python sample_data/demo_classify.py --out demo_classify_results
 
 # A process per core, of one thread each: more threads than cores wait for each other.
 test: $(INSTALLED)
@@ -44,4 +48,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo_results
+	rm -rf $(VENV) demo_results demo_classify_results
