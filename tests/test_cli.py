@@ -191,7 +191,7 @@ def test_a_file_in_place_of_the_output_folder_is_exit_code_2(model, dataset, tmp
     scan = dataset / "images" / "scan_0.nii.gz"
     done = run("infer", scan, "--model", model, "--out", tmp_path / "file")
     assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1 and "[E_EXISTS]" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and "error: E_EXISTS: " in done.stderr
 
 
 def test_cuda_where_there_is_none_is_exit_code_5(model, dataset, tmp_path):

@@ -2,11 +2,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 from volseg.commands import check
 from volseg.errors import VolsegError
-from volseg.networks import build_network
-from volseg.recipe import load_recipe, parse_recipe, shipped_recipes
+from volseg.networks import build_images, build_network
+from volseg.recipe import load_any_recipe, load_recipe, parse_recipe, shipped_recipes
 from volseg.recipe.write import recipe_text
 
 PIPELINES = Path(__file__).parents[1] / "pipelines"
@@ -34,11 +35,14 @@ def test_the_shipped_recipes_are_those_of_the_folder():
 
 @pytest.mark.parametrize("path", sorted(PIPELINES.glob("*.toml")), ids=lambda path: path.stem)
 def test_a_shipped_recipe_can_be_used_and_starts_with_its_command(path):
-    recipe = load_recipe(path)
+    recipe = load_any_recipe(path)
     assert recipe.name == path.stem
     assert path.read_text().startswith("# volseg train ")
     assert f"--recipe {recipe.name} " in path.read_text().splitlines()[0]
     assert check(path) == []
+    if recipe.task == "classify":
+        assert build_images(recipe)(torch.zeros(2, 1, 28, 28)).shape == (2, recipe.data.n_outputs)
+        return
     network = build_network(
         recipe.network.name, in_channels=1, out_channels=2, **recipe.network.settings
     )

@@ -538,7 +538,7 @@ def test_a_full_disk_under_stdout_is_exit_code_5_and_one_line(arguments):
         assert done.returncode == 5, done.stderr
         assert len(done.stderr.strip().splitlines()) == 1
         assert done.stderr.startswith(
-            "error: [E_STDOUT] stdout cannot be written (No space left on device); to fix:"
+            "error: E_STDOUT: stdout cannot be written (No space left on device); to fix:"
         )
 
 
@@ -655,7 +655,7 @@ def test_figures_are_drawn_with_any_backend_in_the_environment(tmp_path):
 @pytest.mark.parametrize(
     ("number", "kinds"),
     [
-        (6, ["model.json", "dataset.json of scans", "label names"]),
+        (10, ["model.json", "dataset.json of scans", "label names"]),
         pytest.param(250, [], marks=pytest.mark.slow),
     ],
     ids=["some", "many"],

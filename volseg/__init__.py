@@ -1,7 +1,8 @@
 """volseg turns 3D CT, MR and PET scans into lesions, and lesions into numbers for a study.
 
 The commands of the command line are functions here: `cases`, `plan`, `preprocess`, `train`,
-`infer`, `measure`, `evaluate`, `compare`, `report`, `quantise`, `check` and `import_nnunet`.
+`pretrain`, `infer`, `measure`, `evaluate`, `compare`, `report`, `quantise`, `check` and
+`import_nnunet`.
 `segment` and `measure_mask` do the same with a scan in memory and write no file; `load_model` loads
 a model once. `read_table` reads tables as data frames, `read_volume`, `read_mask` and
 `write_volume` scans and masks. A problem that you can fix is a `VolsegError`.
@@ -28,6 +29,7 @@ __all__ = [
     "measure_mask",
     "plan",
     "preprocess",
+    "pretrain",
     "quantise",
     "read_mask",
     "read_table",
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
         measure_mask,
         plan,
         preprocess,
+        pretrain,
         quantise,
         read_mask,
         read_table,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,6 +28,7 @@ from volseg.recipe import Preprocess, Recipe, Roi, Text, listed, parse_recipe, v
 from volseg.words import format_count, format_sizes
 
 FORMAT_VERSION = 2
+DESCRIPTION = "model.json"
 SHIPPED = "lung_nodule_ct"
 BEST_OF_RUN = (
     "The weights are those of the run that were best on validation cases, "
@@ -120,12 +122,7 @@ def save_bundle(bundle: ModelBundle, folder: Path) -> ModelBundle:
     without it is not a model.
     """
     make_folder(folder)
-    hashes = {}
-    for name, tensors in bundle.weights.items():
-        stored = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        content = save_tensors(stored)
-        hashes[name] = hashlib.sha256(content).hexdigest()
-        write_bytes_atomic(folder / f"{name}.safetensors", content)
+    hashes = write_weights(folder, bundle.weights)
     write_bytes_atomic(folder / "card.md", model_card(bundle).encode())
     description = {
         "format_version": FORMAT_VERSION,
@@ -134,18 +131,35 @@ def save_bundle(bundle: ModelBundle, folder: Path) -> ModelBundle:
         "fingerprint": bundle.fingerprint.model_dump(mode="json"),
         "metrics": dict(bundle.metrics),
         "origin": dict(bundle.origin),
-        "versions": {"volseg": __version__, "torch": torch.__version__.split("+")[0]},
+        "versions": current_versions(),
         "weights_sha256": hashes,
     }
-    write_json_atomic(folder / "model.json", description)
+    write_json_atomic(folder / DESCRIPTION, description)
     return load_bundle(folder)
+
+
+def write_weights(
+    folder: Path, weights: Mapping[str, Mapping[str, torch.Tensor]]
+) -> dict[str, str]:
+    """Write a safetensors file per network; return name → SHA-256."""
+    hashes = {}
+    for name, tensors in weights.items():
+        stored = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        content = save_tensors(stored)
+        hashes[name] = hashlib.sha256(content).hexdigest()
+        write_bytes_atomic(folder / f"{name}.safetensors", content)
+    return hashes
+
+
+def current_versions() -> dict[str, str]:
+    return {"volseg": __version__, "torch": torch.__version__.split("+")[0]}
 
 
 def bundle_files(networks: Iterable[str]) -> list[str]:
     """Return the paths in a model folder of all files of these networks, with OpenVINO's."""
     names = list(networks)
     weights = [f"{name}.safetensors" for name in names]
-    return ["model.json", "card.md", *weights, *exported_files(names, "fp32")]
+    return [DESCRIPTION, "card.md", *weights, *exported_files(names, "fp32")]
 
 
 def exported_files(networks: Iterable[str], precision: str) -> list[str]:
@@ -160,22 +174,50 @@ def load_bundle(folder: Path) -> ModelBundle:
     Raises:
         VolsegError: not a bundle, made by a newer volseg, or the weights were changed.
     """
-    description_path = folder / "model.json"
-    try:
-        text = read_bytes(description_path, max_bytes=MAX_TEXT_BYTES)
-        content = parse_json(text)
-        _check_version(content, folder)
+    with reading_model(folder, _Description):
+        content, digest = read_description(folder)
+        if content.get("recipe", {}).get("task") == "classify":
+            raise VolsegError(
+                f"{folder}: is a model that classifies images, and one that segments is needed",
+                fix="give a model trained on scans and masks",
+                code="E_TASK",
+            )
         description = _Description.model_validate(content)
         return ModelBundle(
-            recipe=_closed_recipe(description.recipe, where=str(description_path)),
+            recipe=_closed_recipe(description.recipe, where=str(folder / DESCRIPTION)),
             fingerprint=description.fingerprint,
-            weights=_StoredWeights(folder, description.weights_sha256),
+            weights=StoredWeights(folder, description.weights_sha256),
             metrics=description.metrics,
             versions=description.versions,
             origin=description.origin,
             reasons=description.reasons,
-            sha256=hashlib.sha256(text).hexdigest(),
+            sha256=digest,
         )
+
+
+def read_description(folder: Path) -> tuple[dict[str, Any], str]:
+    """Return the content of model.json, and its hash.
+
+    Raises:
+        OSError, ValueError, VolsegError: it cannot be read, or its version is another.
+    """
+    text = read_bytes(folder / DESCRIPTION, max_bytes=MAX_TEXT_BYTES)
+    content = parse_json(text)
+    _check_version(content, folder)
+    if not isinstance(content, dict) or not isinstance(content.get("recipe"), dict):
+        raise ValueError("it has no recipe")
+    return content, hashlib.sha256(text).hexdigest()
+
+
+@contextmanager
+def reading_model(folder: Path, description: type[BaseModel]) -> Iterator[None]:
+    """Turn the errors of reading a model folder into a VolsegError.
+
+    Args:
+        description: the model of the content of model.json.
+    """
+    try:
+        yield
     except OSError as error:
         name = Path(error.filename or folder).name
         raise VolsegError(
@@ -186,9 +228,9 @@ def load_bundle(folder: Path) -> ModelBundle:
     except ValueError as error:
         reason = str(error)
         if isinstance(error, ValidationError):
-            reason = listed(validation_messages(error, _Description))
+            reason = listed(validation_messages(error, description))
         raise VolsegError(
-            f"{description_path}: damaged ({reason})", fix="copy the model again", code="E_CKPT"
+            f"{folder / DESCRIPTION}: damaged ({reason})", fix="copy the model again", code="E_CKPT"
         ) from error
 
 
@@ -338,7 +380,7 @@ def _show(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-class _StoredWeights(Mapping[str, Mapping[str, torch.Tensor]]):
+class StoredWeights(Mapping[str, Mapping[str, torch.Tensor]]):
     """Weights that are read from their files on access; OpenVINO files make this unnecessary.
 
     Raises:

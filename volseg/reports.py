@@ -241,6 +241,48 @@ class CasesReport(RunReport):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class ImagesReport(RunReport):
+    """What `infer` did with images.
+
+    Args:
+        coverage: of the confidence sets or intervals in the table.
+    """
+
+    files: ClassVar[tuple[str, ...]] = ("classes.csv", "values.csv", "run.json", "report.html")
+
+    coverage: float
+
+    @property
+    def classes(self) -> DataFrame:
+        """classes.csv: a row per image, with the probability of each class."""
+        return self._read_table("classes.csv")
+
+    @property
+    def values(self) -> DataFrame:
+        """values.csv: a row per image, with the predicted number and its interval."""
+        return self._read_table("values.csv")
+
+    @property
+    def outcome(self) -> str:
+        images = format_count(len(self.done) + len(self.kept), "image")
+        try:
+            frame = self._shown_table()
+        except VolsegError:  # the folder was moved or changed
+            return images
+        if "class_name" not in frame:
+            return images
+        counts = frame["class_name"].dropna().value_counts()
+        listed = format_list([f"{n} {name}" for name, n in counts.items()], MAX_LINES)
+        return f"{images}: {listed}" if listed else images
+
+    def _shown_table(self) -> DataFrame:
+        """Return the rows of the images of this call."""
+        frame = self.classes if "classes" in self.paths else self.values
+        names = [*self.done, *self.kept, *self.failed]
+        return frame.loc[frame["case_id"].isin(names)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class PreprocessReport(RunReport):
     """What `preprocess` did."""
 

@@ -59,6 +59,16 @@ def format_list(names: Sequence[str], most: int, noun: str = "") -> str:
     return f"{listed} and {format_count(n_more, f'more {noun}') if noun else f'{n_more} more'}"
 
 
+def format_numbered(texts: Sequence[str], most: int) -> str:
+    """Join the first sentences with their numbers, and state how many more there are.
+
+    >>> format_numbered(["a.nii is empty", "b.nii is empty", "c.nii is empty"], 2)
+    '(1) a.nii is empty; (2) b.nii is empty; and 1 more'
+    """
+    listed = "; ".join(f"({number}) {text}" for number, text in enumerate(texts[:most], start=1))
+    return f"{listed}; and {len(texts) - most} more" if len(texts) > most else listed
+
+
 def format_sizes(sizes: Iterable[float]) -> str:
     """Format the sizes along several axes.
 

@@ -83,7 +83,9 @@ def test_controls_have_names_text_has_contrast_and_nothing_is_wider_than_the_win
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("name", ["report", "viewer", "compare"])
+@pytest.mark.parametrize(
+    "name", ["report", "viewer", pytest.param("compare", marks=pytest.mark.slow)]
+)
 def test_every_control_is_reached_by_tab_and_shows_where_the_focus_is(name, pages, browser):
     visit = Visit(browser, pages / f"{name}.html")
     page = visit.page

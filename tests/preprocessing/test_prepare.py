@@ -13,7 +13,7 @@ from volseg.preprocessing.prepare import Preparation, Trail, prepare, prepare_ma
 from volseg.preprocessing.resample import positions
 from volseg.preprocessing.restore import MaskRestorer
 from volseg.recipe import Preprocess, Window, ZScore
-from volseg.recipe.normalise import Percentile
+from volseg.recipe.normalise import Histogram, Percentile
 from volseg.volume import AxisOrder, BoundingBox, Geometry, Volume
 
 WINDOW = Window(low=-1000, high=1000, mean=0, sd=1)
@@ -441,3 +441,18 @@ def test_logits_that_are_not_finite_fail_the_scan_with_a_reason(regions, value):
     restorer = MaskRestorer(trail, [1, 2, 3] if regions else [1, 2], axis=2, regions=regions)
     with pytest.raises(ScanError, match="not finite"):
         restorer.add(logits)
+
+
+def test_an_equalised_scan_is_uniform_in_its_body_plane_by_plane_too():
+    geometry = Geometry((18, 21, 12), oblique((1.0, 0.9, 2.0)))
+    array = np.random.default_rng(0).gamma(2, 200, geometry.shape).astype(np.float32)
+    array[:, :, :3] = 0
+    changes = {"spacing_mm": geometry.spacing_mm, "body_above": 0.0, "normalise": Histogram()}
+    preparation = Preparation({"ct": Volume(array, geometry)}, settings(**changes))
+    planes = preparation.planes()
+    whole = planes.read(0, planes.shape[planes.axis]).numpy()
+    levels = np.sort(whole[whole > 0])
+    np.testing.assert_allclose(levels, np.linspace(0, 1, levels.size), atol=0.02)
+    for start in range(planes.shape[planes.axis]):
+        plane = planes.read(start, start + 1).numpy()
+        np.testing.assert_array_equal(plane, np.take(whole, [start], 1 + planes.axis))

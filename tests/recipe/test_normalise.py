@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from volseg.recipe.normalise import NORMALISERS, Percentile, Scale, Window, ZScore
+from volseg.recipe.normalise import NORMALISERS, Histogram, Percentile, Scale, Window, ZScore
 
 ARRAY = np.random.default_rng(0).normal(100, 30, (8, 9, 10)).astype(np.float32)
 BODY = ARRAY > 80
@@ -38,7 +38,7 @@ def test_percentiles_of_the_body_become_0_and_1_and_normalising_is_idempotent():
     np.testing.assert_allclose(normaliser(normalised, BODY), normalised, atol=1e-6)
 
 
-@pytest.mark.parametrize("normaliser", [ZScore(), Percentile(low_percent=1, high_percent=99)])
+@pytest.mark.parametrize("normaliser", [ZScore(), Percentile(), Histogram()])
 def test_a_constant_scan_becomes_zero_and_not_nan(normaliser):
     np.testing.assert_array_equal(normaliser(np.full((3, 3, 3), 7.0, np.float32), None), 0)
 
@@ -51,6 +51,7 @@ def test_an_empty_body_falls_back_to_all_voxels():
 # A normaliser whose keys have no usable defaults needs an example here.
 EXAMPLES = {Window: [{"low": 0, "high": 200, "mean": 50, "sd": 25}]}
 EXAMPLES |= {ZScore: [{}, {"region": "scan"}, {"region": "nonzero"}]}
+EXAMPLES |= {Histogram: [{}, {"bins": 2}, {"bins": 1000, "region": "scan"}]}
 EXAMPLES |= {Scale: [{"subtract": 3, "divide_by": 7}]}
 
 
@@ -79,6 +80,28 @@ def test_the_region_determines_the_statistics_and_the_voxels_outside():
     assert not nonzero[~BODY].any()
     masked, normaliser = np.where(BODY, ARRAY, 0), ZScore(region="nonzero")
     np.testing.assert_array_equal(normaliser(masked, None), normaliser(masked, masked != 0))
+
+
+@pytest.mark.parametrize("bins", [16, 256])
+@pytest.mark.parametrize("change", [lambda x: x, np.exp, lambda x: x**3], ids=["id", "exp", "cube"])
+def test_an_equalised_histogram_is_uniform_whatever_rising_change_came_before(change, bins):
+    array = change(np.random.default_rng(1).normal(2, 1, (20, 30, 40))).astype(np.float32)
+    levels = Histogram(bins=bins, region="scan")(array).ravel()
+    np.testing.assert_allclose(np.sort(levels), np.linspace(0, 1, levels.size), atol=1.5 / bins)
+    assert (np.diff(levels[np.argsort(array.ravel())]) >= -1e-6).all()
+
+
+def test_few_intensities_are_equalised_exactly_as_the_formula_says():
+    array = (np.random.default_rng(2).integers(0, 50, (5, 6, 700)) ** 2 // 10).astype(np.uint8)
+    cumulative = np.array([(array <= value).sum() for value in range(256)])
+    lowest = cumulative[array.min()]
+    expected = (cumulative[array] - lowest) / (array.size - lowest)  # as OpenCV's equalizeHist
+    np.testing.assert_allclose(Histogram(region="scan")(array), expected, atol=1e-6)
+
+
+def test_the_histogram_of_the_body_leaves_out_the_background():
+    levels = Histogram()(ARRAY, BODY)[BODY]
+    np.testing.assert_allclose(np.sort(levels), np.linspace(0, 1, levels.size), atol=0.01)
 
 
 def test_scale_uses_fixed_numbers():

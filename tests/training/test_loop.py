@@ -11,6 +11,7 @@ from torch import nn
 from volseg.errors import VolsegError
 from volseg.recipe import load_recipe
 from volseg.training.loop import Watch, serve, train_network
+from volseg.training.objective import ParameterGroup
 from volseg.training.ranks import team_of
 from volseg.training.run import Job
 from volseg.training.schedule import RunSettings, Stop
@@ -52,7 +53,8 @@ class Errors:
 
 
 class Line:
-    score_name = "validation_score"
+    score_name = "validation_closeness"
+    higher_is_better = True
 
     def __init__(self, factor=2.0, constant=False, **train):
         usual = {"steps_per_epoch": STEPS, "learning_rate": 0.05, "ema_decay": 0.5}
@@ -65,6 +67,12 @@ class Line:
     def network(self):
         return nn.Linear(1, 1, bias=False)
 
+    def groups(self, network):
+        return [ParameterGroup(["weight"])]
+
+    def prepare(self, network, step):
+        pass
+
     def batches(self, seed, device, *, rank=0, ranks=1):
         return Points(seed, self.factor)
 
@@ -76,6 +84,9 @@ class Line:
 
     def score(self, rows):
         return 0.5 if self.constant else 1 / (1 + rows[0])
+
+    def validation_loss(self, rows):
+        return None if self.constant else rows[0]
 
     def metrics(self, rows):
         return {"error": rows[0]}
@@ -107,9 +118,57 @@ def test_the_weights_of_the_best_score_are_kept(tmp_path):
     result = trained(tmp_path, Line())
     assert result.stop is Stop.FINISHED and result.stopped == ""
     assert len(result.history) == 6 and result.metrics["steps"] == 6 * STEPS
-    scores = [epoch.validation_dice for epoch in result.history]
+    scores = [epoch.validation_score for epoch in result.history]
     assert result.metrics["best_epoch"] == 1 + scores.index(max(scores))
     assert result.metrics["error"] == pytest.approx(1 / max(scores) - 1, abs=1e-3)
+
+
+class Distance(Line):
+    """The same line, judged by the distance, of which less is better."""
+
+    score_name, higher_is_better = "validation_distance", False
+
+    def score(self, rows):
+        return rows[0]
+
+
+def test_less_is_better_where_the_objective_says_so(tmp_path):
+    near, far = trained(tmp_path / "near", Distance()), trained(tmp_path / "far", Line())
+    assert torch.equal(near.weights["weight"], far.weights["weight"])
+    scores = [epoch.validation_score for epoch in near.history]
+    assert near.metrics["best_epoch"] == 1 + scores.index(min(scores))
+    assert [epoch.validation_loss for epoch in far.history] == pytest.approx(scores, abs=1e-3)
+
+
+class Saturated(Line):
+    """A line of which every score is the best possible one, while the loss still falls."""
+
+    def score(self, rows):
+        return 1.0
+
+
+def test_of_equal_scores_the_one_with_the_least_loss_is_kept(tmp_path):
+    result = trained(tmp_path, Saturated())
+    losses = [epoch.validation_loss for epoch in result.history]
+    assert result.metrics["best_epoch"] == 1 + losses.index(min(losses)) > 1
+
+
+class Frozen(Line):
+    """A line with an offset, which alone is trained for two epochs."""
+
+    def network(self):
+        return nn.Linear(1, 1)
+
+    def groups(self, network):
+        return [ParameterGroup(["weight"]), ParameterGroup(["bias"])]
+
+    def prepare(self, network, step):
+        network.weight.requires_grad = step >= 2 * STEPS
+
+
+def test_a_frozen_group_stays_for_its_steps_and_then_moves(tmp_path):
+    scores = [epoch.validation_score for epoch in trained(tmp_path, Frozen()).history]
+    assert scores[0] == scores[1] and len(set(scores[1:])) == len(scores) - 1
 
 
 def test_each_reason_to_stop_is_told(tmp_path):
@@ -119,7 +178,7 @@ def test_each_reason_to_stop_is_told(tmp_path):
     pressed = trained(tmp_path / "pressed", Line(), report=interrupt)
     assert pressed.stop is Stop.INTERRUPTED
     assert pressed.metrics["stopped"] == pressed.stopped == "interrupted"
-    assert "watched_validation_score" in pressed.metrics
+    assert "watched_validation_closeness" in pressed.metrics
     with pytest.raises(VolsegError, match="the loss became nan") as refusal:
         trained(tmp_path / "nan", Line(factor=math.nan))
     assert refusal.value.code == "E_DIVERGED"

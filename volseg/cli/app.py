@@ -74,7 +74,7 @@ def _run() -> None:
 
 def _fail(error: VolsegError) -> None:
     with suppress(OSError):  # stderr may be full too
-        typer.echo(one_line(f"error: [{error.code}] {error}"), err=True)
+        typer.echo(one_line(f"error: {error.code}: {error}"), err=True)
     sys.exit(error.exit_code)
 
 

@@ -61,6 +61,18 @@ def _(report: reports.CasesReport) -> None:
 @show_details.register
 def _(report: reports.PreprocessReport) -> None:
     fingerprint = report.fingerprint
+    if "n_images" in fingerprint:
+        counts = ", ".join(f"{name}: {n}" for name, n in fingerprint["counts"].items())
+        images = format_count(fingerprint["n_images"], "training image")
+        typer.echo(
+            one_line(
+                f"{images}, {fingerprint['n_validation']} for validation; median longer edge "
+                f"{fingerprint['median_edge']}, resized to {fingerprint['pixels']}² pixels"
+            )
+        )
+        if counts:
+            typer.echo(one_line(f"training images per class: {counts}"))
+        return
     spacing, target = (
         format_sizes(fingerprint[name]) for name in ("median_spacing_mm", "resampled_to_mm")
     )
@@ -237,7 +249,8 @@ def _reasons_without_interval(
 def show_problems(path: Any, problems: list[dict[str, str]], n_errors: int) -> None:
     for problem in problems:
         fix = f"; to fix: {problem['fix']}" if problem["fix"] else ""
-        line = f"{problem['where']}: [{problem['code']}] {problem['problem']}{fix}"
+        kind = "warning" if problem["code"].startswith("W_") else "error"
+        line = f"{kind}: {problem['code']}: {problem['where']}: {problem['problem']}{fix}"
         typer.echo(one_line(line))
     n_warnings = len(problems) - n_errors
     counts = [format_count(n_errors, "problem")]

@@ -17,6 +17,7 @@ from volseg.commands.listing import cases
 from volseg.commands.measuring import measure
 from volseg.commands.planning import plan
 from volseg.commands.preparing import preprocess
+from volseg.commands.pretraining import pretrain
 from volseg.commands.quantising import quantise
 from volseg.commands.reporting import report
 from volseg.commands.training import train
@@ -48,6 +49,7 @@ __all__ = [
     "measure_mask",
     "plan",
     "preprocess",
+    "pretrain",
     "quantise",
     "read_mask",
     "read_table",

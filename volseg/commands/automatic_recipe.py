@@ -21,7 +21,7 @@ from volseg.io.layouts import survey_cases
 from volseg.io.volumes import read_mask, read_volume
 from volseg.measurement.units import looks_like_ct
 from volseg.options import Progress, ignore_progress
-from volseg.recipe import AUTO, PLANNED_LAYERS, Recipe, as_recipe, parse_recipe
+from volseg.recipe import AUTO, PLANNED_LAYERS, AnyRecipe, Recipe, as_recipe, parse_recipe
 
 MASKS = "Reading the masks"
 CT_SCANS = 5  # read to tell whether a channel is CT
@@ -33,7 +33,7 @@ SIDES = {
 
 
 def recipe_for(
-    dataset: Path | str, recipe: Path | str | Recipe | None, progress: Progress = ignore_progress
+    dataset: Path | str, recipe: Path | str | AnyRecipe | None, progress: Progress = ignore_progress
 ) -> Recipe:
     """Return the given recipe, or else one that leaves everything to the plan.
 

@@ -31,7 +31,7 @@ from volseg.measurement.summary import summarise
 from volseg.options import InferOptions, MeasureOptions, Options
 from volseg.pages.about import About
 from volseg.pages.model_box import ModelBox
-from volseg.recipe import Recipe
+from volseg.recipe import AnyRecipe
 from volseg.reports import CasesReport, RunReport
 from volseg.store.outputs import Commit, OutputFolder, trace_name
 from volseg.store.records import LESION_IDS, MASKS, ItemRow
@@ -410,7 +410,7 @@ def of_volume(case: Case, number: int | None) -> Case:
     return replace(case, images=images, reference=mask)
 
 
-def input_paths(*inputs: Path | str | Recipe | None) -> list[Path]:
+def input_paths(*inputs: Path | str | AnyRecipe | None) -> list[Path]:
     """Return the inputs that are existing files or folders."""
     paths = [Path(value) for value in inputs if isinstance(value, Path | str)]
     return [path for path in paths if path.exists()]

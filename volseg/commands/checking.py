@@ -9,21 +9,24 @@ import numpy as np
 
 from volseg.columns import columns_of
 from volseg.commands.automatic_recipe import unnamed_values
+from volseg.commands.checking_images import check_images
+from volseg.commands.image_planning import check_image_model
 from volseg.commands.placing import place_mask
 from volseg.commands.preparing import PREPARED_FILE
+from volseg.commands.problems import Problem, problem_at, problem_of
 from volseg.commands.training_cases import TrainingSet, read_training_case
 from volseg.errors import VolsegError, given_path
 from volseg.evaluation.class_rows import CLASSES, described_columns
 from volseg.inputs import read_json
 from volseg.io.cases import Case
+from volseg.io.image_cases import looks_like_images
+from volseg.io.images import is_image, read_image
 from volseg.io.layouts import survey_cases
 from volseg.io.volumes import read_header, read_mask, read_volume
 from volseg.measurement.units import judge_unit
-from volseg.recipe import Recipe, as_recipe, load_recipe, shipped_recipes
+from volseg.recipe import ClassifyRecipe, Recipe, as_recipe, load_any_recipe, shipped_recipes
 from volseg.store.tables import TABLES, VARIANTS
 from volseg.volume import Volume
-
-Problem = dict[str, str]  # where, code, problem, fix
 
 
 def check(path: Path | str, recipe: Path | str | Recipe | None = None) -> list[Problem]:
@@ -41,7 +44,7 @@ def check(path: Path | str, recipe: Path | str | Recipe | None = None) -> list[P
     try:
         problems.extend(_problems(path, recipe))
     except VolsegError as error:
-        problems.append(_problem_of(str(path), error))
+        problems.append(problem_of(str(path), error))
     return problems
 
 
@@ -56,22 +59,30 @@ def _problems(path: Path, recipe: Path | str | Recipe | None) -> Iterable[Proble
             fix="check the dataset that it was made from",
             code="E_USAGE",
         )
+    if recipe is None and looks_like_images(path):
+        return check_images(path)
     if path.is_dir() or path.suffix == ".csv":
         return _check_dataset(path, None if recipe is None else as_recipe(recipe))
     return _check_scan(path)
 
 
 def _check_recipe(path: Path) -> Iterator[Problem]:
-    from volseg.training.check import recipe_problems
+    from volseg.training.check import image_recipe_problems, recipe_problems
 
-    for problem in recipe_problems(load_recipe(path)):
-        yield _problem_of(str(path), problem)
+    recipe = load_any_recipe(path)
+    is_of_images = isinstance(recipe, ClassifyRecipe)
+    problems = image_recipe_problems(recipe) if is_of_images else recipe_problems(recipe)
+    for problem in problems:
+        yield problem_of(str(path), problem)
 
 
 def _check_model(path: Path) -> Iterable[Problem]:
     from volseg.bundle import load_bundle
+    from volseg.image_bundle import is_image_model
     from volseg.inference.memory import check_patch
 
+    if is_image_model(path):
+        return [problem_of(str(path), problem) for problem in check_image_model(path)]
     bundle = load_bundle(path)
     for part in (bundle, bundle.coarse_bundle):
         if part is not None:
@@ -82,18 +93,21 @@ def _check_model(path: Path) -> Iterable[Problem]:
 
 
 def _check_scan(path: Path) -> list[Problem]:
+    if is_image(path):
+        read_image(path)
+        return []
     warnings = read_header(path).warnings
     read_volume(path)
-    return [_problem(str(path), warning.code, warning.text) for warning in warnings]
+    return [problem_at(str(path), warning.code, warning.text) for warning in warnings]
 
 
 def _check_dataset(path: Path, recipe: Recipe | None) -> Iterator[Problem]:
     survey = survey_cases(path) if recipe is None else TrainingSet(path, recipe).survey()
     for mistake in survey.mistakes:
-        yield _problem(str(path), "E_DATASET", mistake, "correct the dataset")
+        yield problem_at(str(path), "E_DATASET", mistake, "correct the dataset")
     for remark in survey.remarks:
         code, _, text = remark.partition(": ")
-        yield _problem(str(path), code, text, "`volseg cases` writes a table to look at and edit")
+        yield problem_at(str(path), code, text, "`volseg cases` writes a table to look at and edit")
     checker = _CaseChecker(path, recipe)
     for case in survey.cases:
         yield from checker.problems_of(case)
@@ -101,7 +115,7 @@ def _check_dataset(path: Path, recipe: Recipe | None) -> Iterator[Problem]:
         return
     for value, name in recipe.data.label_names.items():
         if value not in checker.labels:
-            yield _problem(
+            yield problem_at(
                 str(path),
                 "W_LABELS",
                 f"no mask holds label {name!r} (value {value}) of recipe {recipe.name!r}",
@@ -123,16 +137,16 @@ class _CaseChecker:
             try:
                 volumes[name] = read_volume(path)
                 for warning in read_header(path).warnings:
-                    yield _problem(case.id, warning.code, warning.text)
+                    yield problem_at(case.id, warning.code, warning.text)
             except VolsegError as error:
-                yield _problem_of(case.id, error)
+                yield problem_of(case.id, error)
         yield from self._unit_problems(case, volumes)
         if case.reference is None:
             return
         try:
             yield from self._mask_problems(case, case.reference, volumes)
         except VolsegError as error:
-            yield _problem_of(case.id, error)
+            yield problem_of(case.id, error)
 
     def _unit_problems(self, case: Case, volumes: Mapping[str, Volume]) -> Iterator[Problem]:
         data = None if self._recipe is None else self._recipe.data
@@ -140,7 +154,7 @@ class _CaseChecker:
             doubt = judge_unit(first, data.intensity_unit, by="the recipe").doubt
             if doubt:
                 fix = "correct data.intensity_unit or the scan"
-                yield _problem(case.id, "W_UNIT", doubt, fix)
+                yield problem_at(case.id, "W_UNIT", doubt, fix)
 
     def _mask_problems(
         self, case: Case, path: Path, volumes: Mapping[str, Volume]
@@ -154,31 +168,23 @@ class _CaseChecker:
         values = np.unique(mask.array).tolist()
         self.labels.update(values)
         if not mask.array.any():
-            yield _problem(case.id, "W_EMPTY", f"{path}: holds no labelled voxel")
+            yield problem_at(case.id, "W_EMPTY", f"{path}: holds no labelled voxel")
         if self._recipe is not None and volumes.keys() == case.images.keys():
             for note in read_training_case(case, self._recipe).notes:
                 yield _problem_of_note(case.id, path, note)
             return
         if self._recipe is None and (problem := unnamed_values(values, self._dataset)):
-            yield _problem(case.id, "E_LABELS", problem, "correct the mask, or name the value")
+            yield problem_at(case.id, "E_LABELS", problem, "correct the mask, or name the value")
         for name, volume in volumes.items():
             names = {"mask_name": str(path), "grid_name": str(case.images[name])}
             for note in place_mask(mask, volume.geometry, **names).notes:
                 yield _problem_of_note(case.id, path, note)
 
 
-def _problem(where: str, code: str, problem: str, fix: str = "") -> Problem:
-    return {"where": where, "code": code, "problem": problem, "fix": fix}
-
-
 def _problem_of_note(where: str, path: Path, note: str) -> Problem:
     """Return a harmless oddity of a mask, given as `W_CODE: sentence`."""
     code, _, text = note.partition(": ")
-    return _problem(where, code, f"{path}: {text}")
-
-
-def _problem_of(where: str, error: VolsegError) -> Problem:
-    return _problem(where, error.code, error.problem, error.fix)
+    return problem_at(where, code, f"{path}: {text}")
 
 
 def table_columns() -> dict[str, list[tuple[str, str, str, str]]]:

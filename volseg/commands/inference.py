@@ -47,7 +47,7 @@ from volseg.pages.model_box import ModelBox, model_box
 from volseg.postprocessing.lesions import CONNECTIVITY
 from volseg.preprocessing.lattice import same_voxels
 from volseg.recipe import Recipe, parse_recipe
-from volseg.reports import CasesReport
+from volseg.reports import CasesReport, ImagesReport
 from volseg.store.outputs import RECORDS, Commit
 from volseg.store.records import LESION_IDS, MASKS, PROBABILITIES, CaseRecord
 from volseg.store.results import ResultsFolder
@@ -64,8 +64,10 @@ STAGE, TILES = "Segmenting", "Tiles"
 
 
 @command(InferOptions)
-def infer(options: InferOptions) -> CasesReport:
-    """Segment scans; write masks, lesion ids, a row per lesion and a row per scan.
+def infer(options: InferOptions) -> CasesReport | ImagesReport:
+    """Segment scans, or classify images: the model decides.
+
+    Scans get masks, lesion ids, a row per lesion and a row per scan; images a row each.
 
     Raises:
         VolsegError: the request is wrong. A scan that cannot be used becomes a failed row instead.
@@ -82,8 +84,13 @@ def infer(options: InferOptions) -> CasesReport:
     """
     started = time.monotonic()
     from volseg.bundle import load_bundle, shipped_bundle
+    from volseg.image_bundle import is_image_model
     from volseg.inference.memory import limited_gpu
 
+    if options.model is not None and is_image_model(options.model):
+        from volseg.commands.image_inference import infer_images
+
+        return infer_images(options)
     folder = options.model or shipped_bundle()
     bundle = load_bundle(folder)
     changes = _changes(bundle.recipe, options)

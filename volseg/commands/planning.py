@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from volseg.commands.automatic_recipe import recipe_for
+from volseg.commands.image_data import is_of_images
+from volseg.commands.image_planning import plan_images
 from volseg.commands.training_cases import (
     TrainingSet,
     labelled_cases,
@@ -27,6 +29,7 @@ from volseg.sizing import Budget
 if TYPE_CHECKING:  # torch takes seconds to import; only a command that needs it pays
     from volseg.planning.close import Closed
     from volseg.planning.fingerprint import DatasetFingerprint
+    from volseg.planning.images import ClosedImages
 
 N_FOLDS = 5
 # Fraction of the memory that training may take without a stated budget
@@ -55,10 +58,12 @@ def plan(options: PlanOptions) -> PlanReport:
     from volseg.training.check import check_recipe
 
     dataset, out, seconds = options.dataset, options.out, options.time_budget_seconds
+    if out is not None and out.suffix != ".toml":
+        problem = f"{out}: a plan is a recipe, which is a TOML file"
+        raise VolsegError(problem, fix="give a name that ends in .toml", code="E_USAGE")
+    if is_of_images(dataset, options.recipe, options.target):
+        return plan_images(options)
     if out is not None:
-        if out.suffix != ".toml":
-            problem = f"{out}: a plan is a recipe, which is a TOML file"
-            raise VolsegError(problem, fix="give a name that ends in .toml", code="E_USAGE")
         refuse_unsealed(out)
         make_folder(out.parent)
     choose_device(options.device)  # before anything is read
@@ -76,7 +81,7 @@ def plan(options: PlanOptions) -> PlanReport:
         check_budget(planned.recipe, budget)
     check_recipe(planned.recipe)
     if out is not None:
-        write_sealed(out, _plan_text(planned, out, dataset, n))
+        write_sealed(out, plan_text(planned, out, dataset, n))
     return PlanReport(
         out=dataset if out is None else out,
         done=[recipe.name],
@@ -89,7 +94,7 @@ def plan(options: PlanOptions) -> PlanReport:
     )
 
 
-def _plan_text(plan: Closed, path: Path, dataset: Path, folds: int) -> str:
+def plan_text(plan: Closed | ClosedImages, path: Path, dataset: Path, folds: int) -> str:
     """Return the plan as a recipe, with the reason of each decision above it."""
     from volseg.recipe.write import recipe_text
 

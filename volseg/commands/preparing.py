@@ -13,6 +13,8 @@ import numpy as np
 
 from volseg.commands.automatic_recipe import recipe_for
 from volseg.commands.batch import Inputs, case_files, failure_reason, input_key, input_paths
+from volseg.commands.image_data import is_of_images
+from volseg.commands.image_planning import preprocess_images
 from volseg.commands.planning import budget_of
 from volseg.commands.training_cases import (
     TrainingSet,
@@ -67,6 +69,8 @@ def preprocess(options: PreprocessOptions) -> PreprocessReport:
         >>> len(result.done)
         20
     """
+    if is_of_images(options.dataset, options.recipe, options.target):
+        return preprocess_images(options)
     return prepare_dataset(options, budget=budget_of(options.device, options.memory))
 
 

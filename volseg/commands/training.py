@@ -8,6 +8,7 @@ from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
 from volseg.commands.batch import input_paths
+from volseg.commands.image_data import is_of_images
 from volseg.errors import VolsegError
 from volseg.execution.cpu import idle_cores, keep_freed_memory, physical_cores
 from volseg.execution.threads import Threads
@@ -71,6 +72,10 @@ def train(options: TrainOptions) -> TrainReport:
                 outputs=OutputFolder(options.out, "train", inputs=inputs),
                 threads=threads,
             )
+            if is_of_images(options.dataset, options.recipe, options.target):
+                from volseg.commands.image_training import run_image_training
+
+                return run_image_training(call)
             return run_training(call)
 
 

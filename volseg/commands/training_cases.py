@@ -26,7 +26,7 @@ from volseg.preprocessing.lattice import difference
 from volseg.recipe import Recipe
 from volseg.store.outputs import OutputFolder
 from volseg.volume import Volume
-from volseg.words import format_count
+from volseg.words import format_count, format_numbered
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a command that needs it pays
     from volseg.planning.fingerprint import CaseFingerprint, DatasetFingerprint
@@ -204,15 +204,11 @@ def refuse_dataset(
 ) -> NoReturn:
     """Raise one error that lists the unusable cases and the mistakes of the dataset as a whole."""
     problems = [*mistakes, *(f"{case}: {reason}" for case, reason in failed.items())]
-    n = len(problems)
-    numbered = enumerate(problems[:MAX_SHOWN], start=1)
-    shown = "; ".join(f"({number}) {problem}" for number, problem in numbered)
-    more = f"; and {n - MAX_SHOWN} more" if n > MAX_SHOWN else ""
     summary = f"{len(failed)} of its cases cannot be used"
     if mistakes:
-        summary = f"{n} mistake{'s' * (n > 1)}"
+        summary = format_count(len(problems), "mistake")
     raise VolsegError(
-        f"{dataset}: {summary}: {shown}{more}",
+        f"{dataset}: {summary}: {format_numbered(problems, MAX_SHOWN)}",
         fix="correct these files or remove them from the dataset; `volseg check` lists all of them",
         code="E_DATASET",
     )

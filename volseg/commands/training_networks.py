@@ -25,7 +25,7 @@ from volseg.training.objective import Weights
 from volseg.training.roi import train_roi
 from volseg.training.run import Job
 from volseg.training.schedule import RunSettings, Stop
-from volseg.training.segmentation import SegmentationObjective
+from volseg.training.segmentation import SCORE, SegmentationObjective
 from volseg.training.state import Epoch
 
 NO_TIME = "no time was left"
@@ -206,11 +206,12 @@ class NetworkTraining:
         )
 
     def _report(self, stage: str, name: str, history: Sequence[Epoch], done: float) -> None:
-        self._call.outputs.write(name, table(Epoch, history))
+        headings = {"validation_score": SCORE, "validation_loss": None}
+        self._call.outputs.write(name, table(Epoch, history, headings))
         epoch = history[-1]
         values = {key: value for key, value in asdict(epoch).items() if value is not None}
         self._call.scalars.add(name.removesuffix(".csv"), epoch.step, values)
-        scores = [line.validation_dice for line in history if line.validation_dice is not None]
+        scores = [line.validation_score for line in history if line.validation_score is not None]
         dice = f"validation Dice {scores[-1]:.3f}, " if scores else ""
         self._call.progress(
             stage,

@@ -8,9 +8,9 @@ import numpy as np
 from scipy import ndimage
 
 from volseg.inference.backend import Backend
-from volseg.preprocessing.planes import PLANES
+from volseg.preprocessing.lesion_images import LesionView, cut_lesion
 from volseg.recipe import Classify
-from volseg.volume import BoundingBox, Geometry, Volume
+from volseg.volume import BoundingBox, Volume
 
 
 def lesion_slices(image: Volume, inside: np.ndarray, settings: Classify) -> np.ndarray:
@@ -25,27 +25,13 @@ def lesion_slices(image: Volume, inside: np.ndarray, settings: Classify) -> np.n
         windowed to [0, 1] (pixels outside the scan repeat its edge), and the fraction of each pixel
         covered by the lesion (0 outside the scan).
     """
-    mask = image.with_array(inside).canonical().array
-    image = image.canonical()
-    geometry = image.geometry
-    centre = np.argwhere(mask).mean(axis=0)
-    offsets_mm = (np.arange(settings.pixels) + 0.5) / settings.pixels * settings.field_of_view_mm
-    offsets_mm = offsets_mm - settings.field_of_view_mm / 2
-    size = (settings.pixels, settings.pixels)
-    slices = np.empty((len(PLANES), 2, *size), np.float32)
-    lesion = mask.astype(np.float32)
-    for number, plane in enumerate(PLANES):
-        points = np.broadcast_to(centre[:, None, None], (3, *size)).copy()
-        for position, axis in enumerate((plane.across, plane.up)):
-            offsets = offsets_mm / geometry.spacing_mm[axis]
-            points[axis] += offsets[:, None] if position == 0 else offsets[None, :]
-        sampled = ndimage.map_coordinates(image.array, points, np.float32, order=1, mode="nearest")
-        values = image.intensities(sampled)
-        slices[number, 0] = np.clip((values - settings.low) / (settings.high - settings.low), 0, 1)
-        slices[number, 1] = ndimage.map_coordinates(
-            lesion, points, np.float32, order=1, mode="constant"
-        )
-    return slices
+    intensities, covered = cut_lesion(image, inside, _view(settings))
+    windowed = np.clip((intensities - settings.low) / (settings.high - settings.low), 0, 1)
+    return np.stack([windowed[:, 0], covered], axis=1).astype(np.float32)
+
+
+def _view(settings: Classify) -> LesionView:
+    return LesionView(field_of_view_mm=settings.field_of_view_mm, pixels=settings.pixels)
 
 
 def classify_lesions(
@@ -62,19 +48,11 @@ def classify_lesions(
     probabilities = []
     boxes = ndimage.find_objects(ids, max_label=min(most, int(ids.max())))
     for lesion, box in enumerate(boxes, start=1):
-        near = _neighbourhood(box, image.geometry, settings.field_of_view_mm)
+        near = _view(settings).box(BoundingBox.of(box), image.geometry)
         inside = ids[near.slices] == lesion
         logits = _mean_logits(image.crop(near), inside, backend, settings)
         probabilities.append(dict(zip(names, _softmax(logits).tolist(), strict=True)))
     return probabilities
-
-
-def _neighbourhood(
-    box: tuple[slice, ...], geometry: Geometry, field_of_view_mm: float
-) -> BoundingBox:
-    """Return the lesion's box, extended by all that a slice through its centroid can show."""
-    margin = [int(np.ceil(field_of_view_mm / 2 / mm)) + 1 for mm in geometry.spacing_mm]
-    return BoundingBox.of(box).widened(margin, geometry.shape)
 
 
 def _mean_logits(

@@ -15,7 +15,7 @@ from volseg.inputs import kind_of, shorten
 from volseg.io.formats import READABLE, stem_of
 from volseg.io.series import split_volume
 from volseg.io.tables import PATIENT, read_table
-from volseg.words import format_count
+from volseg.words import format_count, format_numbered
 
 ONE_CHANNEL = "image"  # name of an unnamed single channel
 MAX_LISTED = 10  # mistakes listed in one message
@@ -166,18 +166,19 @@ class Listing:
             origin: the data set, for the message.
         """
         mistakes = self.all_mistakes()
-        if not mistakes:
-            return [row.case() for row in self.rows]
-        shown = "; ".join(
-            f"({number}) {text}" for number, text in enumerate(mistakes[:MAX_LISTED], start=1)
-        )
-        more = f"; and {len(mistakes) - MAX_LISTED} more" if len(mistakes) > MAX_LISTED else ""
-        count = f"{len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}"
-        raise VolsegError(
-            f"{origin}: {count}: {shown}{more}",
-            fix="correct them and run again; nothing was done; `volseg check` lists all of them",
-            code="E_DATASET",
-        )
+        if mistakes:
+            raise dataset_error(mistakes, origin)
+        return [row.case() for row in self.rows]
+
+
+def dataset_error(mistakes: Sequence[str], origin: str) -> VolsegError:
+    """Return one error that lists the mistakes of a data set, at least one."""
+    count = format_count(len(mistakes), "mistake")
+    return VolsegError(
+        f"{origin}: {count}: {format_numbered(mistakes, MAX_LISTED)}",
+        fix="correct them and run again; nothing was done; `volseg check` lists all of them",
+        code="E_DATASET",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,21 +326,22 @@ def _row_of(
     cells: Mapping[str, str], image_columns: Mapping[str, str], *, where: str, folder: Path
 ) -> Row:
     """Return the row of a line; an empty cell of an image is a missing channel."""
-    images = {name: _path(folder, cells[key]) for name, key in image_columns.items() if cells[key]}
+    filled = {name: key for name, key in image_columns.items() if cells[key]}
+    images = {name: cell_path(folder, cells[key]) for name, key in filled.items()}
     not_classes = {"subject", "label", "split", "patient", "why", *filter(is_image_column, cells)}
     return Row(
         where=where,
         why=f"listed at {where}",
         id=cells.get("subject") or safe_id(stem_of(next(iter(images.values())))),
         images=images,
-        reference=_path(folder, cells["label"]) if cells.get("label") else None,
+        reference=cell_path(folder, cells["label"]) if cells.get("label") else None,
         split=split_of(cells.get("split", "")) or cells.get("split") or None,
         patient=cells.get("patient") or None,
         classes={name: cells[name] for name in cells if name not in not_classes},
     )
 
 
-def _path(folder: Path, cell: str) -> Path:
+def cell_path(folder: Path, cell: str) -> Path:
     """Return the path in a cell; backslashes of Windows separate folders, unless it exists."""
     path = folder / cell
     return path if "\\" not in cell or path.exists() else folder / cell.replace("\\", "/")

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from volseg.errors import VolsegError
 from volseg.execution.cpu import total_memory
-from volseg.recipe import AUTO, Classify, Recipe
+from volseg.recipe import AUTO, Classify, ClassifyRecipe, Recipe
 from volseg.recipe import Network as NetworkSection
 from volseg.registry import check_keys, check_name, keys_of, make_row
 from volseg.sizing import Size
@@ -27,9 +27,13 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from volseg.networks.image_network import ImageNetwork
+
 Count = Annotated[int, Field(ge=1, le=4096)]  # channels of a level
 Step = Annotated[int, Field(ge=1, le=64)]  # of a stride or kernel along one axis
 Triple = tuple[Step, Step, Step]
+# Files of this folder that are no architecture.
+OTHER_FILES = frozenset({"adapt", "image_network"})
 
 
 class Architecture(ABC):
@@ -125,7 +129,15 @@ class Levels(Architecture):
 
 def network_names() -> list[str]:
     """Return the names of all architectures."""
-    return [module.name for module in pkgutil.iter_modules(__path__)]
+    names = [module.name for module in pkgutil.iter_modules(__path__)]
+    return [name for name in names if name not in OTHER_FILES]
+
+
+def image_network_names() -> list[str]:
+    """Return the names of the architectures of 2D images; it imports all of them."""
+    from volseg.networks.image_network import ImageArchitecture
+
+    return [name for name in network_names() if issubclass(settings_type(name), ImageArchitecture)]
 
 
 def settings_type(name: str) -> type[Architecture]:
@@ -194,6 +206,29 @@ def build_segmentation(recipe: Recipe) -> nn.Module:
     )
 
 
+def build_images(recipe: ClassifyRecipe) -> ImageNetwork:
+    """Return the network of a closed recipe: (N, channels, H, W) → logits (N, outputs).
+
+    Raises:
+        VolsegError: as `build_network`, or it is no network of images.
+    """
+    from volseg.networks.image_network import ImageNetwork
+
+    network = build_network(
+        recipe.network.name,
+        in_channels=recipe.in_channels,
+        out_channels=recipe.data.n_outputs,
+        **recipe.network.settings,
+    )
+    if not isinstance(network, ImageNetwork):
+        raise VolsegError(
+            f"network {recipe.network.name!r} is one of volumes, and the recipe is one of images",
+            fix="use cnn_small, vgg, resnet2d, densenet2d or efficientnet_lite",
+            code="E_RECIPE",
+        )
+    return network
+
+
 def build_classifier(settings: Classify) -> nn.Module:
     """Return the recipe's 2D network: (N, 2, pixels, pixels) → logits (N, classes)."""
     return build_network(
@@ -224,6 +259,7 @@ def check_segmentation(recipe: Recipe, *, section: str = "train") -> None:
         return
     with torch.device("meta"):
         build_segmentation(recipe)
+    _check_axes(recipe.network, 3, "scans")
     _check_patch(recipe, section)
 
 
@@ -237,6 +273,20 @@ def check_classifier(settings: Classify) -> None:
 
     with torch.device("meta"):
         build_classifier(settings)
+    _check_axes(settings.network, 2, "images")
+
+
+def _check_axes(section: NetworkSection, n_axes: int, inputs: str) -> None:
+    """Check that a network takes inputs with this number of axes."""
+    n = len(architecture(section).patch_divisors)
+    if n != n_axes:
+        images = image_network_names()
+        names = images if n_axes == 2 else [n for n in network_names() if n not in images]
+        raise VolsegError(
+            f"network {section.name!r} is {n}D, and these are {n_axes}D {inputs}",
+            fix=f"use one of {', '.join(names)}",
+            code="E_RECIPE",
+        )
 
 
 def _check_patch(recipe: Recipe, section: str) -> None:

@@ -10,13 +10,13 @@ from monai.networks.blocks import Convolution
 from pydantic import Field
 from torch import nn
 
-from volseg.networks import Architecture
+from volseg.networks.image_network import ImageArchitecture, ImageNetwork
 
 GROUPS = 4  # of channels that are normalised together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings(Architecture):
+class Settings(ImageArchitecture):
     """Settings of a classifier of images of any size: (N, in_channels, H, W) → (N, out_channels).
 
     Args:
@@ -30,14 +30,14 @@ class Settings(Architecture):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
 
     @property
-    def patch_divisors(self) -> tuple[int, ...]:
-        return (1, 1)
+    def smallest_pixels(self) -> int:
+        return 1
 
-    def build(self, in_channels: int, out_channels: int) -> nn.Module:
+    def build(self, in_channels: int, out_channels: int) -> ImageNetwork:
         return Cnn2d(in_channels, out_channels, self)
 
 
-class Cnn2d(nn.Module):
+class Cnn2d(ImageNetwork):
     """Convolution blocks, global average and maximum, dropout and a linear layer."""
 
     def __init__(self, in_channels: int, out_channels: int, settings: Settings) -> None:
@@ -52,10 +52,12 @@ class Cnn2d(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.dropout = nn.Dropout(settings.dropout)
         self.head = nn.Linear(2 * features[-1], out_channels)
+        pairs = range(0, len(blocks), 2)
+        self.stage_prefixes = [(f"blocks.{index}.", f"blocks.{index + 1}.") for index in pairs]
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
         features = self.blocks(images).flatten(2)
-        return self.head(self.dropout(torch.cat([features.mean(2), features.amax(2)], dim=1)))
+        return torch.cat([features.mean(2), features.amax(2)], dim=1)
 
 
 def _convolution(in_channels: int, out_channels: int, *, strides: int) -> nn.Module:

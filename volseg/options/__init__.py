@@ -21,6 +21,7 @@ from volseg.options.training import (
     ImportOptions,
     PlanOptions,
     PreprocessOptions,
+    PretrainOptions,
     QuantiseOptions,
     TrainOptions,
 )
@@ -30,6 +31,7 @@ COMMANDS: dict[str, type[Options]] = {
     "preprocess": PreprocessOptions,
     "plan": PlanOptions,
     "train": TrainOptions,
+    "pretrain": PretrainOptions,
     "infer": InferOptions,
     "quantise": QuantiseOptions,
     "measure": MeasureOptions,
@@ -54,6 +56,7 @@ __all__ = [
     "Options",
     "PlanOptions",
     "PreprocessOptions",
+    "PretrainOptions",
     "Progress",
     "QuantiseOptions",
     "ReportOptions",

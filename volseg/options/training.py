@@ -34,7 +34,7 @@ from volseg.options.shared import (
 )
 
 if TYPE_CHECKING:
-    from volseg.recipe import Recipe
+    from volseg.recipe import AnyRecipe
 
 
 MAX_FOLDS = 20
@@ -68,11 +68,15 @@ class PlanningOptions(OnDevice, Seeded):
         converter=amount,
         flag="--vram",
     )
-    recipe: Path | str | Recipe | None = option(
+    recipe: Path | str | AnyRecipe | None = option(
         "TOML file, such as a plan, or name of a shipped recipe; without it, everything is "
         "planned.",
         default=None,
         kind=str,
+    )
+    target: str | None = option(
+        "Column to predict from images, where there is no recipe; classes, labels or numbers.",
+        default=None,
     )
 
 
@@ -124,11 +128,13 @@ class PlanOptions(TimedOptions, Progressing):
 
 @options
 class TrainOptions(TimedOptions, Announcing):
-    """Train a segmentation model on scans and masks.
+    """Train a model: one that segments on scans and masks, or one that classifies on images.
 
-    Also trains a coarse first pass and a lesion classifier if the recipe asks for them. The
-    weights with the best validation Dice are saved in a model folder with a model card. Ctrl-C
-    stops and keeps the best model so far; --resume continues. With --time-budget, the
+    What the dataset holds decides, or the recipe. Images come in a folder per class, a table with
+    a column of classes or numbers, or a MedMNIST file; with several such columns, --target names
+    one. For scans, it also trains a coarse first pass and a lesion classifier if the recipe asks
+    for them. The weights with the best validation score are saved in a model folder with a model
+    card. Ctrl-C stops and keeps the best model so far; --resume continues. With --time-budget, the
     learning-rate schedule ends within the budget.
     """
 
@@ -136,7 +142,7 @@ class TrainOptions(TimedOptions, Announcing):
         f"{DATASET} Or a folder made by `volseg preprocess`.", converter=input_path
     )
     out: Path = option("Folder for the model.", converter=path, short="-o")
-    recipe: Path | str | Recipe | None = option(
+    recipe: Path | str | AnyRecipe | None = option(
         "TOML file, such as a plan, or name of a shipped recipe; a prepared folder brings its own. "
         "Without a recipe, everything is planned and the model is cross-validated.",
         default=None,
@@ -152,7 +158,18 @@ class TrainOptions(TimedOptions, Announcing):
     )
     resume: bool = option("Continue the interrupted run in --out.", default=False)
     init: Path | None = option(
-        "Model folder whose weights training starts from.",
+        "Model folder whose weights training starts from; for a classifier also a file of weights "
+        "(safetensors, or a torch state dict).",
+        default=None,
+        converter=optional_input_path,
+    )
+    prune: float | None = option(
+        "With --init and a VGG: remove this fraction of each layer's channels, then fine-tune.",
+        default=None,
+        values=Range(0.0, below=1.0),
+    )
+    teacher: Path | None = option(
+        "Classifier whose outputs the network learns besides the targets (distillation).",
         default=None,
         converter=optional_input_path,
     )
@@ -182,6 +199,35 @@ class TrainOptions(TimedOptions, Announcing):
     )
     spent_seconds: float = callback(
         "Seconds of the time budget already spent, such as on starting Python.", default=0.0
+    )
+
+
+@options
+class PretrainOptions(OnDevice, Seeded, Announcing):
+    """Train a 2D network on images without labels, as a start for `volseg train --init`.
+
+    Two random views of an image shall have the same embedding (SimSiam). It helps where few images
+    have a label and many have none. Test images are not read.
+    """
+
+    dataset: Path = argument(
+        "Images: a folder, a table with a column `image`, a MedMNIST file, or slices of volumes.",
+        converter=input_path,
+    )
+    out: Path = option("Folder for the weights.", converter=path, short="-o")
+    recipe: Path | str | AnyRecipe | None = option(
+        "TOML file with a recipe of a classifier, for its network and input; without it, planned.",
+        default=None,
+        kind=str,
+    )
+    epochs: int | None = option(
+        "Number of epochs; overrides the recipe.", default=None, values=COUNT
+    )
+    time_budget_seconds: float | None = option(
+        "Time limit, e.g. 20m; the learning-rate schedule ends with it.",
+        default=None,
+        converter=seconds,
+        flag="--time-budget",
     )
 
 

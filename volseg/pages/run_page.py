@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 from urllib.parse import quote
 
 from markupsafe import Markup
@@ -200,12 +201,15 @@ def _remarks(
     return remarks
 
 
-def failures(rows: Sequence[ItemRow], name: str) -> list[tuple[str, str, str]]:
-    """Return (name, code, reason) of each failed scan or patient; `name` is the column to use."""
+def failures(
+    rows: Sequence[Any], name: str, reason_column: str = "reason"
+) -> list[tuple[str, str, str]]:
+    """Return (name, code, reason) of each failed item; `name` is the column to use."""
     failed = []
     for row in rows:
         if row.status == "failed":
-            failed.append((getattr(row, name), *code_and_text(row.reason or "reason unknown")))
+            reason = getattr(row, reason_column) or "reason unknown"
+            failed.append((getattr(row, name), *code_and_text(reason)))
     return failed
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,32 +20,53 @@ class Epoch(Protocol):
     @property
     def loss(self) -> float: ...
     @property
-    def validation_dice(self) -> float | None: ...
+    def validation_score(self) -> float | None: ...
+    @property
+    def validation_loss(self) -> float | None: ...
 
 
-def curves_png(histories: Sequence[Sequence[Epoch]]) -> bytes:
-    """Plot loss and validation Dice against hours of training, one line per network."""
+def curves_png(
+    histories: Sequence[Sequence[Epoch]],
+    score: str = "mean validation Dice",
+    limits: tuple[float, float] | None = (0, 1),
+) -> bytes:
+    """Plot loss and validation score against hours of training, one line per network.
+
+    Args:
+        score: title of the curve of scores. limits: of their axis.
+    """
     figure = new_figure(9, 3.6)
     left, right = figure.subplots(1, 2)
+    has_losses = False
     for number, history in enumerate(histories):
         hours = [epoch.seconds / 3600 for epoch in history]
         name = f"fold {number}" if len(histories) > 1 else None
         left.plot(hours, [epoch.loss for epoch in history], linewidth=1.2, label=name)
-        validations = [
-            (hour, dice)
-            for hour, epoch in zip(hours, history, strict=True)
-            if (dice := epoch.validation_dice) is not None
-        ]
-        marker = "." if len(validations) < len(history) else None
-        right.plot(*zip(*validations, strict=True), linewidth=1.2, label=name, marker=marker)
-    for plot, title in ((left, "training loss"), (right, "mean validation Dice")):
+        scores = [epoch.validation_score for epoch in history]
+        _plot(right, hours, scores, "-", name)
+        losses = [epoch.validation_loss for epoch in history]
+        has_losses = has_losses or any(loss is not None for loss in losses)
+        _plot(left, hours, losses, "--")
+    loss = "loss: training, validation dashed" if has_losses else "training loss"
+    for plot, title in ((left, loss), (right, score)):
         plot.set_title(title, fontsize=9, loc="left")
         plot.set_xlabel("hours")
         plot.grid(alpha=0.3)
-    right.set_ylim(0, 1)
+    if limits is not None:
+        right.set_ylim(*limits)
     if len(histories) > 1:
         left.legend(fontsize=8)  # left, because a network may have no validation yet
     return png_bytes(figure)
+
+
+def _plot(
+    plot: Any, hours: Sequence[float], values: Sequence[float | None], style: str, name: Any = None
+) -> None:
+    """Plot the values that are known; dots show them where some are not."""
+    points = [(hour, value) for hour, value in zip(hours, values, strict=True) if value is not None]
+    if points:
+        marker = "." if len(points) < len(values) else None
+        plot.plot(*zip(*points, strict=True), style, linewidth=1.2, label=name, marker=marker)
 
 
 def patches_png(

@@ -1,12 +1,17 @@
 """Recipes: one frozen model per stage, read from TOML. They hold names and numbers, never code."""
 
+from volseg.recipe.classification import ClassifyRecipe
 from volseg.recipe.classify import Classify
 from volseg.recipe.data import MOST_LABELS, Data
 from volseg.recipe.load import (
+    AnyRecipe,
     Recipe,
+    as_any_recipe,
     as_recipe,
     listed,
+    load_any_recipe,
     load_recipe,
+    parse_image_recipe,
     parse_recipe,
     shipped_recipes,
     validation_messages,
@@ -26,8 +31,10 @@ __all__ = [
     "PLANNED_LAYERS",
     "SUV",
     "UNITS",
+    "AnyRecipe",
     "Augment",
     "Classify",
+    "ClassifyRecipe",
     "Data",
     "Intensity",
     "LabelValue",
@@ -45,9 +52,12 @@ __all__ = [
     "Train",
     "Window",
     "ZScore",
+    "as_any_recipe",
     "as_recipe",
     "listed",
+    "load_any_recipe",
     "load_recipe",
+    "parse_image_recipe",
     "parse_recipe",
     "parse_unit",
     "shipped_recipes",

@@ -5,24 +5,36 @@ from __future__ import annotations
 import os
 from os import PathLike
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from volseg.errors import VolsegError
 from volseg.inputs import NotAFileError, read_toml, shorten
+from volseg.recipe.classification import ClassifyRecipe
 from volseg.recipe.segment import SegmentRecipe
 from volseg.words import lower_first
 
 # A recipe is one of these, told apart by its key `task`.
 Recipe = SegmentRecipe
-TASKS: dict[str, type[Recipe]] = {"segment": SegmentRecipe}
+AnyRecipe = SegmentRecipe | ClassifyRecipe
+TASKS: dict[str, type[AnyRecipe]] = {"segment": SegmentRecipe, "classify": ClassifyRecipe}
+R = TypeVar("R", SegmentRecipe, ClassifyRecipe)
 
 MAX_MISTAKES = 20  # listed in one message
 
 
 def load_recipe(recipe: str | Path) -> Recipe:
-    """Read a recipe from a TOML file, or a shipped one by its name.
+    """Read a recipe of segmentation from a TOML file, or a shipped one by its name.
+
+    Raises:
+        VolsegError: as `load_any_recipe`, or it is the recipe of another task.
+    """
+    return _of_task(load_any_recipe(recipe), SegmentRecipe, str(recipe))
+
+
+def load_any_recipe(recipe: str | Path) -> AnyRecipe:
+    """Read a recipe of any task from a TOML file, or a shipped one by its name.
 
     Raises:
         VolsegError: the file is missing, is not TOML, or has mistakes, which are all listed.
@@ -42,16 +54,26 @@ def load_recipe(recipe: str | Path) -> Recipe:
         raise VolsegError(
             f"{path}: not a TOML file ({error})", fix="correct that line", code="E_RECIPE"
         ) from error
-    return parse_recipe(content, where=str(path))
+    return parse_any_recipe(content, where=str(path))
 
 
-def as_recipe(recipe: Path | str | Recipe) -> Recipe:
-    """Return the recipe itself, or read it from a file or by its name.
+def as_recipe(recipe: Path | str | AnyRecipe) -> Recipe:
+    """Return a recipe of segmentation, or read it from a file or by its name.
 
     Raises:
         VolsegError: it is none of these (`E_TYPE`), or as `load_recipe`.
     """
-    if isinstance(recipe, Recipe):
+    where = recipe.name if isinstance(recipe, AnyRecipe) else str(recipe)
+    return _of_task(as_any_recipe(recipe), SegmentRecipe, where)
+
+
+def as_any_recipe(recipe: Path | str | AnyRecipe) -> AnyRecipe:
+    """Return the recipe itself, or read it from a file or by its name.
+
+    Raises:
+        VolsegError: it is none of these (`E_TYPE`), or as `load_any_recipe`.
+    """
+    if isinstance(recipe, AnyRecipe):
         return recipe
     if not isinstance(recipe, str | PathLike):
         raise VolsegError(
@@ -59,11 +81,32 @@ def as_recipe(recipe: Path | str | Recipe) -> Recipe:
             fix="give a Recipe, the path of a TOML file or the name of a shipped recipe",
             code="E_TYPE",
         )
-    return load_recipe(recipe)
+    return load_any_recipe(recipe)
 
 
 def parse_recipe(content: object, *, where: str) -> Recipe:
-    """Return the recipe with this parsed content; `where` names it in error messages."""
+    """Return the recipe of segmentation with this content; `where` names it in errors."""
+    return _of_task(parse_any_recipe(content, where=where), SegmentRecipe, where)
+
+
+def parse_image_recipe(content: object, *, where: str) -> ClassifyRecipe:
+    """Return the recipe of a classifier with this content; `where` names it in errors."""
+    return _of_task(parse_any_recipe(content, where=where), ClassifyRecipe, where)
+
+
+def _of_task(recipe: AnyRecipe, task: type[R], where: str) -> R:
+    if isinstance(recipe, task):
+        return recipe
+    (needed,) = (name for name, model in TASKS.items() if model is task)
+    raise VolsegError(
+        f"{where}: the recipe's task is {recipe.task!r}, and {needed!r} is needed here",
+        fix=f'give a recipe with task = "{needed}"',
+        code="E_TASK",
+    )
+
+
+def parse_any_recipe(content: object, *, where: str) -> AnyRecipe:
+    """Return the recipe of any task with this parsed content; `where` names it in errors."""
     task = content.get("task", "segment") if isinstance(content, dict) else "segment"
     model = TASKS.get(task) if isinstance(task, str) else None
     try:

@@ -63,6 +63,61 @@ class Scaling:
         return values if outside is None else values.masked_fill_(outside, 0)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Equalising(Scaling):
+    """Map intensities to the fraction of voxels that are darker, linear between known points.
+
+    Args:
+        intensities: rising, at least two; all float32.
+        levels: the mapped value at each of them, rising; constant beyond both ends.
+    """
+
+    intensities: tuple[float, ...]
+    levels: tuple[float, ...]
+
+    def apply_(self, values: torch.Tensor, body: torch.Tensor | None = None) -> torch.Tensor:
+        import torch
+
+        points = torch.tensor(self.intensities, dtype=torch.float32, device=values.device)
+        levels = torch.tensor(self.levels, dtype=torch.float32, device=values.device)
+        values.clamp_(points[0], points[-1])
+        after = torch.searchsorted(points, values.contiguous()).clamp_(1, len(points) - 1)
+        start, level = points[after - 1], levels[after - 1]
+        # A fraction, not a slope: the slope between two close float32 can exceed float32.
+        values.sub_(start).div_(points[after] - start)
+        return values.mul_(levels[after] - level).add_(level)
+
+
+def equalising(values: np.ndarray, bins: int) -> Scaling:
+    """Return the scaling that spreads these intensities evenly over 0 to 1.
+
+    The lowest intensity becomes 0, which leaves out an empty background, and the highest 1. With at
+    most `bins` distinct intensities it is exact; else it is linear between `bins` quantiles.
+    Without contrast everything becomes 0.
+
+    Args:
+        values: intensities of any shape, at least one.
+
+    Source: Gonzalez & Woods, Digital Image Processing, 3.3.1; scaled as OpenCV does.
+    """
+    points, counts = np.unique(values.astype(np.float32), return_counts=True)
+    shares = np.cumsum(counts) / counts.sum()
+    if len(points) > bins:
+        quantiles = np.unique(np.searchsorted(shares, np.linspace(shares[0], 1, bins)))
+        points, shares = points[quantiles], shares[quantiles]
+    if len(points) == 1:
+        return Scaling(shift=float(points[0]), factor=0.0)
+    levels = (shares - shares[0]) / (shares[-1] - shares[0])
+    return Equalising(
+        shift=0.0,
+        factor=1.0,
+        low=float(points[0]),
+        high=float(points[-1]),
+        intensities=tuple(points.tolist()),
+        levels=tuple(levels.tolist()),
+    )
+
+
 ABSENT = Scaling(shift=0.0, factor=0.0)  # a missing channel: about the mean of the others
 
 
@@ -196,6 +251,24 @@ class Percentile(Normaliser):
         return Scaling(low=low, high=high, shift=low, factor=1 / (high - low) if high > low else 0)
 
 
+class Histogram(Normaliser):
+    """Uniform normalisation by histogram equalisation: equally many voxels at each level, 0 to 1.
+
+    A constant scan becomes 0.
+    """
+
+    method: Literal["histogram"] = "histogram"
+    bins: Annotated[int, Field(ge=2, le=65_536)] = 256  # levels, if more intensities are distinct
+    region: Literal["body", "scan"] = "body"
+
+    @property
+    def why(self) -> str:
+        return "each scan by its own histogram, which any rising change of intensities leaves"
+
+    def fit(self, array: np.ndarray, body: np.ndarray | None = None) -> Scaling:
+        return equalising(_inside(array, body, self.region), self.bins)
+
+
 class Scale(Normaliser):
     """Scaling by fixed numbers, for photographs or intensities that are already comparable."""
 
@@ -215,5 +288,7 @@ def _inside(array: np.ndarray, body: np.ndarray | None, region: str) -> np.ndarr
 
 
 # What `method` may be under [preprocess.normalise].
-Normalise = Annotated[Window | ZScore | Percentile | Scale, Field(discriminator="method")]
+Normalise = Annotated[
+    Window | ZScore | Percentile | Histogram | Scale, Field(discriminator="method")
+]
 NORMALISERS: tuple[type[Normaliser], ...] = get_args(get_args(Normalise)[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -84,6 +84,15 @@ def refuse(mistakes: Iterable[str]) -> None:
     lines = list(mistakes)
     if lines:
         raise ValueError("\n".join(lines))
+
+
+def open_keys(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys whose value is "auto"."""
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from open_keys(value, f"{prefix}{key}.")
+        elif isinstance(value, str) and value == AUTO:
+            yield f"{prefix}{key}"
 
 
 def oversized_patch(shape: tuple[int, int, int]) -> Iterator[str]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -29,6 +29,7 @@ from volseg.recipe.section import (
     Triple,
     closed,
     join,
+    open_keys,
     refuse,
 )
 from volseg.recipe.train import Network, Train
@@ -74,9 +75,9 @@ class Roi(Section):
                 "2 classes (with the background)"
             )
         settings = {"train": self.train.model_dump(), "network": self.network.settings}
-        open_keys = list(_open_keys(settings))
-        if open_keys:
-            raise ValueError(f"{', '.join(open_keys)} cannot be auto for the first pass")
+        left_open = list(open_keys(settings))
+        if left_open:
+            raise ValueError(f"{', '.join(left_open)} cannot be auto for the first pass")
         return self
 
 
@@ -214,7 +215,7 @@ class SegmentRecipe(Section):
     def open_keys(self) -> list[str]:
         """Keys whose value is "auto", such as `train.batch_size`."""
         parts = {"preprocess": self.preprocess, "network": self.network, "train": self.train}
-        return list(_open_keys({name: part.model_dump() for name, part in parts.items()}))
+        return list(open_keys({name: part.model_dump() for name, part in parts.items()}))
 
     @property
     def leaves_size_open(self) -> bool:
@@ -242,11 +243,3 @@ class SegmentRecipe(Section):
         """Hash of the content, independent of comments and order of keys."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _open_keys(content: dict[str, Any]) -> Iterator[str]:
-    for key, value in content.items():
-        if isinstance(value, dict):
-            yield from (f"{key}.{inner}" for inner in _open_keys(value))
-        elif value == AUTO:
-            yield key

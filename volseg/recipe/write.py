@@ -9,11 +9,13 @@ from typing import Any
 import tomlkit
 from tomlkit.items import Comment, Table
 
-from volseg.recipe.load import Recipe
+from volseg.recipe.load import AnyRecipe
 
 
 def recipe_text(
-    recipe: Recipe, heading: Sequence[str] = (), comments: Mapping[str, Sequence[str]] | None = None
+    recipe: AnyRecipe,
+    heading: Sequence[str] = (),
+    comments: Mapping[str, Sequence[str]] | None = None,
 ) -> str:
     """Return a recipe as TOML that `load_recipe` reads back as the same recipe.
 

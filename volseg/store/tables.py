@@ -71,19 +71,24 @@ _QUOTED_FORMULA = r"\A'(?=[=+\-@\t\r])"
 _COLUMN_TYPES = {bool: "boolean", float: "float64", int: "Int64"}
 
 
-def table(row_type: type, rows: Iterable[Any]) -> Callable[[BinaryIO], None]:
+def table(
+    row_type: type, rows: Iterable[Any], headings: Mapping[str, str | None] | None = None
+) -> Callable[[BinaryIO], None]:
     """Return a function that writes a CSV table: a column per field of `row_type`, a line per row.
 
     No cell content changes the number of rows that a reader sees: see `csv_text`.
 
     Args:
         rows: instances of `row_type`; consumed one at a time.
+        headings: field → heading in place of its name; None leaves the column out.
     """
-    names = column_names(row_type)
-    values_of = attrgetter(*names)
+    given = headings or {}
+    shown = {name: given.get(name, name) for name in column_names(row_type)}
+    columns = {name: heading for name, heading in shown.items() if heading is not None}
+    values_of = attrgetter(*columns)
 
     def write(file: BinaryIO) -> None:
-        write_csv(file, [names])
+        write_csv(file, [list(columns.values())])
         write_csv(file, map(cells, rows))
 
     def cells(row: Any) -> list[str]:

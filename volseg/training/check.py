@@ -7,9 +7,20 @@ from functools import partial
 from typing import Any
 
 from volseg.errors import VolsegError
-from volseg.networks import check_classifier, check_segmentation
+from volseg.evaluation.classes import SCORES
+from volseg.networks import (
+    architecture,
+    build_images,
+    check_classifier,
+    check_segmentation,
+    settings_type,
+)
 from volseg.postprocessing.steps import make_steps
-from volseg.recipe import Recipe
+from volseg.recipe import AUTO, ClassifyRecipe, Recipe
+from volseg.recipe.classification import NUMBER
+from volseg.recipe.section import closed
+from volseg.registry import check_keys, check_name, keys_of
+from volseg.training.image_losses import make_loss
 from volseg.training.losses import make_terms
 
 
@@ -39,6 +50,56 @@ def check_recipe(recipe: Recipe) -> None:
         )
     for problem in problems:
         raise problem
+
+
+def check_image_recipe(recipe: ClassifyRecipe) -> None:
+    """Check the recipe of a classifier; raise one VolsegError with its first mistake, if any."""
+    for problem in image_recipe_problems(recipe):
+        raise problem
+
+
+def image_recipe_problems(recipe: ClassifyRecipe) -> Iterator[VolsegError]:
+    """Yield the mistakes in network, loss and score of a recipe, as far as it is closed."""
+    train, data = recipe.train, recipe.data
+    checks: list[Callable[[], Any]] = []
+    if train.monitor != AUTO:
+        checks.append(partial(check_monitor, recipe))
+    if train.loss.name != AUTO and data.kind != AUTO:
+        checks.append(partial(make_loss, train.loss, data.kind))
+    checks.append(partial(_check_image_network, recipe))
+    for check in checks:
+        try:
+            check()
+        except VolsegError as problem:
+            yield problem
+
+
+def check_monitor(recipe: ClassifyRecipe) -> None:
+    """Check that the score that selects the best epoch exists, and fits the target."""
+    name, kind = str(recipe.train.monitor), recipe.data.kind
+    check_name("score", name, SCORES)
+    needed = "numbers" if kind == NUMBER else "classes"
+    if kind != AUTO and SCORES[name].task != needed:
+        fitting = [name for name, score in SCORES.items() if score.task == needed]
+        raise VolsegError(
+            f"train.monitor {name!r} does not fit a target of kind {kind!r}",
+            fix=f"use one of {', '.join(fitting)}",
+            code="E_RECIPE",
+        )
+
+
+def _check_image_network(recipe: ClassifyRecipe) -> None:
+    import torch
+
+    if recipe.open_keys:
+        row, settings = settings_type(recipe.network.name), recipe.network.settings
+        check_keys(f"network {recipe.network.name!r}", settings, keys_of(row))
+        return
+    with torch.device("meta"):
+        build_images(recipe)
+    pixels = closed(recipe.images.pixels)
+    for problem, fix in architecture(recipe.network).patch_mistakes((pixels, pixels)):
+        raise VolsegError(f"images.pixels {problem}", fix=fix, code="E_RECIPE")
 
 
 def _checks(recipe: Recipe) -> Iterator[Callable[[], Any]]:

@@ -1,4 +1,4 @@
-"""The training loop of networks of volumes: batches → steps → validation → the best weights."""
+"""The training loop: batches → steps → validation → the best weights."""
 
 from __future__ import annotations
 
@@ -101,6 +101,11 @@ def _identity(job: Job, team: Team) -> str:
     return digest.hexdigest()
 
 
+def _is_less(loss: float | None, than: float | None) -> bool:
+    """Tell whether a loss breaks the tie of two equal scores, such as two AUCs of 1."""
+    return loss is not None and than is not None and loss < than
+
+
 class _DivergedError(Exception):
     pass
 
@@ -173,10 +178,12 @@ class _Lead:
         started, waited, first = time.monotonic(), run.batches.waited, state.step
         loss = self._steps()
         stepping, waited = time.monotonic() - started, run.batches.waited - waited
-        score, number = None, len(state.epochs) + 1
+        score, validation_loss, number = None, None, len(state.epochs) + 1
         if self._validation.due_after(stepping) or clock.done() >= 1:
             rows = self._validation.validate_subset(self._finite_weights(), clock.ends)
-            score = self._objective.score(rows) if rows else None
+            if rows:
+                score = self._objective.score(rows)
+                validation_loss = self._objective.validation_loss(rows)
             state.reserve = self._validation.reserve
         state.seconds = clock.seconds()
         epoch = Epoch(
@@ -185,15 +192,22 @@ class _Lead:
             seconds=round(state.seconds, 1),
             learning_rate=run.optimizer.param_groups[0]["lr"],
             loss=round(loss, 6),
-            validation_dice=None if score is None else round(score, 4),
+            validation_score=None if score is None else round(score, 4),
+            validation_loss=None if validation_loss is None else round(validation_loss, 6),
             steps_per_second=round((state.step - first) / stepping, 3),
             waiting_share=round(waited / stepping, 4),
         )
         state.epochs.append(asdict(epoch))
-        if score is not None and score > state.best_score:
+        is_better = self._is_better(score, state.best_score)
+        if is_better or (score == state.best_score and _is_less(validation_loss, state.best_loss)):
             facts = {"epoch": number, self._objective.score_name: score}
             save_checkpoint(self._job.best, run.averaged, facts)
-            state.best_score, state.best_epoch = score, number
+            state.best_score, state.best_loss, state.best_epoch = score, validation_loss, number
+
+    def _is_better(self, score: float | None, than: float | None) -> bool:
+        if score is None or than is None:
+            return score is not None
+        return score > than if self._objective.higher_is_better else score < than
 
     def _steps(self) -> float:
         """Take the steps of an epoch; return their mean loss."""
@@ -258,7 +272,8 @@ class _Lead:
             return
         if self._validation.compares_last:
             last = self._validation.validate_all(self._run.averaged)
-            if self._objective.score(last) > self._objective.score(kept.rows):
+            score = self._objective.score(kept.rows)
+            if self._is_better(self._objective.score(last), score):
                 kept.rows, kept.epoch = last, len(self._state.epochs)
                 kept.weights = {name: tensor.cpu() for name, tensor in self._run.averaged.items()}
 
@@ -274,7 +289,7 @@ class _Lead:
             metrics |= self._objective.metrics(kept.rows)
         if reason:
             metrics["stopped"] = reason
-            if state.best_score >= 0:
+            if state.best_score is not None:
                 name = f"watched_{self._objective.score_name}"
                 metrics[name] = round(float(state.best_score), 4)
         return metrics

@@ -5,16 +5,50 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from volseg.errors import VolsegError
-from volseg.recipe import Train
 
 Weights = Mapping[str, torch.Tensor]
 Total = Callable[[torch.Tensor], torch.Tensor]  # sums over the ranks that share a batch
+
+
+class Optimisation(Protocol):
+    """The keys of a recipe's [train] that the loop reads."""
+
+    @property
+    def steps_per_epoch(self) -> int: ...
+    @property
+    def optimizer(self) -> str: ...
+    @property
+    def schedule(self) -> str: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def l1(self) -> float: ...
+    @property
+    def max_grad_norm(self) -> float: ...
+    @property
+    def ema_decay(self) -> float: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterGroup:
+    """Parameters that are trained alike.
+
+    Args:
+        names: of the parameters.
+        factor: times the learning rate.
+    """
+
+    names: Sequence[str]
+    factor: float = 1.0
 
 
 class BatchSource(AbstractContextManager["BatchSource"], Protocol):
@@ -60,15 +94,21 @@ class Validation(Protocol):
 
 
 class Objective(Protocol):
-    """A network to train, its data, and which of its weights are kept: those of highest score.
+    """A network to train, its data, and which of its weights are kept: those of the best score.
 
     It is pickled for the other ranks of a team.
     """
 
-    score_name: ClassVar[str]
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether a higher score is a better one."""
+        ...
 
     @property
-    def train(self) -> Train: ...
+    def score_name(self) -> str: ...
+
+    @property
+    def train(self) -> Optimisation: ...
 
     def identity(self) -> Sequence[Any]:
         """Return JSON values that decide what a step and a validation do."""
@@ -76,6 +116,14 @@ class Objective(Protocol):
 
     def network(self) -> nn.Module:
         """Return a network with random weights, drawn from torch's global generator."""
+        ...
+
+    def groups(self, network: nn.Module) -> Sequence[ParameterGroup]:
+        """Return groups that together hold every parameter of the network."""
+        ...
+
+    def prepare(self, network: nn.Module, step: int) -> None:
+        """Change what is trained in this step and those after it, such as the end of a freeze."""
         ...
 
     def batches(
@@ -92,7 +140,11 @@ class Objective(Protocol):
         """Return the validation of a run of these seconds; `tick` gets what is being done."""
         ...
 
-    def score(self, rows: Sequence[Any]) -> float: ...
+    def score(self, rows: Sequence[Any]) -> float | None:
+        """Return the score; None if it is undefined, such as an AUC without positive cases."""
+        ...
+
+    def validation_loss(self, rows: Sequence[Any]) -> float | None: ...
 
     def metrics(self, rows: Sequence[Any]) -> Mapping[str, Any]: ...
 

@@ -14,8 +14,7 @@ from torch import nn
 
 from volseg.errors import VolsegError
 from volseg.networks import copy_weights, unique_tensors
-from volseg.recipe import Train
-from volseg.training.objective import Objective
+from volseg.training.objective import Objective, Optimisation, ParameterGroup
 from volseg.training.ranks import Team, total_over_ranks
 from volseg.training.schedule import RunSettings, learning_rate_factor
 from volseg.training.state import State, restore_state, save_state
@@ -62,7 +61,9 @@ class Run:
             name for name in unique_tensors(self.raw) if job.initial and name not in loaded
         ]
         copy_weights(self.raw, unique_tensors(self.raw) | loaded)
-        optimizer = _optimizer(_freeze(self.raw, job.settings.freeze), self.train)
+        _freeze(self.raw, job.settings.freeze)
+        self.groups = job.objective.groups(self.raw)
+        optimizer = _optimizer(self.raw, self.groups, self.train)
         self.averaged = {key: tensor.clone() for key, tensor in unique_tensors(self.raw).items()}
         self.state = State(identity)
         if job.resume and job.last.exists():
@@ -91,8 +92,10 @@ class Run:
         `done` is the fraction of the run before this step.
         """
         train, fabric = self.train, self.team.fabric
-        for group in self.optimizer.param_groups:
-            group["lr"] = train.learning_rate * learning_rate_factor(done, train.schedule)
+        learning_rate = train.learning_rate * learning_rate_factor(done, train.schedule)
+        for values, group in zip(self.optimizer.param_groups, self.groups, strict=True):
+            values["lr"] = learning_rate * group.factor
+        self.job.objective.prepare(self.raw, self.state.step)
         parts = self.batches.at(self.state.step)
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
@@ -151,7 +154,15 @@ def _matching(
     return matching
 
 
-def _optimizer(parameters: Sequence[nn.Parameter], train: Train) -> torch.optim.Optimizer:
+def _optimizer(
+    network: nn.Module, groups: Sequence[ParameterGroup], train: Optimisation
+) -> torch.optim.Optimizer:
+    """Return an optimizer with one group of its own per group, without frozen parameters."""
+    named = dict(network.named_parameters())
+    parameters = [
+        {"params": [named[name] for name in group.names if named[name].requires_grad]}
+        for group in groups
+    ]
     if train.optimizer == "sgd":
         return torch.optim.SGD(
             parameters,
@@ -163,8 +174,8 @@ def _optimizer(parameters: Sequence[nn.Parameter], train: Train) -> torch.optim.
     return torch.optim.AdamW(parameters, lr=train.learning_rate, weight_decay=train.weight_decay)
 
 
-def _freeze(network: nn.Module, patterns: Sequence[str]) -> list[nn.Parameter]:
-    """Freeze the parameters whose name matches a pattern; return the others.
+def _freeze(network: nn.Module, patterns: Sequence[str]) -> None:
+    """Freeze the parameters whose name matches a pattern.
 
     Raises:
         VolsegError: a pattern matches no parameter, or all are frozen.
@@ -177,15 +188,11 @@ def _freeze(network: nn.Module, patterns: Sequence[str]) -> list[nn.Parameter]:
             fix="give patterns of these names to --freeze, such as 'downsamples.*'",
             code="E_USAGE",
         )
-    trainable = []
     for name, parameter in network.named_parameters():
         parameter.requires_grad = not any(fnmatch(name, pattern) for pattern in patterns)
-        if parameter.requires_grad:
-            trainable.append(parameter)
-    if not trainable:
+    if not any(parameter.requires_grad for parameter in network.parameters()):
         problem = "--freeze leaves no parameter to train"
         raise VolsegError(problem, fix="freeze fewer layers", code="E_USAGE")
-    return trainable
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,9 +17,11 @@ from volseg.networks import build_segmentation
 from volseg.recipe import Recipe, Train
 from volseg.training.batches import Batches
 from volseg.training.losses import SegmentationLoss
-from volseg.training.objective import Total
+from volseg.training.objective import ParameterGroup, Total
 from volseg.training.validator import Validator
 from volseg.words import format_sizes
+
+SCORE = "validation_dice"
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,12 +32,18 @@ class SegmentationObjective:
     validation_cases: Sequence[PreparedCase]
     recipe: Recipe
 
-    score_name: ClassVar[str] = "validation_dice"
-
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle for a process that trains too but does not validate; it maps the same files."""
         paths = [(case.folder, case.id) for case in self.training]
         return _read, (paths, self.recipe)
+
+    @property
+    def score_name(self) -> str:
+        return SCORE
+
+    @property
+    def higher_is_better(self) -> bool:
+        return True
 
     @property
     def train(self) -> Train:
@@ -48,6 +56,12 @@ class SegmentationObjective:
 
     def network(self) -> nn.Module:
         return build_segmentation(self.recipe)
+
+    def groups(self, network: nn.Module) -> list[ParameterGroup]:
+        return [ParameterGroup([name for name, _ in network.named_parameters()])]
+
+    def prepare(self, network: nn.Module, step: int) -> None:
+        pass
 
     def batches(self, seed: int, device: torch.device, *, rank: int = 0, ranks: int = 1) -> Batches:
         return Batches(self.training, self.recipe, seed=seed, device=device, rank=rank, ranks=ranks)
@@ -66,6 +80,9 @@ class SegmentationObjective:
 
     def score(self, rows: Sequence[ValidationRow]) -> float:
         return mean_dice(rows)
+
+    def validation_loss(self, rows: Sequence[ValidationRow]) -> None:
+        return None
 
     def metrics(self, rows: Sequence[ValidationRow]) -> Mapping[str, Any]:
         return summary(rows)

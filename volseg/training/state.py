@@ -31,7 +31,9 @@ class Epoch:
     seconds: float
     learning_rate: float
     loss: float
-    validation_dice: float | None  # score on the validation subset; None if no time was left for it
+    # On the validation subset, the score under the objective's name; None if no time was left.
+    validation_score: float | None
+    validation_loss: float | None  # None if the objective has none
     steps_per_second: float
     waiting_share: float  # fraction of the steps' time spent waiting for patches to be cut
 
@@ -45,7 +47,8 @@ class State:
     seconds: float = 0.0
     reserve: float = 0.0  # seconds of the budget kept for the final validation
     stop: Stop | None = None  # None while it runs
-    best_score: float = -1.0
+    best_score: float | None = None
+    best_loss: float | None = None  # validation loss of the best epoch
     best_epoch: int = 0
     epochs: list[dict[str, Any]] = field(default_factory=list)  # fields of `Epoch`
 
@@ -54,7 +57,7 @@ class State:
 
     def n_worse(self) -> int:
         """Count the validations since the best one."""
-        return sum(line["validation_dice"] is not None for line in self.epochs[self.best_epoch :])
+        return sum(line["validation_score"] is not None for line in self.epochs[self.best_epoch :])
 
 
 def save_state(

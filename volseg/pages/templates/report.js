@@ -37,13 +37,13 @@ function reportCell(column, row, table) {
     const link = follow(make("a", { href: lesion === null ? page : `${page}#lesion=${lesion}` }, shown(value)));
     return make("td", { class: column.number ? "number" : null }, link);
   }
-  if (column.name === "montage") {
+  if (column.name === "montage" || column.name === "picture") {
     const picture = pictures[table.value(row, "case_id")];
     if (!picture) return null;
-    const name = table.value(row, "case_id");
+    const name = table.value(row, "case_id"), isMontage = column.name === "montage";
     const image = make("img", {
-      src: `data:image/jpeg;base64,${picture}`, loading: "lazy", decoding: "async", height: String(pictureHeight), width: String(3 * pictureHeight),
-      alt: `axial, coronal and sagittal slice of ${name}`,
+      src: `data:image/jpeg;base64,${picture}`, loading: "lazy", decoding: "async", height: String(pictureHeight), width: isMontage && String(3 * pictureHeight),
+      alt: isMontage ? `axial, coronal and sagittal slice of ${name}` : `image ${name}`,
     });
     const page = pageOf(table, row);
     return make("td", { class: "picture" }, page ? follow(make("a", { href: page }, image)) : image);

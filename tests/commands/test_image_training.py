@@ -1,0 +1,232 @@
+"""Classifiers of images, from files to a model and its predictions, through the commands."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+from image_sets import SHAPES, folder_of_classes, table_of_images
+
+import volseg
+from volseg.errors import VolsegError
+from volseg.image_bundle import load_image_bundle
+from volseg.recipe import ClassifyRecipe
+
+TINY = {"name": "cnn_small", "features": (8, 16)}
+
+
+def recipe(target, train=None, **sections):
+    """Return a recipe with a tiny network, which leaves the targets to the plan."""
+    content = {
+        "task": "classify",
+        "name": "shapes",
+        "description": "Shapes.",
+        "data": {"target": target},
+        "network": TINY,
+        "train": {"epochs": 4, "patience": 100} | (train or {}),
+    }
+    return ClassifyRecipe.model_validate(content | sections)
+
+
+def rows_of(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def weights_of(folder):
+    weights = load_image_bundle(folder).weights
+    return {
+        f"{name}.{key}": tensor.numpy()
+        for name in weights
+        if name != "judgement"
+        for key, tensor in weights[name].items()
+    }
+
+
+def are_equal(one, other):
+    return one.keys() == other.keys() and all(np.array_equal(one[k], other[k]) for k in one)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    return table_of_images(tmp_path_factory.mktemp("table") / "data")
+
+
+@pytest.fixture(scope="module")
+def model(table, tmp_path_factory):
+    """A model that has learned the two shapes."""
+    out = tmp_path_factory.mktemp("model") / "m"
+    volseg.train(table, recipe=recipe("shape", {"epochs": 25}), out=out)
+    return out
+
+
+def test_shapes_are_learned_and_the_test_split_is_not_touched(model, table, tmp_path):
+    bundle = load_image_bundle(model)
+    assert bundle.recipe.data.names == SHAPES and not bundle.recipe.open_keys
+    assert bundle.metrics["validation_auc"] > 0.8
+    validated = {row["case_id"] for row in rows_of(model / "validation.csv")}
+    splits = {row["image"]: row["split"] for row in rows_of(table / "cases.csv")}
+    assert {splits[f"images/{name}.png"] for name in validated} == {"val"}
+    result = volseg.infer(table, model=model, out=tmp_path / "r")
+    rows = rows_of(tmp_path / "r" / "classes.csv")
+    assert len(rows) == 48 and result.exit_code == 0
+    for row in rows:
+        probabilities = [float(row[f"probability_{name}"]) for name in SHAPES]
+        assert sum(probabilities) == pytest.approx(1, abs=1e-5)
+        assert row["class_name"] == SHAPES[int(np.argmax(probabilities))]
+        assert row["class_name"] in row["confidence_set"].split("|")
+
+
+@pytest.mark.parametrize(("target", "score"), [("area", "mae"), ("labels", "auc")])
+def test_numbers_and_several_labels_are_learned_too(target, score, table, tmp_path):
+    report = volseg.train(table, recipe=recipe(target), out=tmp_path / "m")
+    assert f"validation_{score}" in report.metrics
+    volseg.infer(table, model=tmp_path / "m", out=tmp_path / "r")
+    if target == "area":
+        for row in rows_of(tmp_path / "r" / "values.csv"):
+            assert float(row["value_low"]) < float(row["value"]) < float(row["value_high"])
+    else:
+        names = load_image_bundle(tmp_path / "m").recipe.data.names
+        assert names == ("disc", "large", "square")
+        for row in rows_of(tmp_path / "r" / "classes.csv"):
+            present = [name for name in names if float(row[f"probability_{name}"]) >= 0.5]
+            assert row["class_name"] == "|".join(present)
+
+
+def test_a_folder_per_class_needs_no_recipe(tmp_path):
+    folder_of_classes(tmp_path / "data", n=8)
+    report = volseg.train(tmp_path / "data", out=tmp_path / "m", epochs=1)
+    assert report.exit_code == 0
+    card = (tmp_path / "m" / "card.md").read_text(encoding="utf-8")
+    assert "disc" in card and "| images.pixels | 32 |" in card
+
+
+def test_a_plan_is_a_recipe_and_a_prepared_folder_trains_to_the_same_weights(table, tmp_path):
+    stated = recipe("shape", {"epochs": 2})
+    plan = volseg.plan(table, recipe=stated, out=tmp_path / "plan.toml")
+    assert plan.cases == 24 and all(line["reason"] for line in plan.reasons)
+    volseg.preprocess(table, recipe=stated, out=tmp_path / "prepared")
+    for name, dataset, given in (
+        ("stated", table, stated),
+        ("planned", table, tmp_path / "plan.toml"),
+        ("loaded", tmp_path / "prepared", None),
+    ):
+        volseg.train(dataset, recipe=given, out=tmp_path / name)
+    weights = weights_of(tmp_path / "stated")
+    assert are_equal(weights, weights_of(tmp_path / "planned"))
+    assert are_equal(weights, weights_of(tmp_path / "loaded"))
+
+
+def test_an_interrupted_run_resumes_to_the_weights_of_an_unbroken_one(table, tmp_path):
+    stated = recipe("shape", {"epochs": 3, "augment": {"mixup": 0.2}})
+    volseg.train(table, recipe=stated, out=tmp_path / "whole")
+
+    def interrupt(stage, done, detail):
+        if detail.startswith("epoch 2"):
+            raise KeyboardInterrupt
+
+    stopped = volseg.train(table, recipe=stated, out=tmp_path / "parts", progress=interrupt)
+    assert stopped.interrupted
+    with pytest.raises(VolsegError, match="interrupted training run"):
+        volseg.train(table, recipe=stated, out=tmp_path / "parts")
+    volseg.train(table, recipe=stated, out=tmp_path / "parts", resume=True)
+    assert are_equal(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
+    assert not list((tmp_path / "parts" / ".training").rglob("*.npy"))
+
+
+def test_folds_keep_patients_together_and_validate_every_image_once(table, tmp_path):
+    stated = recipe("shape", {"epochs": 1})
+    volseg.train(table, recipe=stated, out=tmp_path / "m", folds=3)
+    rows = rows_of(tmp_path / "m" / "validation.csv")
+    assert len(rows) == len({row["case_id"] for row in rows}) == 36  # all but the test split
+    folds_of = {}
+    for row in rows:
+        folds_of.setdefault(row["patient"], set()).add(row["fold"])
+    assert all(len(folds) == 1 for folds in folds_of.values())
+    assert len(load_image_bundle(tmp_path / "m").network_names) == 3
+
+
+def test_a_bad_image_is_a_failed_row_and_a_second_call_does_only_what_is_missing(
+    model, table, tmp_path
+):
+    shutil.copytree(table / "images", tmp_path / "images")
+    (tmp_path / "images" / "000.png").write_bytes(b"\x89PNG broken")
+    result = volseg.infer(tmp_path / "images", model=model, out=tmp_path / "r")
+    assert list(result.failed) == ["000"] and result.exit_code == 3 and len(result.done) == 47
+    before = {row["case_id"]: row for row in rows_of(tmp_path / "r" / "classes.csv")}
+    assert before["000"]["status"] == "failed" and before["000"]["error"].startswith("E_")
+    shutil.copy(table / "images" / "000.png", tmp_path / "images")
+    again = volseg.infer(tmp_path / "images", model=model, out=tmp_path / "r")
+    assert list(again.done) == ["000"] and len(again.kept) == 47
+    after = {row["case_id"]: row for row in rows_of(tmp_path / "r" / "classes.csv")}
+    assert after["000"]["status"] == "done" and after["001"] == before["001"]
+
+
+def test_check_recomputes_the_prediction_of_the_reference_image(model, tmp_path):
+    assert volseg.check(model) == []
+    shutil.copytree(model, tmp_path / "m")
+    description = json.loads((tmp_path / "m" / "model.json").read_text(encoding="utf-8"))
+    description["recipe"]["infer"]["tta_axes"] = ["horizontal"]
+    (tmp_path / "m" / "model.json").write_text(json.dumps(description), encoding="utf-8")
+    assert [problem["code"] for problem in volseg.check(tmp_path / "m")] == ["E_REFERENCE"]
+
+
+def test_models_and_recipes_of_the_other_task_are_refused(model, table, tmp_path):
+    with pytest.raises(VolsegError, match="classifies images"):
+        volseg.quantise(model, table)
+    with pytest.raises(VolsegError) as refusal:
+        volseg.train(table, recipe="smoke", out=tmp_path / "m")
+    assert refusal.value.code in ("E_DATASET", "E_TASK")
+
+
+def test_a_target_that_is_not_stated_or_not_there_is_refused(table, tmp_path):
+    with pytest.raises(VolsegError, match="shape, area, labels"):
+        volseg.train(table, out=tmp_path / "m")
+    with pytest.raises(VolsegError, match="colour"):
+        volseg.train(table, target="colour", out=tmp_path / "m")
+    assert not (tmp_path / "m" / "model.json").exists()
+
+
+def test_a_student_learns_from_a_teacher_and_a_vgg_is_pruned_and_fine_tuned(table, tmp_path):
+    vgg = {"name": "vgg", "depth": 11, "widths": [8, 8, 16, 16, 16, 16, 16, 16]}
+    large = recipe("shape", {"epochs": 1}, network=vgg)
+    volseg.train(table, recipe=large, out=tmp_path / "vgg")
+    volseg.train(
+        table,
+        target="shape",
+        init=tmp_path / "vgg",
+        prune=0.5,
+        out=tmp_path / "pruned",
+        epochs=1,
+    )
+    sizes = [
+        sum(tensor.size for tensor in weights_of(tmp_path / name).values())
+        for name in ("vgg", "pruned")
+    ]
+    assert sizes[1] < 0.35 * sizes[0]
+    taught = volseg.train(table, teacher=tmp_path / "vgg", out=tmp_path / "student", epochs=1)
+    student = load_image_bundle(tmp_path / "student")
+    assert taught.exit_code == 0 and student.recipe.network.name == "cnn_small"
+    assert student.recipe.images == load_image_bundle(tmp_path / "vgg").recipe.images
+    with pytest.raises(VolsegError, match="classes differ"):
+        volseg.train(
+            table, recipe=recipe("labels"), teacher=tmp_path / "vgg", out=tmp_path / "other"
+        )
+
+
+def test_pretrained_weights_are_a_start(table, tmp_path):
+    report = volseg.pretrain(table, recipe=recipe("shape", {"epochs": 1}), out=tmp_path / "p")
+    assert report.metrics["training_images"] == 24
+    lines = []
+    volseg.train(
+        table,
+        recipe=recipe("shape", {"epochs": 1}),
+        init=tmp_path / "p",
+        out=tmp_path / "m",
+        announce=lines.append,
+    )
+    (summary,) = (line for line in lines if "tensors" in line)
+    assert "2 random" in summary  # the head alone

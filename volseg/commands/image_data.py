@@ -1,0 +1,456 @@
+"""The images of a dataset, as a recipe of a classifier reads them: targets, splits, arrays."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from volseg.commands.batch import reason_of
+from volseg.commands.image_start import Start
+from volseg.errors import ScanError, VolsegError
+from volseg.evaluation.duplicates import ImagePrint, groups_of, print_of
+from volseg.io.files import sha256_of
+from volseg.io.image_cases import ImageCase, ImageSurvey, looks_like_images, survey_images
+from volseg.io.images import ImageReader
+from volseg.io.prepared_images import (
+    CASES_FILE,
+    ImageSet,
+    PreparedImage,
+    has_prepared_images,
+    read_prepared_images,
+    write_prepared_images,
+)
+from volseg.options import Announce, Progress, ignore_progress, ignore_text
+from volseg.options.shared import failure_line
+from volseg.preprocessing.images import to_input
+from volseg.recipe import AnyRecipe, ClassifyRecipe, as_any_recipe, parse_image_recipe
+from volseg.recipe.classification import NUMBER, Target
+from volseg.recipe.images import ZScoreImage
+from volseg.recipe.section import AUTO
+from volseg.words import format_list, format_numbered
+
+if TYPE_CHECKING:  # torch takes seconds to import; only a command that needs it pays
+    from volseg.planning.close import Reason
+    from volseg.planning.images import ClosedImages, ImageFingerprint
+    from volseg.planning.targets import Value
+
+READING, PREPARING = "Reading the images", "Preparing the images"
+MAX_SHOWN = 10  # mistakes listed in one message
+SAMPLE = 1000  # images whose size the fingerprint holds
+INTENSITIES = 500  # pixels of an image from which percentiles are computed
+DEFAULT_NETWORK = "cnn_small"
+
+
+def is_of_images(
+    dataset: Path, recipe: Path | str | AnyRecipe | None, target: str | None = None
+) -> bool:
+    """Tell whether a request is about classifying images, rather than segmenting scans."""
+    if recipe is not None:
+        return isinstance(as_any_recipe(recipe), ClassifyRecipe)
+    return target is not None or has_prepared_images(dataset) or looks_like_images(dataset)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageDataset:
+    """A dataset as a recipe of a classifier reads it.
+
+    Args:
+        recipe: None for one that leaves everything to the plan.
+        target: column, where the recipe does not name it.
+        seed: of the drawn split.
+        start: weights that training starts from. teacher: recipe of the model to learn from.
+    """
+
+    dataset: Path
+    recipe: ClassifyRecipe | None = None
+    target: str | None = None
+    seed: int = 0
+    start: Start | None = None
+    teacher: ClassifyRecipe | None = None
+    progress: Progress = field(default=ignore_progress, compare=False)
+    announce: Announce = field(default=ignore_text, compare=False)
+
+    def survey(self) -> tuple[ImageSurvey, ClassifyRecipe]:
+        """Return the images, and the recipe with its target.
+
+        Raises:
+            VolsegError: the dataset has mistakes, or does not say what its target is.
+        """
+        target = self.target if self.recipe is None else self.recipe.data.target
+        if target is None and self.teacher is not None:
+            target = self.teacher.data.target
+        if target is None:
+            target = _only_target(self.dataset, survey_images(self.dataset))
+        survey = survey_images(self.dataset, target=target)
+        if survey.mistakes:
+            self._refuse(survey.mistakes)
+        recipe = self.recipe
+        if recipe is None:
+            recipe = automatic_image_recipe(self.dataset, target)
+            recipe = recipe if self.start is None else self.start.fitted_to(recipe)
+            if self.teacher is not None:
+                parts = {"data": self.teacher.data, "images": self.teacher.images}
+                recipe = recipe.model_copy(update=parts)
+        return survey, recipe
+
+    def _refuse(self, mistakes: Sequence[str]) -> None:
+        raise VolsegError(
+            f"{self.dataset}: {format_numbered(mistakes, MAX_SHOWN)}",
+            fix="correct them and run again; `volseg check` lists all of them",
+            code="E_DATASET",
+        )
+
+    def plan(self, *, labelled: bool = True) -> PlannedImages:
+        """Return the images with their targets and splits, and the closed recipe.
+
+        Args:
+            labelled: False takes images without a target too; then all have the target 0.
+
+        Raises:
+            VolsegError: as `survey`, or a target is not what the recipe says.
+        """
+        from volseg.planning.targets import TargetCells
+
+        if not labelled:
+            return self._plan_unlabelled()
+        survey, recipe = self.survey()
+        name = recipe.data.target
+        used = [case for case in survey.cases if case.split != "test"]
+        blank = [case.id for case in used if not case.cells.get(name, "").strip()]
+        remarks = list(survey.remarks)
+        if blank:
+            remarks.append(
+                f"W_NO_TARGET: {len(blank)} images without a value of {name!r} are left out: "
+                f"{format_list(blank, 5)}"
+            )
+        cells = TargetCells(name, {case.id: case.cells.get(name, "") for case in used})
+        recipe = recipe.model_copy(update={"data": cells.describe(recipe.data)})
+        values, mistakes = cells.values(recipe.data)
+        if mistakes:
+            self._refuse(mistakes)
+        cases = [case for case in used if values[case.id] is not None]
+        return self._planned(cases, recipe, values, remarks)
+
+    def _plan_unlabelled(self) -> PlannedImages:
+        assert self.recipe is not None
+        survey = survey_images(self.dataset)
+        if survey.mistakes:
+            self._refuse(survey.mistakes)
+        cases = [case for case in survey.cases if case.split != "test"]
+        remarks = [text for text in survey.remarks if not text.startswith("W_FOLDERS")]
+        recipe = self.recipe.model_copy(update={"data": unlabelled_recipe(self.dataset).data})
+        return self._planned(cases, recipe, {case.id: 0 for case in cases}, remarks)
+
+    def _planned(
+        self,
+        cases: Sequence[ImageCase],
+        recipe: ClassifyRecipe,
+        values: Mapping[str, Value],
+        remarks: list[str],
+    ) -> PlannedImages:
+        """Read the images, split them, and close the recipe."""
+        from volseg.planning.images import close_images
+
+        images, failed = self._measure(cases)
+        cases = [case for case in cases if case.id in images]
+        groups = _groups(cases, [images[case.id].print for case in cases])
+        fraction = recipe.train.validation_fraction
+        splits = assign_image_splits(cases, groups, values, fraction, self.seed)
+        remarks += _leaks(groups, splits)
+        fingerprint = _fingerprint(cases, images, values, splits, recipe)
+        closed = close_images(recipe, fingerprint, starts_trained=self.start is not None)
+        return PlannedImages(
+            closed=closed,
+            fingerprint=fingerprint,
+            cases=cases,
+            values=values,
+            groups=groups,
+            splits=splits,
+            failed=failed,
+            remarks=remarks,
+        )
+
+    def _measure(self, cases: Sequence[ImageCase]) -> tuple[dict[str, _Facts], dict[str, str]]:
+        """Read every image once; return facts by id, and why images cannot be read."""
+        facts, failed, reader = dict[str, _Facts](), dict[str, str](), ImageReader()
+        for count, case in enumerate(cases, start=1):
+            try:
+                image = reader.read(case.path, case.index)
+                prints = print_of(image.array, image.largest)
+                pixels = image.array.ravel()[:: max(1, image.array.size // INTENSITIES)]
+                facts[case.id] = _Facts(image.array.shape, prints, pixels.copy())
+            except ScanError as error:
+                failed[case.id] = reason_of(error)
+                self.announce(failure_line(case.id, failed[case.id]))
+            self.progress(READING, count / len(cases), case.id)
+        if not facts:
+            self._refuse([f"{name}: {reason}" for name, reason in failed.items()])
+        return facts, failed
+
+    def prepare(self, planned: PlannedImages, folder: Path) -> ImageSet:
+        """Write the network inputs of all images into a folder; return them, memory-mapped."""
+        recipe, reader = planned.closed.recipe, ImageReader()
+        digests: dict[Path, str] = {}
+
+        def pairs() -> Iterator[tuple[np.ndarray, PreparedImage]]:
+            for count, case in enumerate(planned.cases, start=1):
+                image = to_input(reader.read(case.path, case.index), recipe.images)
+                if case.path not in digests:
+                    digests[case.path] = sha256_of(case.path)
+                yield image, planned.prepared(case, digests[case.path])
+                self.progress(PREPARING, count / len(planned.cases), case.id)
+
+        edge = int(recipe.images.pixels)
+        header = {
+            "recipe": recipe.model_dump(mode="json"),
+            "reasons": [line.model_dump() for line in planned.closed.reasons],
+            "fingerprint": planned.fingerprint.model_dump(mode="json"),
+            "failed": planned.failed,
+            "warnings": planned.remarks,
+        }
+        write_prepared_images(folder, (recipe.in_channels, edge, edge), pairs(), header)
+        return read_prepared_images(folder)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """Shape (C, H, W) of an image, what tells whether it is a duplicate, and some intensities."""
+
+    shape: tuple[int, ...]
+    print: ImagePrint
+    intensities: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedImages:
+    """Images with everything that is known of them before their pixels are converted.
+
+    Args:
+        values: case id → target. groups: case id → those that stay in one fold share it.
+        splits: case id → train or val.
+        failed: case id → why it cannot be read.
+    """
+
+    closed: ClosedImages
+    fingerprint: ImageFingerprint
+    cases: Sequence[ImageCase]
+    values: Mapping[str, Value]
+    groups: Mapping[str, str]
+    splits: Mapping[str, str]
+    failed: Mapping[str, str]
+    remarks: Sequence[str]
+
+    def prepared(self, case: ImageCase, digest: str) -> PreparedImage:
+        return PreparedImage(
+            id=case.id,
+            patient=case.patient or case.id,
+            group=self.groups[case.id],
+            split=self.splits[case.id],
+            target=self.values[case.id],
+            sha256=digest,
+            cells=dict(case.cells),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedImages:
+    """Prepared images with the closed recipe that they were made for."""
+
+    images: ImageSet
+    recipe: ClassifyRecipe
+    reasons: tuple[Reason, ...]
+    fingerprint: ImageFingerprint
+    warnings: Sequence[str]
+
+
+def load_images(folder: Path) -> LoadedImages:
+    """Load a folder of prepared images.
+
+    Raises:
+        VolsegError: it is not one.
+    """
+    from volseg.planning.close import Reason
+    from volseg.planning.images import ImageFingerprint
+
+    images, content = read_prepared_images(folder)
+    try:
+        return LoadedImages(
+            images,
+            parse_image_recipe(content["recipe"], where=str(folder / CASES_FILE)),
+            tuple(map(Reason.model_validate, content["reasons"])),
+            ImageFingerprint.model_validate(content["fingerprint"]),
+            list(map(str, content["warnings"])),
+        )
+    except (KeyError, ValueError, TypeError) as error:
+        raise VolsegError(
+            f"{folder}: not a folder of prepared images ({error})",
+            fix="run `volseg preprocess` again",
+            code="E_PREPARED",
+        ) from error
+
+
+def automatic_image_recipe(dataset: Path, target: str) -> ClassifyRecipe:
+    """Return a recipe that leaves everything to the plan."""
+    name = re.sub(r"[^a-z0-9]+", "_", dataset.absolute().name.casefold()).strip("_")[:50]
+    content: dict[str, Any] = {
+        "task": "classify",
+        "name": name or "images",
+        "description": f"Predicts {target} of images; everything that is not in the data follows "
+        "from the plan.",
+        "intended_use": f"{target} of images like the training images.",
+        "limits": "Not tested on images from elsewhere.",
+        "data_source": f"The dataset named {dataset.absolute().name!r}; it was trained without a "
+        "recipe, so nothing else is known of its origin.",
+        "data": {"target": target},
+        "network": {"name": DEFAULT_NETWORK, "features": AUTO},
+    }
+    return ClassifyRecipe.model_validate(content)
+
+
+def unlabelled_recipe(dataset: Path) -> ClassifyRecipe:
+    """Return a recipe for images without labels, whose intensities are standardised."""
+    recipe = automatic_image_recipe(dataset, "image")
+    data = Target(target="image", kind="classes", classes=("image", "other"), mean=0, sd=1)
+    images = recipe.images.model_copy(update={"normalise": ZScoreImage()})
+    train = recipe.train.model_copy(update={"monitor": "log_loss", "balance": "none"})
+    return recipe.model_copy(update={"data": data, "images": images, "train": train})
+
+
+def _only_target(dataset: Path, survey: ImageSurvey) -> str:
+    """Return the one column that can be the target."""
+    if survey.mistakes and not survey.cases:
+        raise VolsegError(
+            f"{dataset}: {format_numbered(survey.mistakes, MAX_SHOWN)}",
+            fix="correct them and run again",
+            code="E_DATASET",
+        )
+    if survey.likely_target is not None:
+        return survey.likely_target
+    names = [column.name for column in survey.target_columns]
+    listed = format_list(names, 10) or "none"
+    raise VolsegError(
+        f"{dataset}: which column to predict is not stated; those that could be are {listed}",
+        fix="name it: --target COLUMN, or data.target in a recipe",
+        code="E_TARGET",
+    )
+
+
+def _groups(cases: Sequence[ImageCase], prints: Sequence[ImagePrint]) -> dict[str, str]:
+    """Return case id → group: images of one patient, and near duplicates, share it."""
+    numbers = groups_of(prints, [case.patient for case in cases])
+    names: dict[int, str] = {}
+    return {
+        case.id: names.setdefault(number, case.patient or case.id)
+        for case, number in zip(cases, numbers, strict=True)
+    }
+
+
+def _leaks(groups: Mapping[str, str], splits: Mapping[str, str]) -> list[str]:
+    """Return a warning if near duplicates lie in both training and validation."""
+    splits_of: dict[str, set[str]] = {}
+    for name, group in groups.items():
+        splits_of.setdefault(group, set()).add(splits[name])
+    leaks = [group for group, both in splits_of.items() if len(both) > 1]
+    if not leaks:
+        return []
+    return [
+        f"W_DUPLICATES: {len(leaks)} groups of near duplicates or patients lie in both training "
+        f"and validation, so validation flatters the model: {format_list(leaks, 3)}; "
+        "`volseg check` lists them"
+    ]
+
+
+def assign_image_splits(
+    cases: Sequence[ImageCase],
+    groups: Mapping[str, str],
+    values: Mapping[str, Value],
+    fraction: float,
+    seed: int,
+) -> dict[str, str]:
+    """Return case id → train or val: the dataset's, or drawn by group and class.
+
+    Without a validation split in the dataset, groups are drawn so that each class has about this
+    fraction of its groups in validation.
+    """
+    if any(case.split == "val" for case in cases):
+        return {case.id: case.split or "train" for case in cases}
+    held_out = fold_of_groups(groups, values, max(2, round(1 / fraction)), seed)
+    return {name: "val" if fold == 0 else "train" for name, fold in held_out.items()}
+
+
+def fold_of_groups(
+    groups: Mapping[str, str], values: Mapping[str, Value], folds: int, seed: int
+) -> dict[str, int]:
+    """Return case id → fold; the cases of a group share it, and classes are spread evenly.
+
+    Groups are dealt like cards, class after class (of the group's largest class or, for a number,
+    from its lowest value to its highest), each class in an order drawn with the seed.
+    """
+    members: dict[str, list[str]] = {}
+    for name, group in groups.items():
+        members.setdefault(group, []).append(name)
+    if len(members) < folds:
+        raise VolsegError(
+            f"{len(members)} patients or groups of near duplicates cannot be divided into "
+            f"{folds} parts",
+            fix="add images of other patients, or lower --folds",
+            code="E_DATASET",
+        )
+    names = sorted(members)
+    order = np.random.default_rng(seed).permutation(len(names))
+    shuffled = [names[index] for index in order]
+    ranked = sorted(shuffled, key=lambda group: _rank(values[name] for name in members[group]))
+    return {name: place % folds for place, group in enumerate(ranked) for name in members[group]}
+
+
+def _rank(values: Iterator[Value]) -> float:
+    """Return a number by which groups of like targets are neighbours."""
+    numbers = [
+        float(sum(2.0**index for index in value)) if isinstance(value, tuple) else float(value or 0)
+        for value in values
+    ]
+    return max(numbers)
+
+
+def _fingerprint(
+    cases: Sequence[ImageCase],
+    facts: Mapping[str, _Facts],
+    values: Mapping[str, Value],
+    splits: Mapping[str, str],
+    recipe: ClassifyRecipe,
+) -> ImageFingerprint:
+    from volseg.planning.images import ImageFingerprint
+    from volseg.planning.targets import count_classes
+
+    training = [case for case in cases if splits[case.id] == "train"]
+    if not training or len(training) == len(cases):
+        raise VolsegError(
+            f"{len(training)} training and {len(cases) - len(training)} validation images are too "
+            "few",
+            fix="add images; training and validation need at least one each",
+            code="E_DATASET",
+        )
+    targets = [values[case.id] for case in training]
+    sizes = [facts[case.id].shape[1:] for case in training[:: -(-len(training) // SAMPLE)]]
+    pixels = np.concatenate([facts[case.id].intensities for case in training])
+    low, high = np.percentile(pixels, (0.5, 99.5)).tolist()
+    is_number = recipe.data.kind == NUMBER
+    numbers = np.array(targets, float) if is_number else np.zeros(1)
+    return ImageFingerprint(
+        n_images=len(training),
+        n_patients=len({case.patient or case.id for case in training}),
+        n_validation=len(cases) - len(training),
+        sizes=tuple((int(height), int(width)) for height, width in sizes),
+        channels=max(facts[case.id].shape[0] for case in training),
+        kind=str(recipe.data.kind),
+        counts={} if is_number else count_classes(targets, recipe.data),
+        mean=float(numbers.mean()) if is_number else None,
+        sd=float(max(numbers.std(), 1e-9)) if is_number else None,
+        low=low,
+        high=high if high > low else low + 1,
+    )

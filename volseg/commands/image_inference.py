@@ -1,0 +1,262 @@
+"""`volseg infer` with a model that classifies: classes.csv or values.csv, a page, run.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from volseg.commands.batch import reason_of
+from volseg.errors import ScanError, VolsegError
+from volseg.evaluation.class_rows import CLASSES, VALUES, ClassRow, ValueRow, joined
+from volseg.image_bundle import ImageBundle, load_image_bundle
+from volseg.inference.choose import choose_device
+from volseg.inference.images import embed_images, predict_outputs, to_predictions
+from volseg.inputs import read_json
+from volseg.io.csv_text import iterate_csv
+from volseg.io.files import json_text, sha256_of
+from volseg.io.image_cases import ImageCase, find_images
+from volseg.io.images import ImageReader
+from volseg.options import InferOptions
+from volseg.pages.about import About
+from volseg.pages.class_page import class_page, most_doubtful, thumbnail
+from volseg.preprocessing.images import to_input
+from volseg.recipe.classification import CLASSES as EXCLUSIVE
+from volseg.recipe.classification import NUMBER
+from volseg.reports import ImagesReport
+from volseg.store.outputs import OutputFolder
+from volseg.store.tables import class_table, read_class_rows, table, typed_row
+
+STAGE = "Classifying"
+BATCH = 64  # images that are read before the networks run
+RUN, PAGE = "run.json", "report.html"
+Row = ClassRow | ValueRow
+
+
+def infer_images(options: InferOptions) -> ImagesReport:
+    """Predict the class or number of images; write a row per image.
+
+    Raises:
+        VolsegError: the request is wrong. An image that cannot be used becomes a failed row.
+    """
+    assert options.model is not None
+    bundle = load_image_bundle(options.model)
+    remarks = list[str]()
+    cases = find_images(options.scans, remark=remarks.append)
+    # Which folders are classes is of no importance here.
+    remarks = [text for text in remarks if not text.startswith("W_FOLDERS")]
+    options.warn(*remarks)
+    inputs = [*options.scans, options.model, *{case.path for case in cases}]
+    with OutputFolder(options.out, "infer", inputs=inputs) as outputs:
+        outputs.check_overwrites([_table_name(bundle), RUN, PAGE])
+        run = _Run(options, bundle, outputs, _earlier(options.out, bundle))
+        return run.run(cases, remarks)
+
+
+@dataclass(frozen=True, slots=True)
+class _Earlier:
+    """Rows of an earlier call, with the hash of the image and model that each came from."""
+
+    rows: Mapping[str, Row] = field(default_factory=dict)
+    keys: Mapping[str, str] = field(default_factory=dict)
+
+
+class _Run:
+    def __init__(
+        self, options: InferOptions, bundle: ImageBundle, outputs: OutputFolder, earlier: _Earlier
+    ) -> None:
+        self._options, self._bundle, self._outputs = options, bundle, outputs
+        self._earlier = earlier
+        self._device = torch.device(choose_device(options.device))
+        self._networks = [network.to(self._device) for network in bundle.networks()]
+        self._reader, self._digests = ImageReader(), dict[Path, str]()
+        self._rows = dict(earlier.rows)
+        self._keys = dict(earlier.keys)
+
+    def run(self, cases: Sequence[ImageCase], remarks: Sequence[str]) -> ImagesReport:
+        done, kept, failed = list[str](), list[str](), dict[str, str]()
+        batch: list[tuple[ImageCase, np.ndarray]] = []
+        try:
+            for count, case in enumerate(cases, start=1):
+                try:
+                    key = self._key(case)
+                    if self._keys.get(case.id) == key and case.id in self._rows:
+                        kept.append(case.id)
+                        continue
+                    image = self._reader.read(case.path, case.index)
+                    batch.append((case, to_input(image, self._bundle.recipe.images)))
+                    self._keys[case.id] = key
+                except VolsegError as error:
+                    failed[case.id] = reason_of(error)
+                    self._options.report_failure(case.id, failed[case.id])
+                    self._fail(case, failed[case.id])
+                if len(batch) == BATCH or (batch and count == len(cases)):
+                    done += self._predict(batch)
+                    batch = []
+                self._options.progress(STAGE, count / len(cases), case.id)
+            done += self._predict(batch)
+        finally:
+            self._write(cases)
+        return ImagesReport(
+            out=self._options.out,
+            done=done,
+            kept=kept,
+            failed=failed,
+            warnings=list(remarks),
+            coverage=self._bundle.judgement.coverage,
+        )
+
+    def _key(self, case: ImageCase) -> str:
+        if case.path not in self._digests:
+            try:
+                self._digests[case.path] = sha256_of(case.path)
+            except OSError as error:
+                raise ScanError(
+                    f"{case.path}: cannot be read ({error.strerror or error})",
+                    fix="check the path and its permissions",
+                    code="E_READ",
+                ) from error
+        place = "" if case.index is None else f"#{case.index}"
+        return f"{self._digests[case.path]}{place}@{self._bundle.sha256}"
+
+    def _fail(self, case: ImageCase, reason: str) -> None:
+        row = ValueRow if self._bundle.recipe.data.kind == NUMBER else ClassRow
+        self._rows[case.id] = row(
+            case_id=case.id,
+            patient=case.patient,
+            model=self._bundle.name,
+            status="failed",
+            error=reason,
+        )
+        self._keys.pop(case.id, None)
+
+    def _predict(self, batch: Sequence[tuple[ImageCase, np.ndarray]]) -> list[str]:
+        """Add the rows of a batch of images; return their ids."""
+        if not batch:
+            return []
+        recipe, images = self._bundle.recipe, np.stack([image for _, image in batch])
+        outputs = np.mean(
+            [
+                predict_outputs(network, images, recipe.infer, self._device)
+                for network in self._networks
+            ],
+            axis=0,
+        )
+        temperature = self._bundle.judgement.temperature
+        predictions = to_predictions(outputs, recipe.data, temperature)
+        unusual = self._unusual(images)
+        for (case, _), prediction, is_unusual in zip(batch, predictions, unusual, strict=True):
+            row = self._value_row if recipe.data.kind == NUMBER else self._class_row
+            self._rows[case.id] = row(case, prediction, is_unusual)
+        return [case.id for case, _ in batch]
+
+    def _unusual(self, images: np.ndarray) -> list[bool | None]:
+        outliers = self._bundle.judgement.outliers
+        if outliers is None:
+            return [None] * len(images)
+        infer = self._bundle.recipe.infer
+        embeddings = embed_images(self._networks[0], images, infer, self._device)
+        return outliers.is_unusual(embeddings).tolist()
+
+    def _class_row(
+        self, case: ImageCase, probabilities: np.ndarray, is_unusual: bool | None
+    ) -> ClassRow:
+        data, judgement = self._bundle.recipe.data, self._bundle.judgement
+        names, best = data.names, int(probabilities.argmax())
+        is_exclusive = data.kind == EXCLUSIVE
+        present = [name for name, p in zip(names, probabilities, strict=True) if p >= 0.5]
+        left_open = None
+        if judgement.sets is not None:
+            inside = judgement.sets.sets(probabilities[None])[0]
+            left_open = joined([n for n, is_in in zip(names, inside, strict=True) if is_in])
+        return ClassRow(
+            case_id=case.id,
+            patient=case.patient,
+            class_name=names[best] if is_exclusive else joined(present),
+            class_probability=float(probabilities[best]) if is_exclusive else None,
+            probabilities=dict(zip(names, probabilities.tolist(), strict=True)),
+            confidence_set=left_open,
+            out_of_distribution=is_unusual,
+            model=self._bundle.name,
+        )
+
+    def _value_row(
+        self, case: ImageCase, prediction: np.ndarray, is_unusual: bool | None
+    ) -> ValueRow:
+        value, half = float(prediction[0]), self._bundle.judgement.half_width
+        return ValueRow(
+            case_id=case.id,
+            patient=case.patient,
+            value=value,
+            value_low=None if half is None else value - half,
+            value_high=None if half is None else value + half,
+            out_of_distribution=is_unusual,
+            model=self._bundle.name,
+        )
+
+    def _write(self, cases: Sequence[ImageCase]) -> None:
+        """Write the table and run.json together."""
+        rows = [self._rows[name] for name in sorted(self._rows)]
+        about = About.now("infer", self._bundle.name)
+        description = {
+            **about.as_json(),
+            "task": "classify",
+            "settings": self._options.stated(),
+            "images": len(cases),
+            "coverage": self._bundle.judgement.coverage,
+            "keys": {name: self._keys[name] for name in sorted(self._keys)},
+        }
+        with self._outputs.staged() as commit:
+            commit.write(_table_name(self._bundle), _table(rows, self._bundle))
+            if self._options.pages:
+                commit.write(PAGE, self._page(rows, cases, about).encode())
+            commit.write(RUN, json_text(description))
+            commit.finish(last=RUN)
+
+    def _page(self, rows: Sequence[Row], cases: Sequence[ImageCase], about: About) -> str:
+        """Return report.html, with pictures of the images of this call that are most doubtful."""
+        places, pictures = {case.id: case for case in cases}, dict[str, bytes]()
+        doubtful = set(most_doubtful(rows))
+        for name in (case.id for case in cases if case.id in doubtful):  # in the order of files
+            with suppress(VolsegError):  # it may have been deleted since
+                image = self._reader.read(places[name].path, places[name].index)
+                pictures[name] = thumbnail(image.array)
+        return class_page(
+            about,
+            rows,
+            target=self._bundle.recipe.data.target,
+            coverage=self._bundle.judgement.coverage,
+            pictures=pictures,
+        ).html()
+
+
+def _table_name(bundle: ImageBundle) -> str:
+    return VALUES if bundle.recipe.data.kind == NUMBER else CLASSES
+
+
+def _table(rows: Sequence[Any], bundle: ImageBundle) -> Any:
+    if bundle.recipe.data.kind == NUMBER:
+        return table(ValueRow, rows)
+    return class_table(bundle.recipe.data.names, rows)
+
+
+def _earlier(out: Path, bundle: ImageBundle) -> _Earlier:
+    """Return the rows of an earlier call with the same model; nothing if there are none."""
+    try:
+        keys = read_json(out / RUN)["keys"]
+        path = out / _table_name(bundle)
+        if bundle.recipe.data.kind == NUMBER:
+            listed = [typed_row(ValueRow, cells) for cells in iterate_csv(path)]
+        else:
+            _, listed = read_class_rows(path)
+        rows = {row.case_id: row for row in listed}
+        if not all(isinstance(key, str) for key in keys.values()):
+            return _Earlier()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, VolsegError):
+        return _Earlier()
+    return _Earlier(rows, {name: keys[name] for name in keys.keys() & rows.keys()})

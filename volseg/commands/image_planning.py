@@ -1,0 +1,103 @@
+"""`volseg plan`, `preprocess` and `check` for classifiers of images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from volseg.commands.image_data import ImageDataset
+from volseg.errors import VolsegError
+from volseg.io.files import make_folder, refuse_unsealed, write_sealed
+from volseg.io.prepared_images import CASES_FILE, PIXELS_FILE
+from volseg.options import PlanOptions, PreprocessOptions
+from volseg.recipe import ClassifyRecipe, as_any_recipe
+from volseg.reports import PlanReport, PreprocessReport
+from volseg.store.outputs import OutputFolder
+
+
+def image_dataset(options: PlanOptions | PreprocessOptions, **callbacks: Any) -> ImageDataset:
+    """Return the dataset that options name."""
+    recipe = None if options.recipe is None else as_any_recipe(options.recipe)
+    assert recipe is None or isinstance(recipe, ClassifyRecipe)
+    return ImageDataset(options.dataset, recipe, options.target, options.seed, **callbacks)
+
+
+def plan_images(options: PlanOptions) -> PlanReport:
+    """Plan the training of a classifier, with a reason for each decision."""
+    from volseg.commands.planning import plan_text
+    from volseg.training.check import check_image_recipe
+
+    planned = image_dataset(options, progress=options.progress).plan()
+    check_image_recipe(planned.closed.recipe)
+    out = options.out
+    if out is not None:
+        refuse_unsealed(out)
+        make_folder(out.parent)
+        folds = options.folds or 1
+        write_sealed(out, plan_text(planned.closed, out, options.dataset, folds))
+    return PlanReport(
+        out=options.dataset if out is None else out,
+        done=[planned.closed.recipe.name],
+        warnings=list(planned.remarks),
+        recipe=planned.closed.recipe.model_dump(mode="json"),
+        reasons=[line.model_dump() for line in planned.closed.reasons],
+        cases=planned.fingerprint.n_images,
+        folds=options.folds or 1,
+        plan_file="" if out is None else str(out),
+    )
+
+
+def preprocess_images(options: PreprocessOptions) -> PreprocessReport:
+    """Prepare images: one array of network inputs, and a JSON file of their cases."""
+    from volseg.training.check import check_image_recipe
+
+    dataset = image_dataset(options, progress=options.progress, announce=options.announce)
+    planned = dataset.plan()
+    check_image_recipe(planned.closed.recipe)
+    options.warn(*planned.remarks)
+    with OutputFolder(options.out, "preprocess", inputs=[options.dataset]) as outputs:
+        outputs.check_overwrites([PIXELS_FILE, CASES_FILE])
+        with outputs.staged() as commit:
+            images = dataset.prepare(planned, commit.folder)
+            commit.finish(last=CASES_FILE)
+    facts = planned.fingerprint
+    return PreprocessReport(
+        out=options.out,
+        done=[case.id for case in images.cases],
+        failed=dict(planned.failed),
+        warnings=list(planned.remarks),
+        fingerprint={
+            "n_images": facts.n_images,
+            "n_validation": facts.n_validation,
+            "median_edge": facts.median_edge,
+            "pixels": planned.closed.recipe.images.pixels,
+            "counts": facts.counts,
+        },
+    )
+
+
+def check_image_model(path: Path) -> Iterator[VolsegError]:
+    """Yield what is wrong with a model that classifies: its files, or its reference prediction."""
+    import numpy as np
+    import torch
+
+    from volseg.image_bundle import REFERENCE_TOLERANCE, load_image_bundle
+    from volseg.inference.images import predict_outputs
+
+    bundle = load_image_bundle(path)
+    networks, reference = bundle.networks(), bundle.reference
+    if reference is None:
+        return
+    device, infer = torch.device("cpu"), bundle.recipe.infer
+    outputs = [
+        predict_outputs(network, reference.image[None], infer, device)[0] for network in networks
+    ]
+    difference = float(np.abs(np.mean(outputs, axis=0) - reference.outputs).max())
+    if difference > REFERENCE_TOLERANCE * max(1.0, float(np.abs(reference.outputs).max())):
+        yield VolsegError(
+            f"{path}: the output for its reference image {reference.case_id!r} differs by "
+            f"{difference:.3g} from that of training",
+            fix="copy the model again; if that does not help, report this machine and its torch",
+            code="E_REFERENCE",
+        )

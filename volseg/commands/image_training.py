@@ -1,0 +1,405 @@
+"""The steps of `volseg train` for images: data, plan, networks, judgement, model, pictures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from volseg.bundle import DESCRIPTION
+from volseg.commands.image_data import (
+    ImageDataset,
+    LoadedImages,
+    fold_of_groups,
+    load_images,
+)
+from volseg.commands.image_start import Start
+from volseg.commands.training_call import PREPARED_FOLDER, WORK_FOLDER, Call, history_name
+from volseg.errors import VolsegError
+from volseg.evaluation.classes import SCORES
+from volseg.image_bundle import (
+    ImageBundle,
+    Reference,
+    classifier_name,
+    load_image_bundle,
+    save_image_bundle,
+)
+from volseg.inference.images import embed_images, to_predictions
+from volseg.io.csv_text import write_csv
+from volseg.io.files import TEMPORARY_PREFIX, make_folder
+from volseg.io.prepared_images import ImageSet, has_prepared_images
+from volseg.networks.image_network import ImageNetwork
+from volseg.options.training import MAX_FOLDS
+from volseg.pages.training_figures import curves_png
+from volseg.recipe import ClassifyRecipe, as_any_recipe
+from volseg.recipe.classification import NUMBER
+from volseg.recipe.section import closed
+from volseg.reports import TrainReport
+from volseg.store.outputs import delete_written
+from volseg.store.tables import cell, table
+from volseg.training.baselines import Baseline, fit_baselines, save_baselines
+from volseg.training.check import check_image_recipe
+from volseg.training.images import ImageObjective, Outputs, known_targets
+from volseg.training.judge import judge
+from volseg.training.loop import Trained, Watch, train_network
+from volseg.training.objective import Weights
+from volseg.training.run import BEST, LAST, Job
+from volseg.training.schedule import RunSettings, Stop
+from volseg.training.state import Epoch
+
+VALIDATION, CURVES = "validation.csv", "curves.png"
+BASELINES = ("baselines.json", "baselines.safetensors")
+BASELINE_SECONDS = 120.0  # for all of them
+
+
+def run_image_training(call: Call) -> TrainReport:
+    """Train the classifier of a call of `train`, and write it."""
+    return _ImageTraining(call).run()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Fold:
+    """A network with the images that it was validated on."""
+
+    trained: Trained
+    validation: ImageSet
+    number: int
+    outputs: Outputs  # of the validation images
+
+
+class _ImageTraining:
+    def __init__(self, call: Call) -> None:
+        self._call, self._options = call, call.options
+        init, teacher = call.options.init, call.options.teacher
+        if call.options.prune is not None and init is None:
+            raise VolsegError(
+                "--prune removes channels of a trained network, and --init names none",
+                fix="add --init MODEL",
+                code="E_USAGE",
+            )
+        self._start = None if init is None else Start.read(init)
+        if self._start is not None and call.options.prune:
+            self._start = self._start.pruned(call.options.prune)
+        self._teacher = None if teacher is None else load_image_bundle(teacher)
+
+    def run(self) -> TrainReport:
+        call, options = self._call, self._options
+        if call.team.size > 1:
+            raise VolsegError(
+                "a classifier is trained on one device",
+                fix="leave out --devices",
+                code="E_USAGE",
+            )
+        with call.outputs:
+            self._open()
+            data = self._data()
+            check_image_recipe(data.recipe)
+            folds = self._train_all(data)
+            bundle = self._write(data, folds)
+            self._draw(folds, data.recipe)
+            is_interrupted = any(fold.trained.stop is Stop.INTERRUPTED for fold in folds)
+            if not is_interrupted:
+                delete_written(call.prepared)
+                delete_written(call.work, _is_intermediate)
+        return TrainReport(
+            out=options.out,
+            done=[data.recipe.name],
+            warnings=call.warnings,
+            metrics=dict(bundle.metrics),
+            sha256=bundle.sha256,
+            interrupted=is_interrupted,
+        )
+
+    def _open(self) -> None:
+        """Check that `out` can take the model, and open the work folder."""
+        out, resume = self._options.out, self._options.resume
+        unfinished = [path for path in self._call.work.glob(f"**/{LAST}") if path.is_file()]
+        if unfinished and not resume:
+            raise VolsegError(
+                f"{out}: holds an interrupted training run",
+                fix="add --resume to continue, or give another --out to start over",
+                code="E_EXISTS",
+            )
+        if (out / DESCRIPTION).exists() and not unfinished:
+            raise VolsegError(
+                f"{out}: holds a finished model",
+                fix="give another --out, or delete it first",
+                code="E_EXISTS",
+            )
+        names = [f"{classifier_name(index)}.safetensors" for index in range(MAX_FOLDS)]
+        histories = [history_name(number) for number in range(MAX_FOLDS)]
+        self._call.outputs.check_overwrites(
+            [DESCRIPTION, "card.md", *names, *histories, VALIDATION, CURVES, *BASELINES]
+        )
+        self._call.outputs.work_folder(WORK_FOLDER)
+        self._call.progress("Starting", 0.0, str(self._options.dataset))
+
+    def _data(self) -> LoadedImages:
+        """Prepare the dataset in the work folder, or load prepared images."""
+        options, folder = self._options, self._options.dataset
+        if not has_prepared_images(folder):
+            folder = self._call.prepared
+            if not (options.resume and has_prepared_images(folder)):
+                make_folder(folder)
+                recipe = None if options.recipe is None else as_any_recipe(options.recipe)
+                assert recipe is None or isinstance(recipe, ClassifyRecipe)
+                dataset = ImageDataset(
+                    options.dataset,
+                    recipe,
+                    options.target,
+                    seed=options.seed,
+                    start=self._start,
+                    teacher=None if self._teacher is None else self._teacher.recipe,
+                    progress=self._call.progress,
+                    announce=options.announce,
+                )
+                dataset.prepare(dataset.plan(), folder)
+        data = load_images(folder)
+        self._call.warn(*data.warnings)
+        return data
+
+    def _splits(self, data: LoadedImages) -> list[tuple[int, ImageSet, ImageSet]]:
+        """Return number, training and validation images of each network."""
+        options, images = self._options, data.images
+        n = options.folds or 1
+        if n == 1 and options.fold is None:
+            return [(0, images.of_split("train"), images.of_split("val"))]
+        groups = {case.id: case.group for case in images.cases}
+        values = {case.id: case.target for case in images.cases}
+        folds = fold_of_groups(groups, values, n if n > 1 else 5, options.seed)
+        numbers = range(n) if options.fold is None else [options.fold]
+        return [
+            (
+                number,
+                images.take([k for k, c in enumerate(images.cases) if folds[c.id] != number]),
+                images.take([k for k, c in enumerate(images.cases) if folds[c.id] == number]),
+            )
+            for number in numbers
+        ]
+
+    def _train_all(self, data: LoadedImages) -> list[_Fold]:
+        """Train a network per split, until Ctrl-C ends one."""
+        folds: list[_Fold] = []
+        for split in self._splits(data):
+            folds.append(self._train(*split, data.recipe))
+            if folds[-1].trained.stop is Stop.INTERRUPTED:
+                break
+        return folds
+
+    def _train(
+        self, number: int, training: ImageSet, validation: ImageSet, recipe: ClassifyRecipe
+    ) -> _Fold:
+        options, call = self._options, self._call
+        n = options.folds or 1
+        objective = ImageObjective(
+            training, validation, recipe, self._start is not None, self._teachers(recipe)
+        )
+        make_folder(folder := call.checkpoints(number, n))
+        left = call.time.left()
+        seconds = None if left is None else left / (n - number if n > 1 else 1)
+        settings = RunSettings(
+            seed=options.seed,
+            epochs=options.epochs or (closed(recipe.train.epochs) if seconds is None else None),
+            patience=options.patience or recipe.train.patience,
+            seconds=seconds,
+            freeze=options.freeze,
+        )
+        job = Job(
+            objective=objective,
+            settings=settings,
+            checkpoints=folder,
+            initial=self._initial(objective),
+            resume=options.resume,
+        )
+        stage = f"Training fold {number + 1} of {n}" if n > 1 else "Training"
+        call.progress(
+            stage, 0.0, f"{len(training)} training and {len(validation)} validation images"
+        )
+        watch = Watch(
+            report=partial(self._report, stage, history_name(number if n > 1 else 0), objective),
+            tick=lambda doing, done: call.progress.tick(stage, done, doing),
+            threads=call.threads,
+        )
+        trained = train_network(job, call.team, watch)
+        # An interrupted run has not validated its best weights, which takes little time.
+        rows = trained.validation or objective.validation(
+            call.team.fabric.device, None, lambda doing: None
+        ).validate_all(trained.weights)
+        return _Fold(trained, validation, number, rows[0])
+
+    def _teachers(self, recipe: ClassifyRecipe) -> Sequence[ImageNetwork]:
+        """Return the networks of the teacher, which must see and name the same as the student."""
+        if self._teacher is None:
+            return ()
+        other = self._teacher.recipe
+        for what, mine, its in (
+            ("classes", recipe.data.names, other.data.names),
+            ("kind of target", recipe.data.kind, other.data.kind),
+            ("[images]", recipe.images, other.images),
+        ):
+            if mine != its:
+                raise VolsegError(
+                    f"{self._options.teacher}: its {what} differ from those of the student",
+                    fix="give a recipe with the teacher's [data] and [images], or none",
+                    code="E_TEACHER",
+                )
+        return self._teacher.networks()
+
+    def _initial(self, objective: ImageObjective) -> Weights:
+        if self._start is None:
+            return {}
+        weights, lines = self._start.adapted_to(objective.network())
+        for line in lines:
+            self._options.announce(line)
+        return weights
+
+    def _report(
+        self,
+        stage: str,
+        name: str,
+        objective: ImageObjective,
+        history: Sequence[Epoch],
+        done: float,
+    ) -> None:
+        headings = {"validation_score": objective.score_name}
+        self._call.outputs.write(name, table(Epoch, history, headings))
+        epoch = history[-1]
+        values = {key: value for key, value in asdict(epoch).items() if value is not None}
+        self._call.scalars.add(name.removesuffix(".csv"), epoch.step, values)
+        scores = [line.validation_score for line in history if line.validation_score is not None]
+        score = f"{objective.score_name} {scores[-1]:.3f}, " if scores else ""
+        text = f"epoch {epoch.epoch}, loss {epoch.loss:.3f}, {score}"
+        self._call.progress(stage, done, f"{text}{epoch.steps_per_second:.3g} steps/s")
+
+    def _write(self, data: LoadedImages, folds: Sequence[_Fold]) -> ImageBundle:
+        """Judge the networks on the images that they were not trained on; write the model."""
+        recipe = data.recipe
+        weights = {classifier_name(index): fold.trained.weights for index, fold in enumerate(folds)}
+        bundle = ImageBundle(recipe, data.fingerprint, weights, reasons=data.reasons)
+        networks = bundle.networks()
+        device = self._call.team.fabric.device
+
+        def embed(number: int, images: ImageSet) -> np.ndarray:
+            network = networks[number].to(device)
+            return embed_images(network, images.pixels, recipe.infer, device)
+
+        outputs = np.concatenate([fold.outputs.logits for fold in folds])
+        targets = np.concatenate([fold.outputs.targets for fold in folds])
+        training = data.images.of_split("train")
+        judgement, metrics = judge(
+            outputs,
+            targets,
+            recipe,
+            embeddings=(embed(0, training), embed(0, folds[0].validation)),
+            training_targets=[case.target for case in training.cases],
+        )
+        facts: dict[str, Any] = {"networks": len(folds)}
+        if len(folds) == 1:
+            facts = dict(folds[0].trained.metrics)
+        facts["training_images"] = data.fingerprint.n_images
+        baselines, scores = self._baselines(data)
+        facts |= scores
+        if self._call.warnings:
+            facts["warnings"] = "; ".join(self._call.warnings)
+        bundle = replace(
+            bundle,
+            judgement=judgement,
+            reference=_reference(folds[0], networks, recipe, device),
+            metrics=facts | metrics,
+        )
+        with self._call.outputs.staged() as commit:
+            save_image_bundle(bundle, commit.folder)
+            if baselines:
+                save_baselines(baselines, commit.folder)
+            commit.write(VALIDATION, _validation_table(folds, recipe, judgement.temperature))
+            commit.finish(last=DESCRIPTION)
+        return load_image_bundle(self._options.out)
+
+    def _baselines(self, data: LoadedImages) -> tuple[list[Baseline], dict[str, Any]]:
+        """Fit the baselines on the training split; return them and their validation scores."""
+        recipe, kind = data.recipe, str(data.recipe.data.kind)
+        training, validation = (data.images.of_split(split) for split in ("train", "val"))
+        if not recipe.train.baselines:
+            return [], {}
+        seconds = BASELINE_SECONDS
+        if self._call.time.seconds is not None:
+            seconds = min(seconds, recipe.train.baseline_fraction * self._call.time.seconds)
+        self._call.progress("Fitting baselines", 0.0, f"at most {seconds:.0f} s")
+        baselines = fit_baselines(
+            training.pixels,
+            known_targets(training, recipe),
+            kind,  # type: ignore[arg-type]
+            seed=self._options.seed,
+            seconds=seconds,
+            n_classes=recipe.data.n_outputs,
+        )
+        scores: dict[str, Any] = {}
+        score, truth = SCORES[str(recipe.train.monitor)], known_targets(validation, recipe)
+        for baseline in baselines:
+            name = f"baseline_{baseline.name}_{recipe.train.monitor}"
+            if baseline.reason:
+                scores[name] = baseline.reason
+                continue
+            predicted = baseline.predict(validation.pixels)
+            value = score(predicted, truth > 0 if truth.ndim == 2 else truth)
+            if value is not None:
+                scores[name] = round(value, 4)
+        return baselines, scores
+
+    def _draw(self, folds: Sequence[_Fold], recipe: ClassifyRecipe) -> None:
+        monitor = str(recipe.train.monitor)
+        limits = None if recipe.data.kind == NUMBER or monitor == "log_loss" else (0.0, 1.0)
+        histories = [fold.trained.history for fold in folds]
+        title = f"validation {monitor.replace('_', ' ')}"
+        self._call.outputs.write(CURVES, curves_png(histories, title, limits))
+
+
+def _reference(
+    fold: _Fold, networks: Sequence[torch.nn.Module], recipe: ClassifyRecipe, device: torch.device
+) -> Reference:
+    """Return the first validation image with the outputs of the whole model for it."""
+    from volseg.inference.images import predict_outputs
+
+    image = fold.validation.pixels[:1]
+    outputs = [
+        predict_outputs(network.to(device), image, recipe.infer, device) for network in networks
+    ]
+    name = fold.validation.cases[0].id
+    return Reference(name, np.array(image[0]), np.mean(outputs, axis=0)[0])
+
+
+def _validation_table(folds: Sequence[_Fold], recipe: ClassifyRecipe, temperature: float) -> Any:
+    """Return a function that writes a row per validation image: its target and prediction."""
+    data = recipe.data
+    outputs = ["value"] if data.kind == NUMBER else [f"probability_{name}" for name in data.names]
+
+    def write(file: Any) -> None:
+        write_csv(file, [["case_id", "patient", "fold", "target", *outputs]])
+        for fold in folds:
+            predictions = to_predictions(fold.outputs.logits, data, temperature)
+            write_csv(
+                file,
+                (
+                    [
+                        *(case.id, case.patient, str(fold.number)),
+                        case.cells.get(data.target, ""),
+                        *(cell(float(value)) for value in row),
+                    ]
+                    for case, row in zip(fold.validation.cases, predictions, strict=True)
+                ),
+            )
+
+    return write
+
+
+def _is_intermediate(name: str) -> bool:
+    """Tell whether a file in the work folder serves only to resume, or is a temporary of one."""
+    names = "|".join(map(re.escape, (LAST, BEST)))
+    temporary = rf"{re.escape(TEMPORARY_PREFIX)}[0-9a-f]{{16}}"
+    prepared = rf"{re.escape(PREPARED_FOLDER)}/images\.(npy|json)"
+    return re.fullmatch(rf"([^/]+/)?({names}|{temporary})|{prepared}", name) is not None

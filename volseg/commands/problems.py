@@ -1,0 +1,17 @@
+"""A problem as `volseg check` lists it."""
+
+from __future__ import annotations
+
+from volseg.errors import VolsegError
+
+Problem = dict[str, str]  # where, code, problem, fix
+
+
+def problem_at(where: str, code: str, problem: str, fix: str = "") -> Problem:
+    """Return a problem; a code that begins with W_ is a warning."""
+    return {"where": where, "code": code, "problem": problem, "fix": fix}
+
+
+def problem_of(where: str, error: VolsegError) -> Problem:
+    """Return the problem that an error states."""
+    return problem_at(where, error.code, error.problem, error.fix)

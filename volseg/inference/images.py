@@ -1,0 +1,67 @@
+"""Outputs of a 2D network for many images, and what they mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from volseg.networks.image_network import ImageNetwork
+from volseg.preprocessing.resample import send
+from volseg.recipe.classification import LABELS, NUMBER, ImageInfer, Target
+from volseg.recipe.section import closed
+
+FLIPS = {"vertical": 2, "horizontal": 3}  # axis of (N, C, H, W)
+
+
+def predict_outputs(
+    network: nn.Module, images: np.ndarray, settings: ImageInfer, device: torch.device
+) -> np.ndarray:
+    """Return (N, outputs) float32 of images (N, C, H, W), averaged over flipped copies (TTA)."""
+    network.eval()
+    outputs = []
+    with torch.inference_mode():
+        for batch in _batches(images, settings.batch_size, device):
+            copies = _copies(batch, settings.tta_axes)
+            outputs.append(torch.stack([network(copy).float() for copy in copies]).mean(0).cpu())
+    return torch.cat(outputs).numpy()
+
+
+def embed_images(
+    network: ImageNetwork, images: np.ndarray, settings: ImageInfer, device: torch.device
+) -> np.ndarray:
+    """Return (N, features) float32: what the network's head gets."""
+    network.eval()
+    with torch.inference_mode():
+        batches = _batches(images, settings.batch_size, device)
+        return torch.cat([network.embed(batch).float().cpu() for batch in batches]).numpy()
+
+
+def to_predictions(outputs: np.ndarray, data: Target, temperature: float = 1.0) -> np.ndarray:
+    """Return (N, outputs) float64: probabilities, or numbers in their own unit.
+
+    Args:
+        temperature: divides the logits of classes and labels (temperature scaling).
+    """
+    outputs = outputs.astype(np.float64)
+    if data.kind == NUMBER:
+        return outputs * closed(data.sd) + closed(data.mean)
+    logits = outputs / temperature
+    if data.kind == LABELS:
+        return 1 / (1 + np.exp(-np.clip(logits, -500, 500)))
+    exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return exponents / exponents.sum(axis=1, keepdims=True)
+
+
+def _batches(images: np.ndarray, size: int, device: torch.device) -> Iterator[torch.Tensor]:
+    for start in range(0, len(images), size):
+        yield send(torch.from_numpy(np.array(images[start : start + size])), device)
+
+
+def _copies(batch: torch.Tensor, axes: Sequence[str]) -> list[torch.Tensor]:
+    copies = [batch]
+    for axis in axes:
+        copies += [copy.flip(FLIPS[axis]) for copy in copies]
+    return copies

@@ -1,0 +1,337 @@
+"""2D images: pictures, single DICOM images, slices of volumes and rows of MedMNIST files."""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from struct import error as struct_error
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from volseg.errors import ScanError
+from volseg.image import Image2D, largest_of
+from volseg.inputs import shorten
+from volseg.io.formats import is_scan
+from volseg.io.gzip_stream import COPY_AGAIN, opened_raw, refusal
+from volseg.io.medmnist import SUFFIX as NPZ_SUFFIX
+from volseg.io.medmnist import ImageArrays
+from volseg.io.series import split_volume
+from volseg.io.volumes import read_volume
+from volseg.volume import Volume
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
+SUFFIXES = PICTURE_SUFFIXES + DICOM_SUFFIXES  # of files that hold one image
+READABLE = ", ".join((*SUFFIXES, NPZ_SUFFIX))  # for messages
+PICTURES = ("PNG", "JPEG", "BMP", "TIFF")  # Pillow's names; other decoders stay shut
+MAX_FILE_BYTES = 2**30
+MAX_PIXELS = 2**26  # 8192 × 8192
+DECODING_ERRORS = (  # what Pillow raises on damaged files
+    *(OSError, SyntaxError, ValueError, EOFError, ArithmeticError, LookupError),
+    *(TypeError, AttributeError, RuntimeError, AssertionError, struct_error, zlib.error),
+    Warning,
+)
+
+
+def read_image(path: Path | str, index: int | None = None) -> Image2D:
+    """Read one 2D image.
+
+    Args:
+        path: PNG, JPEG, BMP, TIFF, a single DICOM image, a volume, or a MedMNIST `.npz`.
+        index: of the image in a file that holds several, from 0: an axial slice of a volume,
+            counted from the feet; a page of a TIFF; a row of a `.npz`, through train, val and test.
+            A file of one image ignores it.
+
+    Raises:
+        ScanError: the file is missing, damaged, truncated, too large or of another type, or has no
+            image of this index; `code` is the reason.
+    """
+    return ImageReader().read(Path(path), index)
+
+
+class ImageReader:
+    """Reads images; keeps the last file of several images, so that the next needs no new reading.
+
+    Slices of a volume, and rows of a `.npz`, should be read one after another.
+    """
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._stack: _Stack | None = None
+
+    def read(self, path: Path, index: int | None = None) -> Image2D:
+        """Read one image, as `read_image` does.
+
+        Raises:
+            ScanError: as `read_image`.
+        """
+        opener = _stack_opener(path)
+        if opener is None:
+            return _read_single(path, index)
+        if path != self._path or self._stack is None:
+            self._path = self._stack = None  # frees the memory of the last one first
+            self._stack = opener(path)
+            self._path = path
+        return self._stack.image(checked_index(index, len(self._stack), path))
+
+
+def checked_index(index: int | None, n_images: int, path: Path) -> int:
+    """Return the index of an image of a file, or refuse one that it lacks."""
+    if n_images == 1:
+        return 0
+    if index is None:
+        problem = f"holds {n_images} images, and none is named"
+        raise refusal(path, "E_INDEX", problem, f"give an index from 0 to {n_images - 1}")
+    if not 0 <= index < n_images:
+        problem = f"holds {n_images} images, so there is no image {index}"
+        raise refusal(path, "E_INDEX", problem, f"give an index from 0 to {n_images - 1}")
+    return index
+
+
+def is_image(path: Path) -> bool:
+    """Check whether the name is that of a file with one 2D image."""
+    return path.name.lower().endswith(SUFFIXES)
+
+
+# ---- files that hold several images
+
+
+class _Stack(Protocol):
+    """A file in memory that holds several images."""
+
+    def __len__(self) -> int: ...
+
+    def image(self, index: int) -> Image2D: ...
+
+
+def _stack_opener(path: Path) -> Callable[[Path], _Stack] | None:
+    if path.name.lower().endswith(NPZ_SUFFIX):
+        return _Rows
+    return _Slices if is_scan(split_volume(path)[0]) else None
+
+
+class _Rows:
+    """The rows of a MedMNIST file."""
+
+    def __init__(self, path: Path) -> None:
+        self._arrays = ImageArrays(path)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    def image(self, index: int) -> Image2D:
+        row = self._arrays.row(index)
+        if row.dtype.kind == "f" and not np.isfinite(row).all():
+            problem = f"image {index} has pixels that are not finite"
+            raise refusal(self._arrays.path, "E_NAN", problem, "replace NaN and infinity")
+        array = row[None] if row.ndim == 2 else np.moveaxis(row, -1, 0)
+        return Image2D(np.ascontiguousarray(array), largest_of(row.dtype))
+
+
+class _Slices:
+    """The axial slices of a volume, from the feet; of a single slice, whatever its plane, itself.
+
+    As radiologists draw them: the patient's right at the left, anterior at the top.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._volume = read_volume(path).canonical()
+        self._through = through_axis(self._volume.geometry.shape)
+
+    def __len__(self) -> int:
+        return self._volume.geometry.shape[self._through]
+
+    def image(self, index: int) -> Image2D:
+        return _slice_of(self._volume, self._through, index)
+
+
+def through_axis(shape: tuple[int, int, int]) -> int:
+    """Return the canonical axis along which slices follow: the axial one, unless another has one.
+
+    >>> through_axis((256, 256, 20)), through_axis((256, 1, 256))
+    (2, 1)
+    """
+    return shape.index(1) if 1 in shape and shape[2] != 1 else 2
+
+
+def _slice_of(volume: Volume, through: int, index: int) -> Image2D:
+    plane = volume.array[(slice(None),) * through + (index,)]  # (across, up)
+    values = volume.intensities(plane)[::-1, ::-1].T
+    if volume.is_scaled:
+        values = values.astype(np.float32)
+    across, up = (mm for axis, mm in enumerate(volume.geometry.spacing_mm) if axis != through)
+    white = None if volume.is_scaled else largest_of(values.dtype)
+    return Image2D(np.ascontiguousarray(values)[None], white, (up, across))
+
+
+# ---- files that hold one image
+
+
+def _read_single(path: Path, index: int | None) -> Image2D:
+    content = _content_of(path)
+    if content[128:132] == b"DICM":
+        return _read_dicom(path)
+    if path.name.lower().endswith(DICOM_SUFFIXES):
+        problem = "is not a DICOM file: it lacks the letters DICM at byte 128"
+        raise refusal(path, "E_NOTIMAGE", problem, "export it again as a DICOM Part 10 file")
+    return _read_picture(content, path, index)
+
+
+def _content_of(path: Path) -> bytes:
+    with opened_raw(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(MAX_FILE_BYTES) if size <= MAX_FILE_BYTES else b""
+    if size > MAX_FILE_BYTES:
+        problem = f"holds {size:,} bytes, above the limit of {MAX_FILE_BYTES:,}"
+        raise refusal(path, "E_TOOBIG", problem, "give a smaller image")
+    if not content:
+        raise refusal(path, "E_EMPTY", "the file is empty", COPY_AGAIN)
+    return content
+
+
+def _read_picture(content: bytes, path: Path, index: int | None) -> Image2D:
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    with _decoding(path):
+        try:
+            picture = Image.open(io.BytesIO(content), formats=PICTURES)
+        except UnidentifiedImageError as error:
+            problem = "is not a PNG, JPEG, BMP or TIFF image, or its first bytes are damaged"
+            raise refusal(path, "E_NOTIMAGE", problem, "convert it to PNG") from error
+        n_pages = getattr(picture, "n_frames", 1) if picture.format == "TIFF" else 1
+        picture.seek(checked_index(index, n_pages, path))
+        _refuse_large(picture.size, path)
+        array = _array_of(ImageOps.exif_transpose(picture))
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise refusal(path, "E_NAN", "has pixels that are not finite", "export the image again")
+    return Image2D(array, largest_of(array.dtype))
+
+
+@contextmanager
+def _decoding(path: Path) -> Iterator[None]:
+    """Turn what a decoder raises on a damaged file into the user's error."""
+    from PIL.Image import DecompressionBombError, DecompressionBombWarning
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on metadata, which is not used
+            warnings.simplefilter("error", DecompressionBombWarning)
+            yield
+    except ScanError:
+        raise
+    except (DecompressionBombWarning, DecompressionBombError) as error:
+        problem = f"has more pixels than {MAX_PIXELS:,}"
+        raise refusal(path, "E_TOOBIG", problem, "give a smaller image") from error
+    except DECODING_ERRORS as error:
+        reason = shorten(" ".join(str(error).split()) or type(error).__name__, 100)
+        raise refusal(path, "E_DAMAGED", f"cannot be decoded ({reason})", COPY_AGAIN) from error
+
+
+def _refuse_large(size: tuple[int, ...], path: Path) -> None:
+    if np.prod(size, dtype=object) > MAX_PIXELS:
+        problem = f"has {'×'.join(map(str, size))} pixels, more than {MAX_PIXELS:,}"
+        raise refusal(path, "E_TOOBIG", problem, "give a smaller image")
+
+
+GREY = ("L", "I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # modes whose pixels are numbers
+TO_GREY = ("1", "LA", "La")
+
+
+def _array_of(picture: Image) -> np.ndarray:
+    """Return (C, H, W); transparency is left out, and a palette of greys gives one channel."""
+    if picture.mode in TO_GREY:
+        picture = picture.convert("L")
+    if picture.mode in GREY:
+        array = np.asarray(picture)
+        return np.ascontiguousarray(array.astype(array.dtype.newbyteorder("=")))[None]
+    has_palette = picture.mode in ("P", "PA")
+    array = np.moveaxis(np.asarray(picture.convert("RGB")), -1, 0)
+    if has_palette and (array == array[:1]).all():
+        array = array[:1]
+    return np.ascontiguousarray(array)
+
+
+# ---- DICOM
+
+BITS_STORED, IS_SIGNED = "0028|0101", "0028|0103"
+SLOPE, INTERCEPT = "0028|1053", "0028|1052"
+SPACINGS = ("0028|0030", "0018|1164")  # of the patient, or at the detector
+
+
+def _read_dicom(path: Path) -> Image2D:
+    """Read a single-frame DICOM image, rescaled to its modality's unit.
+
+    White is high: GDCM inverts what is stored the other way (MONOCHROME1).
+    """
+    import SimpleITK as sitk
+
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO("GDCMImageIO")
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+        size = reader.GetSize()
+        _refuse_large(size, path)
+        n_frames = int(np.prod(size[2:]))
+        if n_frames > 1:
+            problem = f"holds {n_frames} frames"
+            raise refusal(path, "E_NDIM", problem, "convert it to NIfTI, and give the volume")
+        array = np.squeeze(sitk.GetArrayFromImage(reader.Execute()))
+    except RuntimeError as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        reason = shorten(lines[-1].rpartition(":")[2].strip() if lines else "", 100)
+        problem = f"cannot be decoded as DICOM image ({reason})"
+        raise refusal(path, "E_DAMAGED", problem, COPY_AGAIN) from error
+    tags = {tag: reader.GetMetaData(tag).strip() for tag in reader.GetMetaDataKeys()}
+    return _image_of_dicom(array, tags, path)
+
+
+def _image_of_dicom(array: np.ndarray, tags: dict[str, str], path: Path) -> Image2D:
+    spacing = next((tags[tag] for tag in SPACINGS if tag in tags), "")
+    if array.ndim == 3 and array.shape[-1] == 3:
+        array = np.ascontiguousarray(np.moveaxis(array, -1, 0))
+        return Image2D(array, largest_of(array.dtype), _spacing_of(spacing))
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise refusal(path, "E_NAN", "has pixels that are not finite", "export the image again")
+    if array.ndim != 2:
+        raise refusal(path, "E_NDIM", f"has shape {array.shape}", "give a single 2D image")
+    low, high = _range_of_dicom(tags, array)
+    if array.dtype.kind == "f":
+        array = array.astype(np.float32)
+    is_unit = _number(tags, INTERCEPT, 0) != 0 or low < 0  # such as HU, where nothing is white
+    return Image2D(array[None], None if is_unit else high, _spacing_of(spacing))
+
+
+def _range_of_dicom(tags: dict[str, str], array: np.ndarray) -> tuple[float, float]:
+    """Return the lowest and highest intensity that the stored bits can hold."""
+    bits = int(min(max(1, _number(tags, BITS_STORED, array.dtype.itemsize * 8)), 32))
+    start = -(2 ** (bits - 1)) if _number(tags, IS_SIGNED, 0) else 0
+    slope, intercept = _number(tags, SLOPE, 1), _number(tags, INTERCEPT, 0)
+    ends = sorted(slope * stored + intercept for stored in (start, start + 2**bits - 1))
+    return ends[0], ends[1]
+
+
+def _number(tags: dict[str, str], tag: str, default: float) -> float:
+    try:
+        number = float(tags.get(tag) or default)
+    except ValueError:
+        return default
+    return number if np.isfinite(number) else default
+
+
+def _spacing_of(text: str) -> tuple[float, float] | None:
+    """Return the millimetres of a tag such as `0.5\\0.5`, down and across; None if unusable."""
+    try:
+        down, across = map(float, text.split("\\"))
+    except ValueError:
+        return None
+    return (down, across) if 0 < down < np.inf and 0 < across < np.inf else None

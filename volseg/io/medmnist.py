@@ -1,0 +1,142 @@
+"""MedMNIST files: one `.npz` with images and labels of the splits train, val and test."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from numpy.lib import format as npy
+
+from volseg.errors import ScanError
+from volseg.inputs import shorten
+from volseg.io.gzip_stream import COPY_AGAIN, GZIP_MAX_RATIO, opened_raw, refusal
+
+SUFFIX = ".npz"
+SPLITS = ("train", "val", "test")
+MAX_BYTES = 16 * 2**30  # of an array
+MAX_HEADER = 10_000  # characters that describe an array
+ERRORS = (
+    *(zipfile.BadZipFile, zlib.error, OSError, EOFError),
+    *(ValueError, LookupError, RuntimeError, SyntaxError),
+)
+
+
+class ImageArrays:
+    """The images of a MedMNIST file, in the order of its splits; read when a row is asked for.
+
+    Args:
+        path: holds `{train,val,test}_images` (N, H, W) or (N, H, W, 3) and `…_labels` (N, L), of
+            one or more splits.
+
+    Raises:
+        ScanError: the file is missing, damaged or too large, or holds no such arrays.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with _opened(path) as archive:
+            names = {name.removesuffix(".npy") for name in archive.namelist()}
+            self.splits = [split for split in SPLITS if f"{split}_images" in names]
+            if not self.splits:
+                shown = shorten(", ".join(sorted(names)) or "nothing")
+                problem = f"has no array train_images, val_images or test_images; it has {shown}"
+                raise refusal(path, "E_NOTIMAGE", problem, "name the arrays as MedMNIST does")
+            shapes = [_shape(archive, f"{split}_images", path) for split in self.splits]
+        for split, shape in zip(self.splits, shapes, strict=True):
+            if len(shape) != 3 and not (len(shape) == 4 and shape[-1] == 3):
+                problem = f"{split}_images has shape {shape}, not (N, H, W) or (N, H, W, 3)"
+                raise refusal(path, "E_NDIM", problem, "give 2D images")
+            if 0 in shape[1:]:
+                raise refusal(path, "E_EMPTY", f"{split}_images has shape {shape}", COPY_AGAIN)
+        self.counts = [shape[0] for shape in shapes]
+        self._loaded: dict[str, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    def row(self, index: int) -> np.ndarray:
+        """Return image `index` of all splits one after another: (H, W) or (H, W, 3)."""
+        for split, n in zip(self.splits, self.counts, strict=True):
+            if index < n:
+                if split not in self._loaded:
+                    self._loaded[split] = _array(self.path, f"{split}_images")
+                return self._loaded[split][index]
+            index -= n
+        raise IndexError(f"{self.path.name} has {len(self)} images")
+
+    def labels(self) -> Sequence[tuple[str, tuple[int, ...]]]:
+        """Return split and labels of each image; no labels if the file has none.
+
+        Raises:
+            ScanError: a split has another number of labels than of images, or they are no numbers.
+        """
+        rows: list[tuple[str, tuple[int, ...]]] = []
+        for split, n in zip(self.splits, self.counts, strict=True):
+            rows += [(split, numbers) for numbers in self._labels_of(split, n)]
+        return rows
+
+    def _labels_of(self, split: str, n: int) -> list[tuple[int, ...]]:
+        try:
+            array = _array(self.path, f"{split}_labels")
+        except ScanError as error:
+            if error.code != "E_NOTIMAGE":
+                raise
+            return [()] * n
+        if len(array) != n or array.ndim > 2 or array.dtype.kind not in "iub":
+            problem = f"{split}_labels has shape {array.shape} and type {array.dtype}"
+            fix = f"give {n} rows of whole numbers, one for each image"
+            raise refusal(self.path, "E_LABELS", problem, fix)
+        return [tuple(map(int, row)) for row in array.reshape(n, -1)]
+
+
+def _array(path: Path, name: str) -> np.ndarray:
+    """Return an array of the file; bounded in size, and never pickled objects."""
+    with _opened(path) as archive:
+        _shape(archive, name, path)
+        with archive.open(f"{name}.npy") as file:
+            array = npy.read_array(file, allow_pickle=False, max_header_size=MAX_HEADER)
+    if array.dtype.kind not in "iubf":
+        raise refusal(path, "E_DTYPE", f"{name} is of type {array.dtype}", "store numbers")
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def _shape(archive: zipfile.ZipFile, name: str, path: Path) -> tuple[int, ...]:
+    """Return the shape of an array from its header, which is checked against its size."""
+    try:
+        member = archive.getinfo(f"{name}.npy")
+    except KeyError as error:
+        problem = f"has no array {name}"
+        raise refusal(path, "E_NOTIMAGE", problem, "name the arrays as MedMNIST does") from error
+    with archive.open(member) as file:
+        version = npy.read_magic(file)
+        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, _, dtype = read(file, max_header_size=MAX_HEADER)
+    n_bytes = dtype.itemsize
+    for size in shape:
+        n_bytes *= int(size)
+    if n_bytes > MAX_BYTES:
+        problem = f"{name} asks for {n_bytes:,} bytes, above the limit of {MAX_BYTES:,}"
+        raise refusal(path, "E_TOOBIG", problem, "split the file")
+    if n_bytes > min(member.file_size, member.compress_size * GZIP_MAX_RATIO):
+        problem = f"{name} holds {member.file_size:,} of {n_bytes:,} bytes"
+        raise refusal(path, "E_TRUNCATED", problem, COPY_AGAIN)
+    return shape
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    with opened_raw(path):  # refuses what is no file, and says why
+        pass
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except ScanError:
+        raise
+    except ERRORS as error:
+        reason = shorten(" ".join(str(error).split()) or type(error).__name__, 100)
+        problem = f"cannot be read as NumPy archive ({reason})"
+        raise refusal(path, "E_DAMAGED", problem, COPY_AGAIN) from error

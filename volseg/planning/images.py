@@ -1,0 +1,210 @@
+"""Close a recipe of a classifier: a value, with its reason, in place of each "auto"."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from volseg.planning.close import Reason
+from volseg.planning.targets import MOST_VALUES
+from volseg.recipe.classification import CLASSES, LABELS, NUMBER, ClassifyRecipe
+from volseg.recipe.section import AUTO
+from volseg.words import format_list
+
+LEAST_PIXELS, MOST_PIXELS = 16, 224
+PIXEL_STEP = 16  # of edges above 32 pixels
+USUAL_BATCH, LEAST_BATCHES = 32, 8  # images; batches per epoch below which batches get smaller
+USUAL_STEPS = 3000  # of a training from random weights
+FINE_TUNING_STEPS = 1000
+LEAST_EPOCHS, MOST_EPOCHS = 15, 200
+LEARNING_RATE, FINE_TUNING_RATE = 2e-3, 3e-4
+IMBALANCED = 1.5  # images of the most frequent class per one of the rarest
+
+
+class ImageFingerprint(BaseModel):
+    """What the images of a dataset are, as far as planning needs it.
+
+    Args:
+        sizes: (height, width) of the training images, up to 1000 of them. channels: most of any.
+        kind: of the target. counts: class or label → training images, in the order of the outputs.
+        mean, sd: of a number.
+        low, high: 0.5 and 99.5 percentile of the intensities of the training images.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    n_images: int
+    n_patients: int
+    n_validation: int
+    sizes: tuple[tuple[int, int], ...]
+    channels: int
+    kind: str
+    counts: dict[str, int] = {}
+    mean: float | None = None
+    sd: float | None = None
+    low: float
+    high: float
+
+    @property
+    def median_edge(self) -> int:
+        """Median of the longer edges, in pixels."""
+        return int(np.median([max(size) for size in self.sizes]))
+
+    @property
+    def imbalance(self) -> float:
+        """Images of the most frequent class per image of the rarest."""
+        counts = [max(1, n) for n in self.counts.values()] or [1]
+        return max(counts) / min(counts)
+
+
+@dataclass(frozen=True, slots=True)
+class ClosedImages:
+    """A recipe without "auto", and the reason of each of its decisions."""
+
+    recipe: ClassifyRecipe
+    reasons: tuple[Reason, ...] = ()
+
+
+def close_images(
+    recipe: ClassifyRecipe, fingerprint: ImageFingerprint, *, starts_trained: bool = False
+) -> ClosedImages:
+    """Return the recipe with a value, derived from the fingerprint, in place of each "auto".
+
+    Args:
+        starts_trained: the network starts from given weights.
+    """
+    decisions = _decisions(recipe, fingerprint, starts_trained)
+    content = recipe.model_dump()
+    reasons = []
+    for key in recipe.open_keys:
+        value, reason = decisions[key]
+        *sections, name = key.split(".")
+        section = content
+        for part in sections:
+            section = section[part]
+        section[name] = value
+        reasons.append(Reason(key=key, setting=key, value=_shown(value), reason=reason))
+    return ClosedImages(ClassifyRecipe.model_validate(content), tuple(reasons))
+
+
+def _decisions(
+    recipe: ClassifyRecipe, facts: ImageFingerprint, starts_trained: bool
+) -> dict[str, tuple[Any, str]]:
+    batch, why_batch = _batch(facts)
+    if recipe.train.batch_size != AUTO:
+        batch = recipe.train.batch_size
+    steps = math.ceil(facts.n_images / batch)
+    epochs, why_epochs = _epochs(steps, starts_trained)
+    decisions: dict[str, tuple[Any, str]] = {
+        "images.pixels": _pixels(facts),
+        "images.channels": _channels(facts),
+        "train.batch_size": (batch, why_batch),
+        "train.steps_per_epoch": (steps, f"each of {facts.n_images} training images once"),
+        "train.epochs": (epochs, why_epochs),
+        "train.learning_rate": _learning_rate(starts_trained),
+        "train.balance": _balance(facts),
+        "train.monitor": _monitor(facts),
+        "train.loss.name": _loss(facts),
+    }
+    if recipe.network.settings.get("features") == AUTO:
+        from volseg.networks.cnn_small import features_for
+
+        pixels = (
+            decisions["images.pixels"][0] if recipe.images.pixels == AUTO else recipe.images.pixels
+        )
+        reason = f"as many blocks as images of {pixels}² pixels allow"
+        decisions["network.features"] = (features_for(pixels), reason)
+    decisions["images.normalise.low"] = (facts.low, "0.5 percentile of the training images")
+    decisions["images.normalise.high"] = (facts.high, "99.5 percentile of the training images")
+    return decisions | _target(facts)
+
+
+def _target(facts: ImageFingerprint) -> dict[str, tuple[Any, str]]:
+    counts = format_list([f"{name} {n}" for name, n in facts.counts.items()], 10)
+    decisions: dict[str, tuple[Any, str]] = {"data.kind": (facts.kind, _why_kind(facts))}
+    if facts.kind == NUMBER:
+        decisions["data.classes"] = ((), "a number has none")
+        decisions["data.mean"] = (facts.mean, "of the training images")
+        decisions["data.sd"] = (facts.sd, "of the training images")
+    else:
+        decisions["data.classes"] = (tuple(facts.counts), f"training images: {counts}")
+        decisions["data.mean"] = (0.0, "classes have none")
+        decisions["data.sd"] = (1.0, "classes have none")
+    return decisions
+
+
+def _why_kind(facts: ImageFingerprint) -> str:
+    if facts.kind == NUMBER:
+        return f"more than {MOST_VALUES} different numbers in the column"
+    if facts.kind == LABELS:
+        return "several values per image, separated by |"
+    return "one of a few values per image"
+
+
+def _pixels(facts: ImageFingerprint) -> tuple[int, str]:
+    edge = facts.median_edge
+    if edge <= 2 * PIXEL_STEP:
+        return max(edge, LEAST_PIXELS), f"median longer edge of the images: {edge}"
+    rounded = min(MOST_PIXELS, math.ceil(edge / PIXEL_STEP) * PIXEL_STEP)
+    reason = f"median longer edge of the images ({edge}), up to {MOST_PIXELS}"
+    return rounded, reason
+
+
+def _channels(facts: ImageFingerprint) -> tuple[int, str]:
+    if facts.channels > 1:
+        return 3, "some images have colour"
+    return 1, "all images are grey"
+
+
+def _batch(facts: ImageFingerprint) -> tuple[int, str]:
+    batch = USUAL_BATCH
+    while batch > 4 and facts.n_images / batch < LEAST_BATCHES:
+        batch //= 2
+    if batch == USUAL_BATCH:
+        return batch, "usual"
+    return batch, f"an epoch of {facts.n_images} images has {LEAST_BATCHES} or more batches"
+
+
+def _epochs(steps: int, starts_trained: bool) -> tuple[int, str]:
+    total = FINE_TUNING_STEPS if starts_trained else USUAL_STEPS
+    epochs = min(MOST_EPOCHS, max(LEAST_EPOCHS, round(total / steps)))
+    how = "to fine-tune" if starts_trained else "from random weights"
+    bounds = f"within {LEAST_EPOCHS} to {MOST_EPOCHS} epochs"
+    return epochs, f"about {total} steps {how}, {bounds}"
+
+
+def _learning_rate(starts_trained: bool) -> tuple[float, str]:
+    if starts_trained:
+        return FINE_TUNING_RATE, "small, as the network starts from trained weights"
+    return LEARNING_RATE, "usual for AdamW and random weights"
+
+
+def _balance(facts: ImageFingerprint) -> tuple[str, str]:
+    if facts.kind != CLASSES:
+        return "none", "only classes that exclude each other are balanced"
+    ratio = f"{facts.imbalance:.1f} images of the most frequent class per one of the rarest"
+    return ("weights" if facts.imbalance > IMBALANCED else "none"), ratio
+
+
+def _monitor(facts: ImageFingerprint) -> tuple[str, str]:
+    if facts.kind == NUMBER:
+        return "mae", "mean absolute error, in the unit of the number"
+    return "auc", "independent of a threshold and of how frequent the classes are"
+
+
+def _loss(facts: ImageFingerprint) -> tuple[str, str]:
+    if facts.kind == NUMBER:
+        return "huber", "outliers pull less than in the squared error"
+    if facts.kind == LABELS:
+        return "binary_cross_entropy", "each label on its own"
+    return "cross_entropy", "one class of several"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping | Sequence) and not isinstance(value, str):
+        return ", ".join(map(str, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,161 @@
+"""What a column of a table says of its cases: one class, several labels, or a number."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from volseg.errors import VolsegError
+from volseg.inputs import shorten
+from volseg.recipe.classification import CLASSES, LABELS, MAX_CLASSES, NUMBER, Target
+from volseg.recipe.section import AUTO
+from volseg.words import format_list
+
+SEPARATOR = "|"  # of several labels in a cell
+MOST_VALUES = 20  # different numbers in a column that count as classes
+MOST_TEXTS = 100  # different texts in a column that count as classes
+Value = int | float | tuple[int, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class TargetCells:
+    """The cells of the target column.
+
+    Args:
+        name: of the column. cells: case id → text, empty if unknown.
+    """
+
+    name: str
+    cells: Mapping[str, str]
+
+    @property
+    def texts(self) -> list[str]:
+        """The cells that are not blank."""
+        return [cell.strip() for cell in self.cells.values() if cell.strip()]
+
+    def describe(self, data: Target) -> Target:
+        """Return the section with kind and classes in place of "auto".
+
+        Raises:
+            VolsegError: the column is blank, or holds neither classes nor numbers.
+        """
+        texts = self.texts
+        if not texts:
+            raise self._unusable("is blank for every training image", "fill it in")
+        kind = _kind_of(texts) if data.kind == AUTO else data.kind
+        classes = data.classes
+        if kind == NUMBER:
+            classes = ()
+        elif classes == AUTO:
+            classes = self._classes(texts, kind)
+        return Target.model_validate(data.model_dump() | {"kind": kind, "classes": classes})
+
+    def _classes(self, texts: Sequence[str], kind: str) -> tuple[str, ...]:
+        """Return the names of the classes in the cells, or refuse them."""
+        names = _names(texts, several=kind == LABELS)
+        if len(names) == 1 and kind == CLASSES:
+            raise self._unusable(f"holds only {shorten(names[0])!r}", "add images of another class")
+        if len(names) > (MOST_TEXTS if kind == CLASSES else MAX_CLASSES):
+            shown = format_list([shorten(name) for name in names], 3)
+            raise self._unusable(
+                f"holds {len(names)} different texts ({shown})",
+                "name a column of classes or numbers, or list the classes in the recipe",
+            )
+        return names
+
+    def values(self, data: Target) -> tuple[dict[str, Value], list[str]]:
+        """Return case id → value of a described column, None where blank; and its mistakes."""
+        values: dict[str, Value] = {}
+        mistakes = []
+        for case_id, cell in self.cells.items():
+            try:
+                values[case_id] = value_of(cell, data)
+            except ValueError as error:
+                mistakes.append(f"{case_id}: column {self.name}: {error}")
+        return values, mistakes
+
+    def _unusable(self, problem: str, fix: str) -> VolsegError:
+        return VolsegError(f"column {self.name!r} {problem}", fix=fix, code="E_TARGET")
+
+
+def value_of(cell: str, data: Target) -> Value:
+    """Return the index of the class, the indices of the labels, or the number; None if blank.
+
+    Raises:
+        ValueError: the cell is none of them.
+    """
+    text = cell.strip()
+    if not text:
+        return None
+    if data.kind == NUMBER:
+        return _number(text)
+    if isinstance(data.classes, Mapping):
+        number = _number(text)
+        inside = [
+            index
+            for index, (low, high) in enumerate(data.classes.values())
+            if low <= number <= high
+        ]
+        return inside[0] if inside else None  # outside all ranges: not used
+    names = {_plain(name): index for index, name in enumerate(data.names)}
+    parts = [text] if data.kind == CLASSES else [part.strip() for part in text.split(SEPARATOR)]
+    unknown = [part for part in parts if part and _plain(part) not in names]
+    if unknown:
+        listed = format_list(list(data.names), 10)
+        raise ValueError(f"{shorten(unknown[0])!r} is not one of the classes {listed}")
+    indices = tuple(sorted({names[_plain(part)] for part in parts if part}))
+    return indices[0] if data.kind == CLASSES else indices
+
+
+def count_classes(values: Sequence[Value], data: Target) -> dict[str, int]:
+    """Return class or label → number of cases, in the order of the outputs."""
+    counts: Counter[int] = Counter()
+    for value in values:
+        if isinstance(value, tuple):
+            counts.update(value)
+        elif isinstance(value, int):
+            counts[value] += 1
+    return {name: counts[index] for index, name in enumerate(data.names)}
+
+
+def _kind_of(texts: Sequence[str]) -> str:
+    if all(_is_number(text) for text in texts):
+        whole = all(float(text).is_integer() for text in texts)
+        few = len({float(text) for text in texts}) <= MOST_VALUES
+        return CLASSES if few and whole else NUMBER
+    return LABELS if any(SEPARATOR in text for text in texts) else CLASSES
+
+
+def _names(texts: Sequence[str], *, several: bool) -> tuple[str, ...]:
+    """Return the distinct names, numbers in ascending order, else in alphabetical order."""
+    parts = [
+        part.strip() for text in texts for part in (text.split(SEPARATOR) if several else [text])
+    ]
+    by_plain = {_plain(part): part for part in reversed(parts) if part}
+    names = [_plain(name) if _is_number(name) else name for name in by_plain.values()]
+    if all(map(_is_number, names)):
+        return tuple(sorted(names, key=float))
+    return tuple(sorted(names, key=str.casefold))
+
+
+def _plain(text: str) -> str:
+    """Return one spelling for a name: 1.0 is 1, and case does not matter."""
+    if _is_number(text) and float(text).is_integer():
+        return str(int(float(text)))
+    return text.casefold()
+
+
+def _number(text: str) -> float:
+    if not _is_number(text):
+        hint = ": write a decimal point" if _is_number(text.replace(",", ".")) else ""
+        raise ValueError(f"{shorten(text)!r} is not a number{hint}")
+    return float(text)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text)) and "_" not in text
+    except ValueError:
+        return False
