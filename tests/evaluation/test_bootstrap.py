@@ -77,7 +77,7 @@ def test_for_many_patients_it_is_scipys_interval():
 
 def test_the_same_seed_gives_the_same_interval_whatever_the_chunks():
     values = np.random.default_rng(3).normal(size=40)
-    patients = [number // 2 for number in range(40)]
+    patients = np.repeat(np.arange(9), [1, 2, 3, 4, 5, 6, 7, 8, 4]).tolist()
     intervals = [
         bootstrap(mean_of(values), patients, resampling=Resampling(seed=seed, chunk_weights=chunk))
         for seed, chunk in ((0, 10**6), (0, 900), (1, 10**6))
@@ -85,8 +85,9 @@ def test_the_same_seed_gives_the_same_interval_whatever_the_chunks():
     assert intervals[0] == intervals[1] != intervals[2]
     rows = np.concatenate(list(Resampling(n_resamples=50).rows(np.array(patients))))
     assert rows.shape == (50, 40)
-    assert (rows.sum(axis=1) == 40).all()  # 20 patients with two cases each
-    assert (rows[:, ::2] == rows[:, 1::2]).all()
+    firsts = np.unique(patients, return_index=True)[1]
+    assert (rows[:, firsts].sum(axis=1) == 9).all()  # nine patients are drawn each time
+    assert (rows == rows[:, firsts][:, patients]).all()  # with all their cases
 
 
 def test_a_perfect_auc_is_not_certain():

@@ -89,6 +89,11 @@ def test_ties_take_the_widest_gap_then_the_lowest_threshold():
     assert point.threshold == pytest.approx((1 + 0.6) / 2)
 
 
+def test_of_equal_gaps_the_lowest_threshold_is_chosen():
+    scores, positive = np.array([0.25, 0.5, 0.75]), np.array([False, True, False])
+    assert most_accurate_point(scores, positive, "c").threshold == 0.375
+
+
 def test_neighbouring_numbers_are_still_separated():
     high = np.nextafter(0.5, 1)
     scores, positive = np.array([0.5, high]), np.array([False, True])

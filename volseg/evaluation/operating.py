@@ -85,8 +85,9 @@ class Cuts:
     """The T thresholds that separate the scores of n cases in every possible way.
 
     A threshold lies in the middle between two neighbouring scores, so that rounding a score does
-    not move a case across it. The first is above all scores, the last is 0. Of several thresholds
-    that are equally good, the one in the widest gap between scores is chosen, then the lowest.
+    not move a case across it. The first lies between all scores and 1, the last between 0 and all
+    scores. Of several thresholds that are equally good, the one in the widest gap between scores is
+    chosen, then the lowest.
 
     Args:
         thresholds: (T,) descending. gaps: (T,) distance of the scores beside each.
@@ -149,14 +150,9 @@ class Cuts:
 
 
 def _between(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """Return the middle of each pair; the upper end if no number lies between them.
-
-    The last one is 0, from which every probability is up.
-    """
+    """Return the middle of each pair; the upper end if no number lies between them."""
     middle = (above + below) / 2
-    thresholds = np.where(middle > below, middle, above)
-    thresholds[-1] = 0.0
-    return thresholds
+    return np.where(middle > below, middle, above)
 
 
 def _checked(rate: float) -> float:
