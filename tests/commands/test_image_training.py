@@ -230,3 +230,12 @@ def test_pretrained_weights_are_a_start(table, tmp_path):
     )
     (summary,) = (line for line in lines if "tensors" in line)
     assert "2 random" in summary  # the head alone
+
+
+def test_check_with_a_recipe_names_each_cell_that_is_no_class_of_it(table):
+    stated = recipe("shape").model_dump()
+    stated["data"] |= {"kind": "classes", "classes": ["disc", "triangle"]}
+    problems = volseg.check(table, ClassifyRecipe.model_validate(stated))
+    wrong = [problem for problem in problems if problem["code"] == "E_TARGET"]
+    assert len(wrong) == 24 and all("'square'" in problem["problem"] for problem in wrong)
+    assert not [p for p in volseg.check(table, recipe("shape")) if p["code"].startswith("E_")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from volseg.columns import columns_of
 from volseg.commands.automatic_recipe import unnamed_values
 from volseg.commands.checking_images import check_images
-from volseg.commands.image_planning import check_image_model
+from volseg.commands.image_planning import check_image_model, target_problems
 from volseg.commands.placing import place_mask
 from volseg.commands.preparing import PREPARED_FILE
 from volseg.commands.problems import Problem, problem_at, problem_of
@@ -24,12 +25,19 @@ from volseg.io.images import is_image, read_image
 from volseg.io.layouts import survey_cases
 from volseg.io.volumes import read_header, read_mask, read_volume
 from volseg.measurement.units import judge_unit
-from volseg.recipe import ClassifyRecipe, Recipe, as_recipe, load_any_recipe, shipped_recipes
+from volseg.recipe import (
+    AnyRecipe,
+    ClassifyRecipe,
+    Recipe,
+    as_any_recipe,
+    load_any_recipe,
+    shipped_recipes,
+)
 from volseg.store.tables import TABLES, VARIANTS
 from volseg.volume import Volume
 
 
-def check(path: Path | str, recipe: Path | str | Recipe | None = None) -> list[Problem]:
+def check(path: Path | str, recipe: Path | str | AnyRecipe | None = None) -> list[Problem]:
     """Return every problem of a dataset, scan, recipe or model, each with its fix.
 
     Args:
@@ -48,7 +56,7 @@ def check(path: Path | str, recipe: Path | str | Recipe | None = None) -> list[P
     return problems
 
 
-def _problems(path: Path, recipe: Path | str | Recipe | None) -> Iterable[Problem]:
+def _problems(path: Path, recipe: Path | str | AnyRecipe | None) -> Iterable[Problem]:
     if path.suffix == ".toml" or (not path.exists() and str(path) in shipped_recipes()):
         return _check_recipe(path)
     if (path / "model.json").is_file():
@@ -59,10 +67,14 @@ def _problems(path: Path, recipe: Path | str | Recipe | None) -> Iterable[Proble
             fix="check the dataset that it was made from",
             code="E_USAGE",
         )
-    if recipe is None and looks_like_images(path):
+    given = None if recipe is None else as_any_recipe(recipe)
+    if isinstance(given, ClassifyRecipe):
+        problems = (problem_of(str(path), error) for error in target_problems(path, given))
+        return chain(check_images(path, given.data.target), problems)
+    if given is None and looks_like_images(path):
         return check_images(path)
     if path.is_dir() or path.suffix == ".csv":
-        return _check_dataset(path, None if recipe is None else as_recipe(recipe))
+        return _check_dataset(path, given)
     return _check_scan(path)
 
 

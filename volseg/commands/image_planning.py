@@ -77,6 +77,20 @@ def preprocess_images(options: PreprocessOptions) -> PreprocessReport:
     )
 
 
+def target_problems(dataset: Path, recipe: ClassifyRecipe) -> Iterator[VolsegError]:
+    """Yield what does not fit the recipe in the column that a dataset is to be learned from."""
+    from volseg.planning.targets import TargetCells
+
+    survey, recipe = ImageDataset(dataset, recipe).survey()
+    name = recipe.data.target
+    cells = TargetCells(name, {case.id: case.cells.get(name, "") for case in survey.cases})
+    described = recipe.model_copy(update={"data": cells.describe(recipe.data)})
+    for mistake in cells.values(described.data)[1]:
+        yield VolsegError(
+            mistake, fix="correct the cell, or data.classes in the recipe", code="E_TARGET"
+        )
+
+
 def check_image_model(path: Path) -> Iterator[VolsegError]:
     """Yield what is wrong with a model that classifies: its files, or its reference prediction."""
     import numpy as np
