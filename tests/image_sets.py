@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 
+import nibabel
 import numpy as np
 from PIL import Image
 
@@ -52,5 +53,32 @@ def table_of_images(folder, n=48, edge=32, seed=0):
     with open(folder / "cases.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["image", "patient", "split", "shape", "area", "labels"])
+        writer.writerows(rows)
+    return folder
+
+
+def scans_of_lesions(folder, n=12, seed=0):
+    """Write scans of 24 × 26 × 14 voxels with one or two balls, bright or dark, and a cases.csv."""
+    rng = np.random.default_rng(seed)
+    affine = np.diag([-1.0, -1.0, 2.0, 1.0])
+    (folder / "images").mkdir(parents=True)
+    (folder / "labels").mkdir()
+    rows = []
+    grid = np.stack(np.mgrid[:24, :26, :14], axis=-1) * [1.0, 1.0, 2.0]
+    for number in range(n):
+        kind = ("bright", "dark")[number % 2]
+        scan, mask = rng.normal(0, 20, grid.shape[:3]), np.zeros(grid.shape[:3], np.uint8)
+        for centre in ([6, 6, 12], [17, 19, 14])[: 1 + number % 3 // 2]:
+            inside = np.linalg.norm(grid - centre, axis=-1) <= rng.uniform(3, 5)
+            scan[inside] += 150 if kind == "bright" else -150
+            mask[inside] = 1
+        for name, array in (("images", scan.astype(np.int16)), ("labels", mask)):
+            image = nibabel.nifti1.Nifti1Image(array, affine)
+            nibabel.nifti1.save(image, folder / name / f"s{number:02}.nii.gz")
+        split = ("train", "train", "val", "test")[number // 2 % 4]
+        rows.append([f"images/s{number:02}.nii.gz", f"labels/s{number:02}.nii.gz", split, kind])
+    with open(folder / "cases.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "label", "split", "kind"])
         writer.writerows(rows)
     return folder

@@ -8,7 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
-from image_sets import SHAPES, folder_of_classes, table_of_images
+from image_sets import SHAPES, folder_of_classes, scans_of_lesions, table_of_images
 
 import volseg
 from volseg.errors import VolsegError
@@ -239,3 +239,28 @@ def test_check_with_a_recipe_names_each_cell_that_is_no_class_of_it(table):
     wrong = [problem for problem in problems if problem["code"] == "E_TARGET"]
     assert len(wrong) == 24 and all("'square'" in problem["problem"] for problem in wrong)
     assert not [p for p in volseg.check(table, recipe("shape")) if p["code"].startswith("E_")]
+
+
+def test_each_lesion_of_a_scan_is_classified_from_slices_in_three_planes(tmp_path):
+    scans = scans_of_lesions(tmp_path / "data")
+    stated = recipe(
+        "kind",
+        {"epochs": 12},
+        data={"input": "lesion", "target": "kind"},
+        images={
+            "pixels": 16,
+            "field_of_view_mm": 16,
+            "normalise": {"method": "window", "low": -200, "high": 200},
+        },
+    )
+    report = volseg.train(scans, recipe=stated, out=tmp_path / "m")
+    assert report.metrics["validation_auc"] == 1.0
+    volseg.infer(scans, model=tmp_path / "m", out=tmp_path / "r")
+    rows = rows_of(tmp_path / "r" / "classes.csv")
+    kinds = {row["image"][7:10]: row["kind"] for row in rows_of(scans / "cases.csv")}
+    assert len(rows) == 16 and {"s02_1", "s02_2"} <= {row["case_id"] for row in rows}
+    right = [row["class_name"] == kinds[row["case_id"][:3]] for row in rows]
+    assert np.mean(right) > 0.9
+    assert (tmp_path / "r" / "report.html").stat().st_size > 20_000
+    with pytest.raises(VolsegError, match="no scan has a mask"):
+        volseg.infer(scans / "images" / "s00.nii.gz", model=tmp_path / "m", out=tmp_path / "x")

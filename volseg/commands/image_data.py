@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from volseg.commands.batch import reason_of
+from volseg.commands.image_sources import LESION, source_of, survey_lesions
 from volseg.commands.image_start import Start
 from volseg.errors import ScanError, VolsegError
 from volseg.evaluation.duplicates import ImagePrint, groups_of, print_of
 from volseg.io.files import sha256_of
 from volseg.io.image_cases import ImageCase, ImageSurvey, looks_like_images, survey_images
-from volseg.io.images import ImageReader
 from volseg.io.prepared_images import (
     CASES_FILE,
     ImageSet,
@@ -27,7 +27,6 @@ from volseg.io.prepared_images import (
 )
 from volseg.options import Announce, Progress, ignore_progress, ignore_text
 from volseg.options.shared import failure_line
-from volseg.preprocessing.images import to_input
 from volseg.recipe import AnyRecipe, ClassifyRecipe, as_any_recipe, parse_image_recipe
 from volseg.recipe.classification import NUMBER, Target
 from volseg.recipe.images import ZScoreImage
@@ -84,6 +83,9 @@ class ImageDataset:
         target = self.target if self.recipe is None else self.recipe.data.target
         if target is None and self.teacher is not None:
             target = self.teacher.data.target
+        if self.recipe is not None and self.recipe.data.input == LESION:
+            cases, remarks = survey_lesions(self.dataset, self.recipe.data.target, self._report)
+            return ImageSurvey(cases, [], [], remarks), self.recipe
         if target is None:
             target = _only_target(self.dataset, survey_images(self.dataset))
         survey = survey_images(self.dataset, target=target)
@@ -97,6 +99,9 @@ class ImageDataset:
                 parts = {"data": self.teacher.data, "images": self.teacher.images}
                 recipe = recipe.model_copy(update=parts)
         return survey, recipe
+
+    def _report(self, name: str, reason: str) -> None:
+        self.announce(failure_line(name, reason))
 
     def _refuse(self, mistakes: Sequence[str]) -> None:
         raise VolsegError(
@@ -156,7 +161,7 @@ class ImageDataset:
         """Read the images, split them, and close the recipe."""
         from volseg.planning.images import close_images
 
-        images, failed = self._measure(cases)
+        images, failed = self._measure(cases, recipe)
         cases = [case for case in cases if case.id in images]
         groups = _groups(cases, [images[case.id].print for case in cases])
         fraction = recipe.train.validation_fraction
@@ -175,12 +180,14 @@ class ImageDataset:
             remarks=remarks,
         )
 
-    def _measure(self, cases: Sequence[ImageCase]) -> tuple[dict[str, _Facts], dict[str, str]]:
+    def _measure(
+        self, cases: Sequence[ImageCase], recipe: ClassifyRecipe
+    ) -> tuple[dict[str, _Facts], dict[str, str]]:
         """Read every image once; return facts by id, and why images cannot be read."""
-        facts, failed, reader = dict[str, _Facts](), dict[str, str](), ImageReader()
+        facts, failed, source = dict[str, _Facts](), dict[str, str](), source_of(recipe)
         for count, case in enumerate(cases, start=1):
             try:
-                image = reader.read(case.path, case.index)
+                image = source.picture(case)
                 prints = print_of(image.array, image.largest)
                 pixels = image.array.ravel()[:: max(1, image.array.size // INTENSITIES)]
                 facts[case.id] = _Facts(image.array.shape, prints, pixels.copy())
@@ -194,18 +201,18 @@ class ImageDataset:
 
     def prepare(self, planned: PlannedImages, folder: Path) -> ImageSet:
         """Write the network inputs of all images into a folder; return them, memory-mapped."""
-        recipe, reader = planned.closed.recipe, ImageReader()
+        recipe = planned.closed.recipe
+        source = source_of(recipe)
         digests: dict[Path, str] = {}
 
         def pairs() -> Iterator[tuple[np.ndarray, PreparedImage]]:
             for count, case in enumerate(planned.cases, start=1):
-                image = to_input(reader.read(case.path, case.index), recipe.images)
+                image = source.network_input(case, recipe.images)
                 if case.path not in digests:
                     digests[case.path] = sha256_of(case.path)
                 yield image, planned.prepared(case, digests[case.path])
                 self.progress(PREPARING, count / len(planned.cases), case.id)
 
-        edge = int(recipe.images.pixels)
         header = {
             "recipe": recipe.model_dump(mode="json"),
             "reasons": [line.model_dump() for line in planned.closed.reasons],
@@ -213,7 +220,7 @@ class ImageDataset:
             "failed": planned.failed,
             "warnings": planned.remarks,
         }
-        write_prepared_images(folder, (recipe.in_channels, edge, edge), pairs(), header)
+        write_prepared_images(folder, recipe.input_shape, pairs(), header)
         return read_prepared_images(folder)[0]
 
 

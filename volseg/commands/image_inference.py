@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from volseg.commands.batch import reason_of
+from volseg.commands.image_sources import LESION, find_lesions, source_of
 from volseg.errors import ScanError, VolsegError
 from volseg.evaluation.class_rows import CLASSES, VALUES, ClassRow, ValueRow, joined
 from volseg.image_bundle import ImageBundle, load_image_bundle
@@ -21,11 +22,9 @@ from volseg.inputs import read_json
 from volseg.io.csv_text import iterate_csv
 from volseg.io.files import json_text, sha256_of
 from volseg.io.image_cases import ImageCase, find_images
-from volseg.io.images import ImageReader
 from volseg.options import InferOptions
 from volseg.pages.about import About
 from volseg.pages.class_page import class_page, most_doubtful, thumbnail
-from volseg.preprocessing.images import to_input
 from volseg.recipe.classification import CLASSES as EXCLUSIVE
 from volseg.recipe.classification import NUMBER
 from volseg.reports import ImagesReport
@@ -46,8 +45,11 @@ def infer_images(options: InferOptions) -> ImagesReport:
     """
     assert options.model is not None
     bundle = load_image_bundle(options.model)
-    remarks = list[str]()
-    cases = find_images(options.scans, remark=remarks.append)
+    remarks, failed = list[str](), dict[str, str]()
+    if bundle.recipe.data.input == LESION:
+        cases = find_lesions(options.scans, failed.__setitem__, remark=remarks.append)
+    else:
+        cases = find_images(options.scans, remark=remarks.append)
     # Which folders are classes is of no importance here.
     remarks = [text for text in remarks if not text.startswith("W_FOLDERS")]
     options.warn(*remarks)
@@ -55,7 +57,10 @@ def infer_images(options: InferOptions) -> ImagesReport:
     with OutputFolder(options.out, "infer", inputs=inputs) as outputs:
         outputs.check_overwrites([_table_name(bundle), RUN, PAGE])
         run = _Run(options, bundle, outputs, _earlier(options.out, bundle))
-        return run.run(cases, remarks)
+        report = run.run(cases, remarks)
+    for name, reason in failed.items():
+        options.report_failure(name, reason)
+    return replace(report, failed=report.failed | failed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +79,7 @@ class _Run:
         self._earlier = earlier
         self._device = torch.device(choose_device(options.device))
         self._networks = [network.to(self._device) for network in bundle.networks()]
-        self._reader, self._digests = ImageReader(), dict[Path, str]()
+        self._source, self._digests = source_of(bundle.recipe), dict[Path, str]()
         self._rows = dict(earlier.rows)
         self._keys = dict(earlier.keys)
 
@@ -88,8 +93,8 @@ class _Run:
                     if self._keys.get(case.id) == key and case.id in self._rows:
                         kept.append(case.id)
                         continue
-                    image = self._reader.read(case.path, case.index)
-                    batch.append((case, to_input(image, self._bundle.recipe.images)))
+                    settings = self._bundle.recipe.images
+                    batch.append((case, self._source.network_input(case, settings)))
                     self._keys[case.id] = key
                 except VolsegError as error:
                     failed[case.id] = reason_of(error)
@@ -112,17 +117,23 @@ class _Run:
         )
 
     def _key(self, case: ImageCase) -> str:
-        if case.path not in self._digests:
+        place = "" if case.index is None else f"#{case.index}"
+        mask = "" if self._bundle.recipe.data.input != LESION else f"+{self._digest(case.mask)}"
+        return f"{self._digest(case.path)}{mask}{place}@{self._bundle.sha256}"
+
+    def _digest(self, path: Path | None) -> str:
+        if path is None:
+            return ""
+        if path not in self._digests:
             try:
-                self._digests[case.path] = sha256_of(case.path)
+                self._digests[path] = sha256_of(path)
             except OSError as error:
                 raise ScanError(
-                    f"{case.path}: cannot be read ({error.strerror or error})",
+                    f"{path}: cannot be read ({error.strerror or error})",
                     fix="check the path and its permissions",
                     code="E_READ",
                 ) from error
-        place = "" if case.index is None else f"#{case.index}"
-        return f"{self._digests[case.path]}{place}@{self._bundle.sha256}"
+        return self._digests[path]
 
     def _fail(self, case: ImageCase, reason: str) -> None:
         row = ValueRow if self._bundle.recipe.data.kind == NUMBER else ClassRow
@@ -224,7 +235,7 @@ class _Run:
         doubtful = set(most_doubtful(rows))
         for name in (case.id for case in cases if case.id in doubtful):  # in the order of files
             with suppress(VolsegError):  # it may have been deleted since
-                image = self._reader.read(places[name].path, places[name].index)
+                image = self._source.picture(places[name])
                 pictures[name] = thumbnail(image.array)
         return class_page(
             about,

@@ -33,7 +33,7 @@ from volseg.inference.images import embed_images, to_predictions
 from volseg.io.csv_text import write_csv
 from volseg.io.files import TEMPORARY_PREFIX, make_folder
 from volseg.io.prepared_images import ImageSet, has_prepared_images
-from volseg.networks.image_network import ImageNetwork
+from volseg.networks.image_network import PLANES_NDIM, ImageNetwork
 from volseg.options.training import MAX_FOLDS
 from volseg.pages.training_figures import curves_png
 from volseg.recipe import ClassifyRecipe, as_any_recipe
@@ -331,7 +331,7 @@ class _ImageTraining:
             seconds = min(seconds, recipe.train.baseline_fraction * self._call.time.seconds)
         self._call.progress("Fitting baselines", 0.0, f"at most {seconds:.0f} s")
         baselines = fit_baselines(
-            training.pixels,
+            _first_planes(training),
             known_targets(training, recipe),
             kind,  # type: ignore[arg-type]
             seed=self._options.seed,
@@ -345,7 +345,7 @@ class _ImageTraining:
             if baseline.reason:
                 scores[name] = baseline.reason
                 continue
-            predicted = baseline.predict(validation.pixels)
+            predicted = baseline.predict(_first_planes(validation))
             value = score(predicted, truth > 0 if truth.ndim == 2 else truth)
             if value is not None:
                 scores[name] = round(value, 4)
@@ -357,6 +357,11 @@ class _ImageTraining:
         histories = [fold.trained.history for fold in folds]
         title = f"validation {monitor.replace('_', ' ')}"
         self._call.outputs.write(CURVES, curves_png(histories, title, limits))
+
+
+def _first_planes(images: ImageSet) -> np.ndarray:
+    """Return (N, C, H, W): of lesions the first plane alone, which simple models look at."""
+    return images.pixels[:, 0] if images.pixels.ndim == PLANES_NDIM else images.pixels
 
 
 def _reference(

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from volseg.networks.image_network import ImageNetwork
+from volseg.networks.image_network import PLANES_NDIM, ImageNetwork
 from volseg.preprocessing.resample import send
 from volseg.recipe.classification import LABELS, NUMBER, ImageInfer, Target
 from volseg.recipe.section import closed
 
-FLIPS = {"vertical": 2, "horizontal": 3}  # axis of (N, C, H, W)
+FLIPS = {"vertical": -2, "horizontal": -1}  # axis of (…, H, W)
 
 
 def predict_outputs(
@@ -36,7 +36,15 @@ def embed_images(
     network.eval()
     with torch.inference_mode():
         batches = _batches(images, settings.batch_size, device)
-        return torch.cat([network.embed(batch).float().cpu() for batch in batches]).numpy()
+        return torch.cat([_embed(network, batch).float().cpu() for batch in batches]).numpy()
+
+
+def _embed(network: ImageNetwork, images: torch.Tensor) -> torch.Tensor:
+    """Return (N, features), of several planes their mean."""
+    if images.ndim == PLANES_NDIM:
+        embedded = network.embed(images.flatten(0, 1))
+        return embedded.unflatten(0, images.shape[:2]).mean(1)
+    return network.embed(images)
 
 
 def to_predictions(outputs: np.ndarray, data: Target, temperature: float = 1.0) -> np.ndarray:

@@ -40,7 +40,8 @@ class ImageSet:
     """Images as a network takes them, with their cases.
 
     Args:
-        pixels: (N, channels, H, W) float32, memory-mapped or in memory.
+        pixels: (N, channels, H, W) float32, or (N, planes, channels, H, W) of lesions;
+            memory-mapped or in memory.
     """
 
     pixels: np.ndarray
@@ -58,9 +59,9 @@ class ImageSet:
 
 
 def write_prepared_images(
-    folder: Path, shape: tuple[int, int, int], pixels: Any, header: dict[str, Any]
+    folder: Path, shape: tuple[int, ...], pixels: Any, header: dict[str, Any]
 ) -> list[Any]:
-    """Write (channels, H, W) float32 images one by one; return their cases.
+    """Write float32 images of one shape one by one; return their cases.
 
     `images.json`, written last, marks the folder complete.
 
@@ -86,7 +87,7 @@ def write_prepared_images(
     return cases
 
 
-def _write_header(file: Any, n: int, shape: tuple[int, int, int]) -> int:
+def _write_header(file: Any, n: int, shape: tuple[int, ...]) -> int:
     """Write the header of a .npy file and return its end; NumPy leaves room for `n` to grow."""
     header = {"descr": "<f4", "fortran_order": False, "shape": (n, *shape)}
     np.lib.format.write_array_header_1_0(file, header)
@@ -104,7 +105,7 @@ def read_prepared_images(folder: Path) -> tuple[ImageSet, dict[str, Any]]:
         cases = [_case(entry) for entry in content["cases"]]
         open_regular(folder / PIXELS_FILE).close()  # mapping a pipe would block
         pixels = np.lib.format.open_memmap(folder / PIXELS_FILE, mode="r")
-        if pixels.ndim != 4 or pixels.dtype != np.float32 or len(pixels) != len(cases):
+        if pixels.ndim not in (4, 5) or pixels.dtype != np.float32 or len(pixels) != len(cases):
             raise ValueError(f"{PIXELS_FILE} is {pixels.dtype} of shape {pixels.shape}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
         raise VolsegError(

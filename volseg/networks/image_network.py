@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from volseg.networks import Architecture
 
+PLANES_NDIM = 5  # of several images of one case
 HEAD = "head."  # start of the names of the last layer's tensors, in every architecture
 
 
@@ -39,6 +40,9 @@ class ImageNetwork(nn.Module, ABC):
         """Return (N, features): what the head gets, before dropout."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return logits (N, outputs) of images, or of (N, planes, C, H, W) the mean of planes."""
+        if images.ndim == PLANES_NDIM:
+            return self(images.flatten(0, 1)).unflatten(0, images.shape[:2]).mean(1)
         return self.head(self.dropout(self.embed(images)))
 
     def stages(self) -> list[list[str]]:

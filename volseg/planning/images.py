@@ -17,6 +17,7 @@ from volseg.recipe.section import AUTO
 from volseg.words import format_list
 
 LEAST_PIXELS, MOST_PIXELS = 16, 224
+LESION_PIXELS = 64
 PIXEL_STEP = 16  # of edges above 32 pixels
 USUAL_BATCH, LEAST_BATCHES = 32, 8  # images; batches per epoch below which batches get smaller
 USUAL_STEPS = 3000  # of a training from random weights
@@ -100,7 +101,7 @@ def _decisions(
     steps = math.ceil(facts.n_images / batch)
     epochs, why_epochs = _epochs(steps, starts_trained)
     decisions: dict[str, tuple[Any, str]] = {
-        "images.pixels": _pixels(facts),
+        "images.pixels": _pixels(facts, recipe.data.input),
         "images.channels": _channels(facts),
         "train.batch_size": (batch, why_batch),
         "train.steps_per_epoch": (steps, f"each of {facts.n_images} training images once"),
@@ -145,7 +146,9 @@ def _why_kind(facts: ImageFingerprint) -> str:
     return "one of a few values per image"
 
 
-def _pixels(facts: ImageFingerprint) -> tuple[int, str]:
+def _pixels(facts: ImageFingerprint, kind_of_input: str) -> tuple[int, str]:
+    if kind_of_input == "lesion":
+        return LESION_PIXELS, "usual for the field of view of a lesion"
     edge = facts.median_edge
     if edge <= 2 * PIXEL_STEP:
         return max(edge, LEAST_PIXELS), f"median longer edge of the images: {edge}"

@@ -179,6 +179,13 @@ class ClassifyRecipe(Section):
         return closed(self.images.channels)
 
     @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one image as network input: (C, H, W), or (planes, C, H, W) of a lesion."""
+        edge = closed(self.images.pixels)
+        planes = (len(self.images.planes),) if self.data.input == "lesion" else ()
+        return (*planes, self.in_channels, edge, edge)
+
+    @property
     def open_keys(self) -> list[str]:
         """Keys whose value is "auto", such as `train.batch_size`."""
         names = ("data", "images", "network", "train")

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from volseg.io.prepared_images import ImageSet
+from volseg.networks.image_network import PLANES_NDIM
 from volseg.preprocessing.resample import send
 from volseg.recipe.classification import ClassifyRecipe
 from volseg.recipe.section import closed
@@ -70,9 +71,20 @@ class ImageBatches:
         )
         targets = send(torch.from_numpy(self._targets[indices]), self._device)
         seeds = [(self._seed, number, index) for index in range(len(indices))]
-        images = augment_images(images, self._train.augment, seeds)
+        images = self._augmented(images, seeds)
         images, targets = mix_up(images, targets, self._train.augment.mixup, (self._seed, number))
+        if images.ndim == PLANES_NDIM:
+            return images, targets
         return images.contiguous(memory_format=torch.channels_last), targets
+
+    def _augmented(self, images: torch.Tensor, seeds: Sequence[tuple[int, ...]]) -> torch.Tensor:
+        """Augment each image, or each plane of each lesion, on its own."""
+        if images.ndim < PLANES_NDIM:
+            return augment_images(images, self._train.augment, seeds)
+        planes = images.shape[1]
+        each = [(*seed, plane) for seed in seeds for plane in range(planes)]
+        augmented = augment_images(images.flatten(0, 1), self._train.augment, each)
+        return augmented.unflatten(0, images.shape[:2])
 
     def indices(self, number: int) -> np.ndarray:
         """Return which images are in a batch."""
