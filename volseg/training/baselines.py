@@ -48,7 +48,7 @@ FOLDS = 3  # in which regularisation and Platt's sigmoid are chosen
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # C of logistic regression
 PENALTIES = (1.0, 10.0, 100.0, 1000.0, 10_000.0)  # alpha of ridge regression
 HIDDEN = (128, 64)  # units of the two restricted Boltzmann machines
-RBM_IMAGES = 40_000  # that a machine sees at least, those of all epochs together
+RBM_IMAGES = 20_000  # that a machine sees at least, those of all epochs together
 # Images that a baseline of one output and 405 features learns from per second on one core; of
 # support vector machines, pairs of images.
 LOGISTIC_RATE, BOOSTING_RATE, BELIEF_RATE = 2000.0, 1000.0, 500.0
