@@ -164,7 +164,8 @@ class EvaluateOptions(Limited, Announcing):
     )
     target: str | None = option(
         "Classes and numbers: column of the reference that holds the truth; default: that of "
-        "the model, or target, class, label or diagnosis, else the only column whose cells are the model's classes.",
+        "the model, or target, class, label or diagnosis, else the only column whose cells are the "
+        "model's classes.",
         default=None,
     )
     by: tuple[str, ...] = option(
