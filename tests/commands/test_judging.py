@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.metrics import balanced_accuracy_score, mean_absolute_error, roc_auc_score
 from typer.testing import CliRunner
 
@@ -192,14 +193,14 @@ def test_subgroups_and_a_second_model(folder):
 def test_the_target_that_the_results_state_is_used(folder):
     file = folder / "data" / "cases.csv"
     lines = file.read_text(encoding="utf-8").splitlines()
-    second = [f"{lines[0]},second reader"]
+    second = [lines[0].replace("diagnosis", "first reader") + ",second reader"]
     second += [f"{line},{line.split(',')[3]}" for line in lines[1:]]
     file.write_text("\n".join(second), encoding="utf-8")
-    with pytest.raises(VolsegError, match="diagnosis, second reader all fit"):
+    with pytest.raises(VolsegError, match="first reader, second reader all fit"):
         judge(folder)
     (folder / "one" / "run.json").write_text(json.dumps({"target": "second reader"}))
     assert judge(folder).summary["target"] == "second reader"
-    assert judge(folder, target="diagnosis").summary["target"] == "diagnosis"
+    assert judge(folder, target="first reader").summary["target"] == "first reader"
 
 
 def test_the_order_of_classes_and_rows_of_the_second_model_does_not_matter(folder):
@@ -295,6 +296,32 @@ def test_numbers(tmp_path):
     assert (tmp_path / "out" / "agreement.png").is_file()
     assert not (tmp_path / "out" / "roc.png").exists()
     assert "volseg judged the numbers" in (tmp_path / "out" / "report.html").read_text("utf-8")
+
+
+def test_a_folder_per_class_and_a_medmnist_file_are_references(tmp_path):
+    targets, p, _ = class_rows(0, n=24)
+    pixels = np.zeros((24, 8, 8), np.uint8)
+    for number, target in enumerate(targets):
+        folder = tmp_path / "folders" / "test" / NAMES[target]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[number]).save(folder / f"n{number}.png")
+    labels = targets[:, None].astype(np.uint8)
+    np.savez(tmp_path / "medmnist.npz", test_images=pixels, test_labels=labels)
+    expected = balanced_accuracy_score(targets, p.argmax(axis=1))
+    for reference, prefix, names in (
+        ("folders", "n", NAMES),
+        ("medmnist.npz", "test_", ["0", "1", "2"]),
+    ):
+        rows = [
+            ClassRow(case_id=f"{prefix}{n}", probabilities=dict(zip(names, line.tolist())))
+            for n, line in enumerate(p)
+        ]
+        write(tmp_path / reference[:4] / "classes.csv", class_table(names, rows))
+        given = {"reference": tmp_path / reference, "predicted": tmp_path / reference[:4]}
+        summary = judge(tmp_path, **given).summary
+        assert summary["n_cases"] == 24 and not summary["not_predicted"]
+        accuracy = summary["metrics"]["overall"]["balanced_accuracy"]["value"]
+        assert accuracy == pytest.approx(expected)
 
 
 def test_what_puts_the_numbers_in_doubt_is_a_warning(folder):

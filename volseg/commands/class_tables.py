@@ -18,16 +18,17 @@ from volseg.evaluation.classes import SUM_TOLERANCE, ClassPredictions
 from volseg.evaluation.operating import OperatingPoint
 from volseg.evaluation.regression import NumberPredictions
 from volseg.inputs import read_json
-from volseg.io.cases import COLUMNS, is_image_column, safe_id, split_of
+from volseg.io.cases import dataset_error, is_image_column, safe_id, split_of
 from volseg.io.csv_text import stream_rows
-from volseg.io.formats import stem_of
+from volseg.io.formats import is_scan, stem_of
+from volseg.io.image_cases import survey_images
+from volseg.io.image_tables import HEADS, SLICE, is_arrays
 from volseg.io.tables import read_table
 from volseg.store.tables import read_class_rows, read_value_rows
 from volseg.words import format_count, format_list
 
 Kind = Literal["classes", "numbers"]
-USUAL_TARGETS = ("target", "class")
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")  # not those of volumes
+USUAL_TARGETS = ("target", "class", "label", "diagnosis")
 MOST_LISTED = 5  # cases that a warning names
 
 
@@ -62,20 +63,24 @@ class Reference:
     remarks: Sequence[str]
 
     @classmethod
-    def of(cls, path: Path) -> Reference:
-        """Read a table of cases, or the cases.csv of a folder.
+    def of(cls, path: Path, target: str | None = None) -> Reference:
+        """Read a table of cases, the cases.csv of a folder, or a data set of images.
+
+        A table is read as it is, so that the images need not be there. Where it lists slices, and
+        where there is none, the data set is read as `infer` reads it.
+
+        Args:
+            target: column of the truth, if it is stated; masks in it become classes of slices.
 
         Raises:
             VolsegError: there is none, it names no cases, or one of them twice.
         """
         file = path / "cases.csv" if path.is_dir() else path
-        if not file.is_file():
-            raise VolsegError(
-                f"{path}: has no cases.csv with the true classes or numbers",
-                fix="give a table with a row per case to --reference",
-                code="E_DATASET",
-            )
-        table = read_table(file, COLUMNS)
+        if not file.is_file() or is_arrays(file):
+            return cls._of_images(path, target)
+        table = read_table(file, HEADS)
+        if SLICE in table.columns:
+            return cls._of_images(path, target)
         rows = [dict(zip(table.columns, texts)) for _, texts in table.lines]
         ids = [_case_id(row) for row in rows]
         repeated = [name for name, n in Counter(ids).items() if n > 1]
@@ -86,12 +91,21 @@ class Reference:
                 fix="give it a column 'subject' with the id of each case",
                 code="E_DATASET",
             )
-        return cls(
-            path=file,
-            columns=table.columns,
-            cells=dict(zip(ids, rows)),
-            remarks=[text for text in table.remarks if "W_COLUMN" not in text],
-        )
+        remarks = [text for text in table.remarks if "W_COLUMN" not in text]
+        return cls(path=file, columns=table.columns, cells=dict(zip(ids, rows)), remarks=remarks)
+
+    @classmethod
+    def _of_images(cls, path: Path, target: str | None) -> Reference:
+        """Read a folder per class, a MedMNIST file or slices of volumes."""
+        survey = survey_images(path, target=target)
+        if survey.mistakes or not survey.cases:
+            raise dataset_error(survey.mistakes or ["no images found"], str(path))
+        cells = {
+            case.id: {**case.cells, "patient": case.patient or "", "split": case.split or ""}
+            for case in survey.cases
+        }
+        columns = list(dict.fromkeys(name for row in cells.values() for name in row))
+        return cls(path=path, columns=columns, cells=cells, remarks=survey.remarks)
 
     def target(self, name: str | None, classes: Sequence[str]) -> str:
         """Return the column of the truth: the given, the usual, or the one that fits the classes.
@@ -102,8 +116,9 @@ class Reference:
         if name is not None:
             self.check_column(name, "--target")
             return name
-        usual = [column for column in USUAL_TARGETS if column in self.columns]
-        fitting = usual[:1] or [name for name in self._free_columns if self._fits(name, classes)]
+        fitting = [name for name in self._free_columns if self._fits(name, classes)]
+        usual = [name for name in USUAL_TARGETS if name in (fitting if classes else self.columns)]
+        fitting = usual[:1] or fitting
         if len(fitting) != 1:
             columns_text = f"columns {', '.join(fitting)} all fit" if fitting else "no column fits"
             raise VolsegError(
@@ -125,7 +140,7 @@ class Reference:
     @property
     def _free_columns(self) -> list[str]:
         """Columns that are not those of every cases.csv."""
-        return [name for name in self.columns if name not in COLUMNS and not is_image_column(name)]
+        return [name for name in self.columns if name not in HEADS and not is_image_column(name)]
 
     def _fits(self, column: str, classes: Sequence[str]) -> bool:
         """Check whether the cells of a column are classes, at least two different ones."""
@@ -347,9 +362,7 @@ def _case_id(row: Mapping[str, str]) -> str:
     if row.get("subject"):
         return row["subject"]
     image = Path(next(images, "").replace("\\", "/"))
-    stem = stem_of(image)
-    if Path(stem).suffix.lower() in PICTURE_SUFFIXES:
-        stem = Path(stem).stem
+    stem = stem_of(image) if is_scan(image) else image.stem
     return safe_id(stem) if stem else ""
 
 

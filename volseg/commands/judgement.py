@@ -110,7 +110,9 @@ class Judgement:
             "out_of_distribution": self._unusual(),
             "settings": {"by": list(options.by), "against": _text_of(options.against)},
             "tables": {
-                str(part.path): sha256_of(part.path) for part in (reference, truth.predicted)
+                str(part.path): sha256_of(part.path)
+                for part in (reference, truth.predicted)
+                if part.path.is_file()
             },
             "not_predicted": sorted(
                 set(reference.cells) - set(truth.predicted.rows) - set(truth.predicted.failed)

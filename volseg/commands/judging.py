@@ -44,9 +44,9 @@ def evaluate_tables(options: EvaluateOptions) -> EvaluateReport:
     """
     _refuse_mask_options(options)
     about = About.now("evaluate")
-    truth = TruthTable.of(
-        Reference.of(options.reference), Predicted.of(options.predicted), options.target
-    )
+    predicted = Predicted.of(options.predicted)
+    reference = Reference.of(options.reference, options.target or predicted.target)
+    truth = TruthTable.of(reference, predicted, options.target)
     for name in options.by:
         truth.reference.check_column(name, "--by")
     inputs = [truth.reference.path, truth.predicted.path]

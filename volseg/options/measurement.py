@@ -129,7 +129,7 @@ class EvaluateOptions(Limited, Announcing):
 
     reference: Path = option(
         "Folder of reference masks, or a dataset that has them as labels; for classes and numbers "
-        "a table of cases with the true ones, or a folder with cases.csv.",
+        "a table of cases with the true ones, or a data set of images.",
         converter=input_path,
     )
     predicted: Path = option(
@@ -163,8 +163,9 @@ class EvaluateOptions(Limited, Announcing):
         converter=optional_input_path,
     )
     target: str | None = option(
-        "Classes and numbers: column of the reference that holds the truth; default: target or "
-        "class, else the only column whose cells are the model's classes.",
+        "Classes and numbers: column of the reference that holds the truth; default: that of "
+        "the model, or target, class, label or diagnosis, else the only column whose cells are the "
+        "model's classes.",
         default=None,
     )
     by: tuple[str, ...] = option(
