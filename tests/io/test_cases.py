@@ -119,7 +119,7 @@ def test_channels(tmp_path):
         ("image,note\na.nii,Größe\n", "cp1252", "is not UTF-8"),
         ("image\na.nii\n", "utf-16", "is not UTF-8"),
         ('image\n"a.nii\n', "utf-8", "is not valid CSV"),
-        ("image,label\na.nii\n", "utf-8", "line 2: has 1 cells under 2 columns"),
+        ("image,label\na.nii\n", "utf-8", "line 2: has 1 cell under 2 columns"),
         ("image,label\na.nii,\n,a.nii\n", "utf-8", "line 3: the cell of 'image' is empty"),
         ("image\nb.nii\n", "utf-8", "line 2: file '{}/b.nii' does not exist"),
         ("image,label\na.nii,b.nii\n", "utf-8", "line 2: file '{}/b.nii' does not exist"),

@@ -92,7 +92,8 @@ def _check_dataset(path: Path, recipe: Recipe | None) -> Iterator[Problem]:
         yield _problem(str(path), "E_DATASET", mistake, "correct the dataset")
     for remark in survey.remarks:
         code, _, text = remark.partition(": ")
-        yield _problem(str(path), code, text, "`volseg cases` writes a table to look at and edit")
+        fix = "" if code == "W_HEAD" else "`volseg cases` writes a table to look at and edit"
+        yield _problem(str(path), code, text, fix)
     checker = _CaseChecker(path, recipe)
     for case in survey.cases:
         yield from checker.problems_of(case)

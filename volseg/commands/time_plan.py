@@ -31,7 +31,7 @@ from volseg.sizing import LEAST_STEPS
 from volseg.training.loop import Trained
 from volseg.training.segmentation import SegmentationObjective
 from volseg.training.speed import seconds_per_step
-from volseg.words import duration, format_sizes
+from volseg.words import duration, format_count, format_sizes
 
 if TYPE_CHECKING:
     from volseg.commands.training_data import TrainingData
@@ -273,9 +273,9 @@ class Outlook:
         refuse_time(
             call.time.seconds,
             call.time.spent() + ahead + least,
-            f"reading and preparing {self.forecast.n_cases} cases takes about {duration(ahead)} "
-            f"more, and {self.times.least_steps} steps of {network} with validation take about "
-            f"{duration(least)}",
+            f"reading and preparing {format_count(self.forecast.n_cases, 'case')} takes about "
+            f"{duration(ahead)} more, and {self.times.least_steps} steps of {network} with "
+            f"validation take about {duration(least)}",
             remedy=self._prepare_first() if is_long else "",
             kept=_kept(call.prepared),
         )
