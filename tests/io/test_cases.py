@@ -285,6 +285,27 @@ def test_nnunet_of_one_channel_and_of_version_1(tmp_path):
     assert find_cases(tmp_path) == expected
 
 
+@pytest.mark.parametrize("number", ["_0000", ""], ids=["nnU-Net", "Decathlon"])
+def test_a_case_that_the_list_lacks_is_not_used_and_named(number, tmp_path):
+    for name in ("a", "b", "c"):
+        touch(tmp_path, f"imagesTr/{name}{number}.nii.gz", f"labelsTr/{name}.nii.gz")
+    pairs = [
+        {"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"}
+        for name in ("a", "c")
+    ]
+    describe(tmp_path, modality={"0": "CT"}, training=pairs)
+    remarks: list[str] = []
+    assert [case.id for case in find_cases(tmp_path, remark=remarks.append)] == ["a", "c"]
+    assert remarks == [
+        f"W_LIST: {tmp_path}: 1 case of imagesTr is not in the list of dataset.json, so it is not "
+        "used: b"
+    ]
+    assert survey_cases(tmp_path).remarks == remarks and not survey_cases(tmp_path).mistakes
+    describe(tmp_path, modality={"0": "CT"}, training=[], channel_names={"0": "CT"})
+    if number:  # an empty list says nothing
+        assert [case.id for case in find_cases(tmp_path)] == ["a", "b", "c"]
+
+
 def test_decathlon(tmp_path):
     touch(tmp_path, "imagesTr/lung_0000.nii.gz", "imagesTs/lung_0002.nii.gz")
     touch(tmp_path, "labelsTr/lung_0000.nii.gz")

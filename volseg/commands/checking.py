@@ -23,6 +23,8 @@ from volseg.store.tables import TABLES
 from volseg.volume import Volume
 
 Problem = dict[str, str]  # where, code, problem, fix
+# Advice on a remark, where it is not to edit a table: a head that was understood needs none.
+ADVICE = {"W_HEAD": "", "W_LIST": "add them to the list, or delete the list"}
 
 
 def check(path: Path | str, recipe: Path | str | Recipe | None = None) -> list[Problem]:
@@ -92,7 +94,7 @@ def _check_dataset(path: Path, recipe: Recipe | None) -> Iterator[Problem]:
         yield _problem(str(path), "E_DATASET", mistake, "correct the dataset")
     for remark in survey.remarks:
         code, _, text = remark.partition(": ")
-        fix = "" if code == "W_HEAD" else "`volseg cases` writes a table to look at and edit"
+        fix = ADVICE.get(code, "`volseg cases` writes a table to look at and edit")
         yield _problem(str(path), code, text, fix)
     checker = _CaseChecker(path, recipe)
     for case in survey.cases:
