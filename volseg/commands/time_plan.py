@@ -201,9 +201,10 @@ class TimePlan:
             announce(f"time budget: {reason}")
         steps = seconds / fit.folds / fit.seconds_per_step
         patch = format_sizes(fit.plan.recipe.patch_shape)
-        networks = "1 network" if fit.folds == 1 else f"{fit.folds} networks"
+        each = " each" if fit.folds > 1 else ""
         announce(
-            f"training {networks} with patches of {patch} voxels, about {steps:.0f} steps each"
+            f"training {format_count(fit.folds, 'network')} with patches of {patch} voxels, about "
+            f"{steps:.0f} steps{each}"
         )
 
     def reserved(self, networks: int, recipe: Recipe) -> float:

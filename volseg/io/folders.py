@@ -129,7 +129,8 @@ class _GroupReader:
             images=images,
             reference=self.dataset / group.masks[0] if group.masks else None,
             patient=group.patient if self.n_scans[group.patient] > 1 else None,
-            why=f"{format_count(len(images) + len(group.masks), 'file')} of this name",
+            why=f"{format_count(len(images) + len(group.masks), 'file')} with this id in folder or "
+            "file name",
         )
 
     def mistakes_in(self, group: Group) -> Iterator[str]:
@@ -172,7 +173,7 @@ def _remarks(dataset: Path, rows: Sequence[Row]) -> Iterator[str]:
     files = [f"{path.name} ({name})" for name, path in row.images.items()]
     files += [] if row.reference is None else [f"{row.reference.name} (mask)"]
     yield (
-        f"W_NAMES: {dataset}: {format_count(len(rows), 'case')} put together by file names, such "
+        f"W_NAMES: {dataset}: {format_count(len(rows), 'case')} put together by their names, such "
         f"as {row.id}: {', '.join(files)}"
     )
 
