@@ -42,7 +42,13 @@ def read_folder(dataset: Path, channels: Channels, *, may_split: bool) -> Listin
         return _single_scans(paths, channels, dataset)
     if may_split and _takes_one_of_none(channels, groups):
         scans = (path for group in groups for path in (*group.images.values(), *group.repeated))
-        return _single_scans([dataset / path for path in scans], channels, dataset)
+        listing = _single_scans([dataset / path for path in scans], channels, dataset)
+        names = sorted({name for group in groups for name in group.images} - {""})
+        listing.remarks.append(
+            f"W_CHANNELS: {dataset}: holds scans named {', '.join(names)}, and one channel is "
+            "needed, so each scan is a case of its own"
+        )
+        return listing
     return _listing_of(dataset, groups, channels)
 
 
