@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -15,11 +16,12 @@ from command_line import run
 from volseg import commands
 from volseg.bundle import load_bundle, model_card
 from volseg.cli.announcer import MAX_FAILURES, MAX_WARNINGS, Announcer
+from volseg.cli.show import show_details
 from volseg.errors import VolsegError
 from volseg.options import COMMANDS, declare
 from volseg.options.declare import settings_of
 from volseg.options.shared import failure_line, warning_line
-from volseg.reports import RunReport
+from volseg.reports import RunReport, TrainReport
 
 
 def write(path, array):
@@ -56,6 +58,12 @@ def test_the_last_lines_say_what_came_out_and_where(tmp_path):
     assert done.returncode == 3
     line = f"2 scans: 4 lesions, 0.288 mL, 2 of them already complete, 1 failed → {out}\n"
     assert line in done.stdout
+
+
+def test_training_ends_with_its_metrics_in_words_and_does_not_repeat_its_warnings(capsys):
+    metrics = {"best_epoch": 3, "warnings": "W_DICE: low", "training_cases": 6}
+    show_details(TrainReport(out=Path("m"), metrics=metrics, warnings=["W_DICE: low"]))
+    assert capsys.readouterr().out == "best epoch: 3\ntraining cases: 6\n"
 
 
 def test_json_counts_and_warns(tmp_path):

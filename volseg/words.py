@@ -62,9 +62,13 @@ def format_list(names: Sequence[str], most: int, noun: str = "") -> str:
 def format_numbered(texts: Sequence[str], most: int) -> str:
     """Join the first sentences with their numbers, and state how many more there are.
 
+    >>> format_numbered(["a.nii is empty"], 2)
+    'a.nii is empty'
     >>> format_numbered(["a.nii is empty", "b.nii is empty", "c.nii is empty"], 2)
     '(1) a.nii is empty; (2) b.nii is empty; and 1 more'
     """
+    if len(texts) == 1:
+        return texts[0]
     listed = "; ".join(f"({number}) {text}" for number, text in enumerate(texts[:most], start=1))
     return f"{listed}; and {len(texts) - most} more" if len(texts) > most else listed
 

@@ -115,6 +115,17 @@ def test_warnings_are_not_counted_as_problems(dataset, tiny_recipe, tmp_path):
     assert result.output.rstrip().endswith("data: 0 problems, 2 warnings")
 
 
+def test_a_path_stands_once_in_a_line_and_what_needs_no_change_has_no_advice(dataset, tmp_path):
+    missing = tmp_path / "missing"
+    line = CliRunner().invoke(app, ["check", str(missing)]).output.splitlines()[0]
+    assert line.count(str(missing)) == 1
+    table = tmp_path / "table.csv"
+    scans = [f"{dataset}/{kind}/scan_0.nii.gz" for kind in ("images", "labels")]
+    table.write_text(f"Image,Mask\n{','.join(scans)}\n")
+    line = CliRunner().invoke(app, ["check", str(table)]).output.splitlines()[0]
+    assert line == f"warning: W_HEAD: {table}: column 'Mask' is read as 'label'"
+
+
 def test_a_recipe_that_leaves_its_network_to_the_plan_has_no_problem(tmp_path, tiny_recipe):
     text = (Path(__file__).parents[2] / "pipelines" / "smoke.toml").read_text()
     text = text.replace("features = [16, 32, 48]", 'features = "auto"\nkernels = "auto"')

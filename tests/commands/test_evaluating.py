@@ -244,7 +244,7 @@ def test_a_confidence_is_not_given_to_another_lesion_and_an_old_curve_goes(study
 def test_cases_without_a_patient_count_as_one_each_and_the_summary_says_so(folders, tmp_path):
     report = volseg.evaluate(reference=folders[0], predicted=folders[1], out=tmp_path / "out")
     assert report.summary["n_patients"] == 4
-    assert report.summary["patients"] == "4 of 4 cases name none and count as one each"
+    assert report.summary["patients"] == "4 of 4 cases name no patient and count as one each"
 
 
 def test_voxels_that_a_dataset_labels_ignore_are_left_out_of_both_masks(tmp_path):

@@ -213,7 +213,7 @@ def test_two_folders_are_paired_by_name(pair, tmp_path):
     assert report.warnings == []
     (masks / "c.nii.gz").write_bytes(mask.read_bytes())
     report = volseg.measure(image=scans, mask=masks, out=tmp_path / "out", intensity_unit="HU")
-    assert report.warnings == ["W_MASK: 1 of 3 masks have no scan and were skipped, such as 'c'"]
+    assert report.warnings == ["W_MASK: 1 of 3 masks has no scan and was skipped, such as 'c'"]
     (masks / "b.nii.gz").unlink()
     with pytest.raises(VolsegError, match="no mask for 1 of 2 scans, first 'b'"):
         volseg.measure(image=scans, mask=masks, out=tmp_path / "other")

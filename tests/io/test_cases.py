@@ -119,7 +119,7 @@ def test_channels(tmp_path):
         ("image,note\na.nii,Größe\n", "cp1252", "is not UTF-8"),
         ("image\na.nii\n", "utf-16", "is not UTF-8"),
         ('image\n"a.nii\n', "utf-8", "is not valid CSV"),
-        ("image,label\na.nii\n", "utf-8", "line 2: has 1 cells under 2 columns"),
+        ("image,label\na.nii\n", "utf-8", "line 2: has 1 cell under 2 columns"),
         ("image,label\na.nii,\n,a.nii\n", "utf-8", "line 3: the cell of 'image' is empty"),
         ("image\nb.nii\n", "utf-8", "line 2: file '{}/b.nii' does not exist"),
         ("image,label\na.nii,b.nii\n", "utf-8", "line 2: file '{}/b.nii' does not exist"),
@@ -231,7 +231,7 @@ def test_two_scans_with_the_same_id_are_refused_before_any_work(names, tmp_path)
 
 
 def test_nothing_found(tmp_path):
-    expected = f"{tmp_path}: 1 mistake: (1) no scans found; they end in .nii, .nii.gz"
+    expected = f"{tmp_path}: 1 mistake: no scans found; they end in .nii, .nii.gz"
     assert problem_of(find_scans, [tmp_path]).startswith(expected)
     assert problem_of(find_cases, tmp_path).startswith(expected)
     missing = tmp_path / "none"
@@ -283,6 +283,27 @@ def test_nnunet_of_one_channel_and_of_version_1(tmp_path):
     pairs = [{"image": "./imagesTr/liver_1.nii.gz", "label": "./labelsTr/liver_1.nii.gz"}]
     describe(tmp_path, modality={"0": "CT"}, training=pairs)
     assert find_cases(tmp_path) == expected
+
+
+@pytest.mark.parametrize("number", ["_0000", ""], ids=["nnU-Net", "Decathlon"])
+def test_a_case_that_the_list_lacks_is_not_used_and_named(number, tmp_path):
+    for name in ("a", "b", "c"):
+        touch(tmp_path, f"imagesTr/{name}{number}.nii.gz", f"labelsTr/{name}.nii.gz")
+    pairs = [
+        {"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"}
+        for name in ("a", "c")
+    ]
+    describe(tmp_path, modality={"0": "CT"}, training=pairs)
+    remarks: list[str] = []
+    assert [case.id for case in find_cases(tmp_path, remark=remarks.append)] == ["a", "c"]
+    assert remarks == [
+        f"W_LIST: {tmp_path}: 1 case of imagesTr is not in the list of dataset.json, so it is not "
+        "used: b"
+    ]
+    assert survey_cases(tmp_path).remarks == remarks and not survey_cases(tmp_path).mistakes
+    describe(tmp_path, modality={"0": "CT"}, training=[], channel_names={"0": "CT"})
+    if number:  # an empty list says nothing
+        assert [case.id for case in find_cases(tmp_path)] == ["a", "b", "c"]
 
 
 def test_decathlon(tmp_path):

@@ -146,13 +146,15 @@ def test_a_case_that_lacks_a_channel_is_named(tmp_path):
 
 def test_a_model_of_one_channel_takes_scans_of_other_names_one_by_one(tmp_path):
     folder = write(tmp_path, ["x{n}_t1.nii", "x{n}_t2.nii"], 2)  # may be times 1 and 2
-    assert [case.id for case in find_scans([folder], ["ct"])] == [
-        "x1_t1",
-        "x1_t2",
-        "x2_t1",
-        "x2_t2",
+    remarks: list[str] = []
+    cases = find_scans([folder], ["ct"], remark=remarks.append)
+    assert [case.id for case in cases] == ["x1_t1", "x1_t2", "x2_t1", "x2_t2"]
+    assert remarks == [
+        f"W_CHANNELS: {folder}: holds scans named t1, t2, and one channel is needed, so each scan "
+        "is a case of its own"
     ]
-    assert [case.id for case in find_scans([folder], ["t2"])] == ["x1", "x2"]
+    cases = find_scans([folder], ["t2"], remark=remarks.append)
+    assert [case.id for case in cases] == ["x1", "x2"] and "W_NAMES: " in remarks[1]
 
 
 def test_scans_of_one_folder_are_of_one_patient(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import textwrap
 from collections.abc import Iterable, Mapping
 from functools import singledispatch
@@ -101,7 +102,8 @@ def _(report: reports.PlanReport) -> None:
 @show_details.register
 def _(report: reports.TrainReport) -> None:
     for name, value in report.metrics.items():
-        typer.echo(f"{name}: {value}")
+        if name != "warnings":  # they were announced, and the last line counts them
+            typer.echo(one_line(f"{name.replace('_', ' ')}: {value}"))
 
 
 @show_details.register
@@ -250,7 +252,10 @@ def show_problems(path: Any, problems: list[dict[str, str]], n_errors: int) -> N
     for problem in problems:
         fix = f"; to fix: {problem['fix']}" if problem["fix"] else ""
         kind = "warning" if problem["code"].startswith("W_") else "error"
-        line = f"{kind}: {problem['code']}: {problem['where']}: {problem['problem']}{fix}"
+        text = problem["problem"]
+        if not text.startswith((f"{problem['where']}:", f"{problem['where']}{os.sep}")):
+            text = f"{problem['where']}: {text}"  # else it names the place already
+        line = f"{kind}: {problem['code']}: {text}{fix}"
         typer.echo(one_line(line))
     n_warnings = len(problems) - n_errors
     counts = [format_count(n_errors, "problem")]

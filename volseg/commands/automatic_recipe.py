@@ -22,6 +22,7 @@ from volseg.io.volumes import read_mask, read_volume
 from volseg.measurement.units import looks_like_ct
 from volseg.options import Progress, ignore_progress
 from volseg.recipe import AUTO, PLANNED_LAYERS, AnyRecipe, Recipe, as_recipe, parse_recipe
+from volseg.words import format_count
 
 MASKS = "Reading the masks"
 CT_SCANS = 5  # read to tell whether a channel is CT
@@ -113,7 +114,7 @@ def _labels(
     masks = labelled_cases(cases)
     if not masks:
         raise VolsegError(
-            f"{dataset}: none of its {len(cases)} cases has a mask to train on",
+            f"{dataset}: none of its {format_count(len(cases), 'case')} has a mask to train on",
             fix="add a `label` column or a labels/ folder with the names of the images",
             code="E_DATASET",
         )

@@ -36,6 +36,9 @@ from volseg.recipe import (
 from volseg.store.tables import TABLES, VARIANTS
 from volseg.volume import Volume
 
+# Advice on a remark, where it is not to edit a table: a head that was understood needs none.
+ADVICE = {"W_HEAD": "", "W_LIST": "add them to the list, or delete the list"}
+
 
 def check(path: Path | str, recipe: Path | str | AnyRecipe | None = None) -> list[Problem]:
     """Return every problem of a dataset, scan, recipe or model, each with its fix.
@@ -119,7 +122,8 @@ def _check_dataset(path: Path, recipe: Recipe | None) -> Iterator[Problem]:
         yield problem_at(str(path), "E_DATASET", mistake, "correct the dataset")
     for remark in survey.remarks:
         code, _, text = remark.partition(": ")
-        yield problem_at(str(path), code, text, "`volseg cases` writes a table to look at and edit")
+        fix = ADVICE.get(code, "`volseg cases` writes a table to look at and edit")
+        yield problem_at(str(path), code, text, fix)
     checker = _CaseChecker(path, recipe)
     for case in survey.cases:
         yield from checker.problems_of(case)

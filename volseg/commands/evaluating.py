@@ -212,7 +212,11 @@ def _overall(
     patients_text = "named by the reference"
     if n_unnamed:
         is_one = n_unnamed == 1
-        counted = "names none and counts as one" if is_one else "name none and count as one each"
+        counted = (
+            "names no patient and counts as one"
+            if is_one
+            else "name no patient and count as one each"
+        )
         patients_text = f"{n_unnamed} of {format_count(len(cases), 'case')} {counted}"
     return {
         "n_cases": len(cases),

@@ -189,10 +189,9 @@ def _unused_warning(unused: Sequence[str], n_pairs: int) -> list[str]:
     """Return a warning if masks have no scan."""
     if not unused:
         return []
-    return [
-        f"W_MASK: {len(unused)} of {len(unused) + n_pairs} masks have no scan and were skipped, "
-        f"such as {unused[0]!r}"
-    ]
+    of_all = f"{len(unused)} of {format_count(len(unused) + n_pairs, 'mask')}"
+    skipped = "has no scan and was skipped" if len(unused) == 1 else "have no scan and were skipped"
+    return [f"W_MASK: {of_all} {skipped}, such as {unused[0]!r}"]
 
 
 def settings_of_masks(options: MaskOptions) -> MaskSettings:

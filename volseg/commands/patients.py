@@ -13,6 +13,7 @@ from volseg.comparison.response import PatientResponse
 from volseg.errors import VolsegError
 from volseg.io.cases import is_valid_id
 from volseg.io.tables import PATIENT, read_table
+from volseg.words import format_count
 
 HEADS = {
     "patient": (*PATIENT, "subject", "subject_id"),
@@ -97,7 +98,8 @@ def read_pairs(path: Path, times: TimePoints) -> list[Patient]:
     scans: dict[str, list[Cases]] = defaultdict(list)
     for number, cells in table.lines:
         if len(cells) != len(columns):
-            text = f"line {number} has {len(cells)} cells under {len(columns)} columns"
+            text = f"line {number} has {format_count(len(cells), 'cell')} under "
+            text += format_count(len(columns), "column")
             checker.mistakes.append(text)
             continue
         row = dict(zip(columns, cells, strict=True))

@@ -15,6 +15,7 @@ from volseg.inputs import read_json
 from volseg.io.cases import is_valid_id
 from volseg.io.prepared import PreparedCase, read_prepared_case
 from volseg.recipe import Recipe, as_recipe, parse_recipe
+from volseg.words import format_count
 
 if TYPE_CHECKING:
     from volseg.planning.close import Closed
@@ -59,7 +60,7 @@ def _held_out(patients: Collection[str], fold: int, folds: int, seed: int) -> se
     """
     if len(patients) < folds:
         raise VolsegError(
-            f"{len(patients)} patients cannot be divided into {folds} folds",
+            f"{format_count(len(patients), 'patient')} cannot be divided into {folds} folds",
             fix=f"give --folds {len(patients)} or fewer",
             code="E_USAGE",
         )
@@ -140,9 +141,9 @@ def _mismatch(case: PreparedCase, recipe: Recipe) -> str:
     """Describe how the arrays and class of a case differ from the recipe's; empty if they fit."""
     data, classify = recipe.data, recipe.classify
     if len(case.image) != len(data.channels):
-        return f"{len(case.image)} channels, not {len(data.channels)}"
+        return f"{format_count(len(case.image), 'channel')}, not {len(data.channels)}"
     if len(case.foreground) != len(data.labels):
-        return f"voxels of {len(case.foreground)} labels, not {len(data.labels)}"
+        return f"voxels of {format_count(len(case.foreground), 'label')}, not {len(data.labels)}"
     if classify is None:
         return ""
     if case.record.get("class") not in (None, *classify.classes):
@@ -162,7 +163,7 @@ def prepared_warnings(folder: Path) -> list[str]:
         return []  # `load_prepared` reports what is wrong
     if failed:
         names = ", ".join(list(failed)[:5])
-        warnings.append(
-            f"W_LEFT_OUT: {len(failed)} cases could not be prepared and are not used: {names}"
-        )
+        cases = format_count(len(failed), "case")
+        are = "is" if len(failed) == 1 else "are"
+        warnings.append(f"W_LEFT_OUT: {cases} could not be prepared and {are} not used: {names}")
     return warnings

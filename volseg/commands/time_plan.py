@@ -31,7 +31,7 @@ from volseg.sizing import LEAST_STEPS
 from volseg.training.loop import Trained
 from volseg.training.segmentation import SegmentationObjective
 from volseg.training.speed import seconds_per_step
-from volseg.words import duration, format_sizes
+from volseg.words import duration, format_count, format_sizes
 
 if TYPE_CHECKING:
     from volseg.commands.training_data import TrainingData
@@ -201,9 +201,10 @@ class TimePlan:
             announce(f"time budget: {reason}")
         steps = seconds / fit.folds / fit.seconds_per_step
         patch = format_sizes(fit.plan.recipe.patch_shape)
-        networks = "1 network" if fit.folds == 1 else f"{fit.folds} networks"
+        each = " each" if fit.folds > 1 else ""
         announce(
-            f"training {networks} with patches of {patch} voxels, about {steps:.0f} steps each"
+            f"training {format_count(fit.folds, 'network')} with patches of {patch} voxels, about "
+            f"{steps:.0f} steps{each}"
         )
 
     def reserved(self, networks: int, recipe: Recipe) -> float:
@@ -273,9 +274,9 @@ class Outlook:
         refuse_time(
             call.time.seconds,
             call.time.spent() + ahead + least,
-            f"reading and preparing {self.forecast.n_cases} cases takes about {duration(ahead)} "
-            f"more, and {self.times.least_steps} steps of {network} with validation take about "
-            f"{duration(least)}",
+            f"reading and preparing {format_count(self.forecast.n_cases, 'case')} takes about "
+            f"{duration(ahead)} more, and {self.times.least_steps} steps of {network} with "
+            f"validation take about {duration(least)}",
             remedy=self._prepare_first() if is_long else "",
             kept=_kept(call.prepared),
         )

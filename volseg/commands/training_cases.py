@@ -85,8 +85,8 @@ class TrainingSet:
         labelled = labelled_cases(_with_split_of_patient(cases))
         if not labelled:
             raise VolsegError(
-                f"{self.dataset}: none of its {len(cases)} cases has a mask and is outside the "
-                "test split",
+                f"{self.dataset}: none of its {format_count(len(cases), 'case')} has a mask and "
+                "is outside the test split",
                 fix="add a `label` column or a labels/ folder with the names of the images, and "
                 "check the `split` column",
                 code="E_DATASET",

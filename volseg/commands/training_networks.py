@@ -27,6 +27,7 @@ from volseg.training.run import Job
 from volseg.training.schedule import RunSettings, Stop
 from volseg.training.segmentation import SCORE, SegmentationObjective
 from volseg.training.state import Epoch
+from volseg.words import format_count
 
 NO_TIME = "no time was left"
 
@@ -231,7 +232,8 @@ class NetworkTraining:
             )
         missed = sum(int(network.metrics.get("not_validated", 0)) for network in networks)
         if missed:
-            warn(f"W_NOT_VALIDATED: the time budget was too short to validate {missed} cases")
+            cases = format_count(missed, "case")
+            warn(f"W_NOT_VALIDATED: the time budget was too short to validate {cases}")
         if rows and (score := mean_dice(rows)) < POOR_DICE:
             warn(f"W_DICE: the mean validation Dice is {score:.3f}: train longer, or on more cases")
 

@@ -281,7 +281,8 @@ def read_cases_csv(path: Path, channels: Channels) -> Listing:
     for number, texts in table.lines:
         where = f"{path.name} line {number}"
         if len(texts) != len(columns):
-            text = f"{where}: has {len(texts)} cells under {len(columns)} columns"
+            text = f"{where}: has {format_count(len(texts), 'cell')} under "
+            text += format_count(len(columns), "column")
             listing.mistakes.append(text)
             continue
         cells = dict(zip(columns, texts, strict=True))

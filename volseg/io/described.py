@@ -16,9 +16,10 @@ from volseg.io.cases import Channels, Listing, Row, listed, safe_id
 from volseg.io.dataset_json import FILE, mistakes_in, read_dataset_json
 from volseg.io.folders import lone_mask, row_of_scan, scans_in, visible_paths
 from volseg.io.formats import stem_of
-from volseg.words import format_count
+from volseg.words import format_count, format_list
 
 NNUNET_SUFFIX = ".nii.gz"  # of the files of a dataset.json without `file_ending`
+MAX_NAMED = 5  # cases named in one remark
 CHANNEL_NUMBER = re.compile(r"_\d{4}$")  # at the end of the stem of a scan
 
 
@@ -38,7 +39,7 @@ def _read_nnunet(dataset: Path, description: Mapping[str, Any], channels: Channe
     """Read imagesTr, labelsTr and imagesTs, with one file `<id>_<number>` per channel.
 
     Cases of imagesTr have no split; those of imagesTs are `test`. A list `training` decides which
-    label a case has, and an object `dataset` replaces the folders.
+    cases of imagesTr are used and which label each has; an object `dataset` replaces the folders.
     """
     if isinstance(entries := description.get("dataset"), dict):
         return _read_listed_files(dataset, entries, description, channels)
@@ -47,11 +48,14 @@ def _read_nnunet(dataset: Path, description: Mapping[str, Any], channels: Channe
     label_of = {_case_in(pair): dataset / pair["label"] for pair in pairs if pair.get("label")}
     required = frozenset(channels.required(list(numbers)))
     raw = _RawFolders(dataset, _suffix(description), numbers, required, label_of)
-    listing = Listing(mistakes=mistakes)
+    listing, named = Listing(mistakes=mistakes), set(map(_case_in, pairs))
     for images, labels, split in (("imagesTr", "labelsTr", None), ("imagesTs", "labelsTs", "test")):
         stems = raw.stems(images)
         rows = [raw.row_of(stem, images, labels, split) for stem in stems]
-        listing.rows += rows
+        chosen = set(stems) & named if named and split is None else set(stems)
+        listing.rows += [row for stem, row in zip(stems, rows, strict=True) if stem in chosen]
+        unlisted = [stem for stem in stems if stem not in chosen]
+        listing.remarks += _unlisted(dataset, images, unlisted)
         references = {row.reference for row in rows if row.reference is not None}
         listing.mistakes += raw.lone_labels(references, stems)
     in_folder = set(raw.stems("imagesTr"))
@@ -209,6 +213,9 @@ def _read_decathlon(dataset: Path, description: Mapping[str, Any], channels: Cha
             row = row_of_scan(dataset / _image_of(pair), channels, where=where, origin=dataset)
             label = dataset / pair["label"] if pair.get("label") else None
             listing.rows.append(replace(row, reference=label, split=split, why=where))
+    read = {os.path.normpath(path) for row in listing.rows for path in row.images.values()}
+    scans = [path for path in scans_in(dataset / "imagesTr") if os.path.normpath(path) not in read]
+    listing.remarks += _unlisted(dataset, "imagesTr", [stem_of(path) for path in scans])
     return listing
 
 
@@ -228,6 +235,17 @@ def _pairs_in(description: Mapping[str, Any], key: str) -> tuple[list[dict[str, 
             text = shorten(json.dumps(entry), 60)
             mistakes.append(f"{where}: is {text}, not an image with its label")
     return pairs, mistakes
+
+
+def _unlisted(dataset: Path, folder: str, stems: Sequence[str]) -> list[str]:
+    """Return a remark on the cases of a folder that no list names, if there are any."""
+    if not stems:
+        return []
+    are, they = ("is", "it is") if len(stems) == 1 else ("are", "they are")
+    return [
+        f"W_LIST: {dataset}: {format_count(len(stems), 'case')} of {folder} {are} not in the list "
+        f"of {FILE}, so {they} not used: {format_list(stems, MAX_NAMED)}"
+    ]
 
 
 def _is_pair(entry: Any) -> bool:

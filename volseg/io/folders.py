@@ -42,7 +42,13 @@ def read_folder(dataset: Path, channels: Channels, *, may_split: bool) -> Listin
         return _single_scans(paths, channels, dataset)
     if may_split and _takes_one_of_none(channels, groups):
         scans = (path for group in groups for path in (*group.images.values(), *group.repeated))
-        return _single_scans([dataset / path for path in scans], channels, dataset)
+        listing = _single_scans([dataset / path for path in scans], channels, dataset)
+        names = sorted({name for group in groups for name in group.images} - {""})
+        listing.remarks.append(
+            f"W_CHANNELS: {dataset}: holds scans named {', '.join(names)}, and one channel is "
+            "needed, so each scan is a case of its own"
+        )
+        return listing
     return _listing_of(dataset, groups, channels)
 
 
@@ -129,7 +135,8 @@ class _GroupReader:
             images=images,
             reference=self.dataset / group.masks[0] if group.masks else None,
             patient=group.patient if self.n_scans[group.patient] > 1 else None,
-            why=f"{format_count(len(images) + len(group.masks), 'file')} of this name",
+            why=f"{format_count(len(images) + len(group.masks), 'file')} with this id in folder or "
+            "file name",
         )
 
     def mistakes_in(self, group: Group) -> Iterator[str]:
@@ -172,7 +179,7 @@ def _remarks(dataset: Path, rows: Sequence[Row]) -> Iterator[str]:
     files = [f"{path.name} ({name})" for name, path in row.images.items()]
     files += [] if row.reference is None else [f"{row.reference.name} (mask)"]
     yield (
-        f"W_NAMES: {dataset}: {format_count(len(rows), 'case')} put together by file names, such "
+        f"W_NAMES: {dataset}: {format_count(len(rows), 'case')} put together by their names, such "
         f"as {row.id}: {', '.join(files)}"
     )
 

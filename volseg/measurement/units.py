@@ -134,7 +134,8 @@ def _guess(scan: Volume) -> Unit:
         )
         return Unit(name=HU, doubt=f"no --unit given; {reason}: pass --unit HU if it is correct")
     reason = reason or f"few voxels are below {AIR_BELOW_HU:g}"
-    return Unit(name=ARBITRARY, doubt=f"no --unit given, and it does not look like HU: {reason}")
+    doubt = f"no --unit given, and the intensities do not look like HU: {reason}"
+    return Unit(name=ARBITRARY, doubt=doubt)
 
 
 def _holds_air(sample: np.ndarray) -> bool:
@@ -152,7 +153,7 @@ def not_hu(content: _Content) -> str:
         return "" if is_air else constant
     low, high = np.percentile(content.away, (LOW_PERCENTILE, 99.5))
     if low > min(LOW_HU, -RINGING * high):
-        between = f"the voxels range from {low:.4g} to {high:.4g}"
+        between = f"without fill values, intensities range from {low:.4g} to {high:.4g}"
         return f"there is neither air nor fat: {between}{_offset(values)}"
     dense = np.count_nonzero(values > DENSE_ABOVE_HU) / values.size
     if dense > DENSE_FRACTION:
