@@ -9,6 +9,7 @@ from pathlib import Path
 import nnunet_folder
 import pytest
 from conftest import TINY
+from image_sets import folder_of_classes
 
 import volseg
 
@@ -62,6 +63,8 @@ def test_examples_in_docstrings_run(module, tmp_path, monkeypatch, request):
         if re.search(rf'^ *(>>>|\.\.\.) .*"{fixture}"', source, re.M):
             shutil.copytree(request.getfixturevalue(fixture), tmp_path / fixture)
     (tmp_path / "recipe.toml").write_text(TINY, encoding="utf-8")
+    if '"images"' in source:
+        folder_of_classes(tmp_path / "images", n=6)
     if nnunet_folder.FOLDER in source:
         nnunet_folder.write_model(tmp_path)
     monkeypatch.chdir(tmp_path)

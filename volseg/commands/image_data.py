@@ -434,20 +434,15 @@ def _fingerprint(
     from volseg.planning.images import ImageFingerprint
     from volseg.planning.targets import count_classes
 
-    training = [case for case in cases if splits[case.id] == "train"]
-    if not training or len(training) == len(cases):
-        raise VolsegError(
-            f"{len(training)} training and {len(cases) - len(training)} validation images are too "
-            "few",
-            fix="add images; training and validation need at least one each",
-            code="E_DATASET",
-        )
+    training = _training_cases(cases, splits)
     targets = [values[case.id] for case in training]
     sizes = [facts[case.id].shape[1:] for case in training[:: -(-len(training) // SAMPLE)]]
     pixels = np.concatenate([facts[case.id].intensities for case in training])
     low, high = np.percentile(pixels, (0.5, 99.5)).tolist()
-    is_number = recipe.data.kind == NUMBER
-    numbers = np.array(targets, float) if is_number else np.zeros(1)
+    statistics: dict[str, Any] = {"counts": count_classes(targets, recipe.data)}
+    if recipe.data.kind == NUMBER:
+        numbers = np.array(targets, float)
+        statistics = {"mean": float(numbers.mean()), "sd": float(max(numbers.std(), 1e-9))}
     return ImageFingerprint(
         n_images=len(training),
         n_patients=len({case.patient or case.id for case in training}),
@@ -455,9 +450,20 @@ def _fingerprint(
         sizes=tuple((int(height), int(width)) for height, width in sizes),
         channels=max(facts[case.id].shape[0] for case in training),
         kind=str(recipe.data.kind),
-        counts={} if is_number else count_classes(targets, recipe.data),
-        mean=float(numbers.mean()) if is_number else None,
-        sd=float(max(numbers.std(), 1e-9)) if is_number else None,
         low=low,
         high=high if high > low else low + 1,
+        **statistics,
     )
+
+
+def _training_cases(cases: Sequence[ImageCase], splits: Mapping[str, str]) -> list[ImageCase]:
+    """Return the training cases; refuse a dataset without any, or without validation cases."""
+    training = [case for case in cases if splits[case.id] == "train"]
+    if not training or len(training) == len(cases):
+        n = len(cases) - len(training)
+        raise VolsegError(
+            f"{len(training)} training and {n} validation images are too few",
+            fix="add images; training and validation need at least one each",
+            code="E_DATASET",
+        )
+    return training

@@ -82,6 +82,7 @@ class _Run:
         self._source, self._digests = source_of(bundle.recipe), dict[Path, str]()
         self._rows = dict(earlier.rows)
         self._keys = dict(earlier.keys)
+        self._todo = dict[str, str]()  # keys of images that are read and not yet predicted
 
     def run(self, cases: Sequence[ImageCase], remarks: Sequence[str]) -> ImagesReport:
         done, kept, failed = list[str](), list[str](), dict[str, str]()
@@ -94,8 +95,8 @@ class _Run:
                         kept.append(case.id)
                         continue
                     settings = self._bundle.recipe.images
+                    self._todo[case.id] = key
                     batch.append((case, self._source.network_input(case, settings)))
-                    self._keys[case.id] = key
                 except VolsegError as error:
                     failed[case.id] = reason_of(error)
                     self._options.report_failure(case.id, failed[case.id])
@@ -164,6 +165,7 @@ class _Run:
         for (case, _), prediction, is_unusual in zip(batch, predictions, unusual, strict=True):
             row = self._value_row if recipe.data.kind == NUMBER else self._class_row
             self._rows[case.id] = row(case, prediction, is_unusual)
+            self._keys[case.id] = self._todo.pop(case.id)
         return [case.id for case, _ in batch]
 
     def _unusual(self, images: np.ndarray) -> list[bool | None]:

@@ -92,21 +92,22 @@ def value_of(cell: str, data: Target) -> Value:
     if data.kind == NUMBER:
         return _number(text)
     if isinstance(data.classes, Mapping):
-        number = _number(text)
-        inside = [
-            index
-            for index, (low, high) in enumerate(data.classes.values())
-            if low <= number <= high
-        ]
-        return inside[0] if inside else None  # outside all ranges: not used
+        number, ranges = _number(text), enumerate(data.classes.values())
+        # None outside all ranges: such cases are not used.
+        return next((index for index, (low, high) in ranges if low <= number <= high), None)
+    indices = _indices(text, data)
+    return indices[0] if data.kind == CLASSES else indices
+
+
+def _indices(text: str, data: Target) -> tuple[int, ...]:
+    """Return the indices of the class or the labels in a cell."""
     names = {_plain(name): index for index, name in enumerate(data.names)}
     parts = [text] if data.kind == CLASSES else [part.strip() for part in text.split(SEPARATOR)]
     unknown = [part for part in parts if part and _plain(part) not in names]
     if unknown:
         listed = format_list(list(data.names), 10)
         raise ValueError(f"{shorten(unknown[0])!r} is not one of the classes {listed}")
-    indices = tuple(sorted({names[_plain(part)] for part in parts if part}))
-    return indices[0] if data.kind == CLASSES else indices
+    return tuple(sorted({names[_plain(part)] for part in parts if part}))
 
 
 def count_classes(values: Sequence[Value], data: Target) -> dict[str, int]:
