@@ -244,7 +244,8 @@ def test_rates_at_an_operating_point_have_intervals(folder):
         assert entry["value_95"][0] < expected < entry["value_95"][1]
 
 
-def test_several_labels_at_once(tmp_path):
+def test_several_labels_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(Judgement, "pictures", lambda judgement: {})
     rng = np.random.default_rng(0)
     truth = rng.random((40, 3)) < 0.4
     truth[:, 0] |= ~truth.any(axis=1)
@@ -298,7 +299,8 @@ def test_numbers(tmp_path):
     assert "volseg judged the numbers" in (tmp_path / "out" / "report.html").read_text("utf-8")
 
 
-def test_a_folder_per_class_and_a_medmnist_file_are_references(tmp_path):
+def test_a_folder_per_class_and_a_medmnist_file_are_references(tmp_path, monkeypatch):
+    monkeypatch.setattr(Judgement, "pictures", lambda judgement: {})
     targets, p, _ = class_rows(0, n=24)
     pixels = np.zeros((24, 8, 8), np.uint8)
     for number, target in enumerate(targets):
