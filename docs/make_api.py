@@ -24,7 +24,7 @@ GROUPS = {
     "Scans in memory": ("segment", "measure_mask", "load_model"),
     "Commands": (
         "infer", "measure", "evaluate", "compare", "report", "cases", "check", "plan",
-        "preprocess", "train", "quantise", "import_nnunet",
+        "preprocess", "train", "pretrain", "quantise", "import_nnunet",
     ),
     "Files": ("read_table", "read_volume", "read_mask", "write_volume"),
 }  # fmt: skip

@@ -241,8 +241,8 @@ class CasesReport(RunReport):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
-class ImagesReport(RunReport):
-    """What `infer` did with images.
+class ImagesReport(CasesReport):
+    """What `infer` did with images; there are no lesions and no masks.
 
     Args:
         coverage: of the confidence sets or intervals in the table.
@@ -250,7 +250,12 @@ class ImagesReport(RunReport):
 
     files: ClassVar[tuple[str, ...]] = ("classes.csv", "values.csv", "run.json", "report.html")
 
+    objects: str = "components"
     coverage: float
+
+    @property
+    def _more_counts(self) -> dict[str, int | float]:
+        return {}
 
     @property
     def classes(self) -> DataFrame:

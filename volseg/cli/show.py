@@ -21,6 +21,8 @@ from volseg.words import NOUNS, format_count, format_sizes
 MAX_PATIENTS = 30  # listed
 MAX_WIDTH = 100  # of running text: longer lines are hard to read
 FILES = {  # name → what it holds
+    "classes.csv": "a row per image",
+    "values.csv": "a row per image",
     "lesions.csv": "a row per lesion",
     "cases.csv": "a row per scan",
     "response.csv": "a row per patient",
@@ -57,6 +59,12 @@ def _(report: reports.CasesReport) -> None:
         typer.echo("lesions: connected components of each label, 26 neighbours, 1 = largest")
     else:
         typer.echo("structures: one per mask value, in ascending order")
+
+
+@show_details.register
+def _(report: reports.ImagesReport) -> None:
+    kind = "confidence sets" if "classes" in report.paths else "intervals"
+    typer.echo(f"{kind} with {report.coverage:.0%} coverage on validation images")
 
 
 @show_details.register

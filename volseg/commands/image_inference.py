@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,7 @@ class _Run:
             kept=kept,
             failed=failed,
             warnings=list(remarks),
+            pages=self._options.pages,
             coverage=self._bundle.judgement.coverage,
         )
 
@@ -221,7 +222,9 @@ class _Run:
             "task": "classify",
             "settings": self._options.stated(),
             "images": len(cases),
+            "target": self._bundle.recipe.data.target,
             "coverage": self._bundle.judgement.coverage,
+            "operating_points": list(map(asdict, self._bundle.judgement.points)),
             "keys": {name: self._keys[name] for name in sorted(self._keys)},
         }
         with self._outputs.staged() as commit:

@@ -47,7 +47,7 @@ from volseg.pages.model_box import ModelBox, model_box
 from volseg.postprocessing.lesions import CONNECTIVITY
 from volseg.preprocessing.lattice import same_voxels
 from volseg.recipe import Recipe, parse_recipe
-from volseg.reports import CasesReport, ImagesReport
+from volseg.reports import CasesReport
 from volseg.store.outputs import RECORDS, Commit
 from volseg.store.records import LESION_IDS, MASKS, PROBABILITIES, CaseRecord
 from volseg.store.results import ResultsFolder
@@ -64,7 +64,7 @@ STAGE, TILES = "Segmenting", "Tiles"
 
 
 @command(InferOptions)
-def infer(options: InferOptions) -> CasesReport | ImagesReport:
+def infer(options: InferOptions) -> CasesReport:
     """Segment scans, or classify images: the model decides.
 
     Scans get masks, lesion ids, a row per lesion and a row per scan; images a row each.

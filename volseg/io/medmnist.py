@@ -90,7 +90,8 @@ class ImageArrays:
             problem = f"{split}_labels has shape {array.shape} and type {array.dtype}"
             fix = f"give {n} rows of whole numbers, one for each image"
             raise refusal(self.path, "E_LABELS", problem, fix)
-        return [tuple(map(int, row)) for row in array.reshape(n, -1)]
+        rows = array[:, None] if array.ndim == 1 else array
+        return [tuple(map(int, row)) for row in rows]
 
 
 def _array(path: Path, name: str) -> np.ndarray:
