@@ -82,8 +82,8 @@ class ImageBatches:
         if images.ndim < PLANES_NDIM:
             return augment_images(images, self._train.augment, seeds)
         planes = images.shape[1]
-        each = [(*seed, plane) for seed in seeds for plane in range(planes)]
-        augmented = augment_images(images.flatten(0, 1), self._train.augment, each)
+        of_planes = [(*seed, plane) for seed in seeds for plane in range(planes)]
+        augmented = augment_images(images.flatten(0, 1), self._train.augment, of_planes)
         return augmented.unflatten(0, images.shape[:2])
 
     def indices(self, number: int) -> np.ndarray:
