@@ -57,7 +57,8 @@ class BatchSource(AbstractContextManager["BatchSource"], Protocol):
     `waited` counts the seconds that steps waited for their batch.
     """
 
-    waited: float
+    @property
+    def waited(self) -> float: ...
 
     def at(self, step: int) -> Sequence[tuple[torch.Tensor, torch.Tensor]]:
         """Return inputs and targets of each accumulated part of a step, on the device."""
