@@ -201,10 +201,10 @@ class TimePlan:
             announce(f"time budget: {reason}")
         steps = seconds / fit.folds / fit.seconds_per_step
         patch = format_sizes(fit.plan.recipe.patch_shape)
-        each = " each" if fit.folds > 1 else ""
+        per_network = " each" if fit.folds > 1 else ""
         announce(
             f"training {format_count(fit.folds, 'network')} with patches of {patch} voxels, about "
-            f"{steps:.0f} steps{each}"
+            f"{steps:.0f} steps{per_network}"
         )
 
     def reserved(self, networks: int, recipe: Recipe) -> float:
