@@ -52,9 +52,9 @@ def _read_nnunet(dataset: Path, description: Mapping[str, Any], channels: Channe
     for images, labels, split in (("imagesTr", "labelsTr", None), ("imagesTs", "labelsTs", "test")):
         stems = raw.stems(images)
         rows = [raw.row_of(stem, images, labels, split) for stem in stems]
-        selected = set(stems) & named if named and split is None else set(stems)
-        listing.rows += [row for stem, row in zip(stems, rows, strict=True) if stem in selected]
-        unlisted = [stem for stem in stems if stem not in selected]
+        used = set(stems) & named if named and split is None else set(stems)
+        listing.rows += [row for stem, row in zip(stems, rows, strict=True) if stem in used]
+        unlisted = [stem for stem in stems if stem not in used]
         listing.remarks += _unlisted(dataset, images, unlisted)
         references = {row.reference for row in rows if row.reference is not None}
         listing.mistakes += raw.lone_labels(references, stems)
