@@ -69,6 +69,7 @@ def test_commands_know_the_format(copy):
     run(copy, "-c", USE)
 
 
+@pytest.mark.slow
 def test_the_laws_hold_for_the_format(copy):
     laws = ["-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "-rA", "tests/io/test_formats.py"]
     assert "bit_for_bit[oblique-.npz]" in run(copy, *laws)

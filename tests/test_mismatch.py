@@ -148,6 +148,7 @@ def test_the_card_says_which_checks_a_model_can_make(tiny_recipe):
     assert (shipped_bundle() / "card.md").read_text(encoding="utf-8") == model_card(bundle)
 
 
+@pytest.mark.slow
 def test_the_shipped_model_accepts_every_nodule_and_refuses_every_other_modality():
     bundle = load_bundle(shipped_bundle())
     table = real_data("lidc_nodules/cases.csv")

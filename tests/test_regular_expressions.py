@@ -32,6 +32,12 @@ BUILT = {
         ("subn", r"^up\.(\d+)\."),
         ("subn", r"^head\."),
     ],
+    "networks/adapt.py": [
+        ("sub", r"(denselayer\d+)\.(norm|conv)\.?([12])\."),
+        ("sub", r"^(?:classifier|class_layers\.out)\."),
+        ("sub", r"^_fc\."),
+        ("sub", r"^fc\."),
+    ],
 }
 
 

@@ -204,6 +204,8 @@ class CasesReport(RunReport):
 
     @property
     def outcome(self) -> str:
+        if not self.done and not self.kept:
+            return "no scan done"
         scans, totals = format_count(len(self.done) + len(self.kept), "scan"), self._totals()
         return scans if totals is None else f"{scans}: {text_of_lesions(*totals, self.noun)}"
 
@@ -269,6 +271,8 @@ class ImagesReport(CasesReport):
 
     @property
     def outcome(self) -> str:
+        if not self.done and not self.kept:
+            return "no image done"
         images = format_count(len(self.done) + len(self.kept), "image")
         try:
             frame = self._shown_table()

@@ -446,6 +446,7 @@ def test_a_table_of_pairs_names_patients_and_its_error_every_mistake(baseline, t
         volseg.compare(baseline, baseline, out=tmp_path / "bad", pairs=path)
 
 
+@pytest.mark.slow
 def test_the_scans_of_a_patient_are_matched_one_by_one_and_judged_together(baseline, tmp_path):
     """Each pair alone would be PD, PR, CR; the response is that of all lesions together."""
     names = ("grows", "shrinks", "vanishes")

@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 import pytest
 from image_sets import SHAPES, folder_of_classes, scans_of_lesions, table_of_images
+from PIL import Image
 
 import volseg
 from volseg.errors import VolsegError
@@ -137,6 +138,7 @@ def test_an_interrupted_run_resumes_to_the_weights_of_an_unbroken_one(table, tmp
     assert not list((tmp_path / "parts" / ".training").rglob("*.npy"))
 
 
+@pytest.mark.slow
 def test_folds_keep_patients_together_and_validate_every_image_once(table, tmp_path):
     stated = recipe("shape", {"epochs": 1})
     volseg.train(table, recipe=stated, out=tmp_path / "m", folds=3)
@@ -190,6 +192,7 @@ def test_a_target_that_is_not_stated_or_not_there_is_refused(table, tmp_path):
     assert not (tmp_path / "m" / "model.json").exists()
 
 
+@pytest.mark.slow
 def test_a_student_learns_from_a_teacher_and_a_vgg_is_pruned_and_fine_tuned(table, tmp_path):
     vgg = {"name": "vgg", "depth": 11, "widths": [8, 8, 16, 16, 16, 16, 16, 16]}
     large = recipe("shape", {"epochs": 1}, network=vgg)
@@ -264,3 +267,18 @@ def test_each_lesion_of_a_scan_is_classified_from_slices_in_three_planes(tmp_pat
     assert (tmp_path / "r" / "report.html").stat().st_size > 20_000
     with pytest.raises(VolsegError, match="no scan has a mask"):
         volseg.infer(scans / "images" / "s00.nii.gz", model=tmp_path / "m", out=tmp_path / "x")
+
+
+def test_a_preview_shows_augmented_images_and_trains_nothing(table, tmp_path):
+    report = volseg.train(table, recipe=recipe("shape"), out=tmp_path / "m", preview=True)
+    with Image.open(report.preview) as picture:
+        assert picture.width > 300 and np.unique(np.asarray(picture.convert("L"))).size > 50
+    assert not (tmp_path / "m" / "model.json").exists()
+
+
+def test_report_does_not_replace_the_page_of_classified_images(model, table, tmp_path):
+    volseg.infer(table, model=model, out=tmp_path / "r")
+    page = (tmp_path / "r" / "report.html").read_bytes()
+    with pytest.raises(VolsegError, match="run the same `volseg infer` again"):
+        volseg.report(tmp_path / "r")
+    assert (tmp_path / "r" / "report.html").read_bytes() == page

@@ -236,6 +236,7 @@ def test_tiles_are_the_progress_of_a_single_scan_and_a_separate_stage_of_several
         pytest.param(0.0, (), marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_the_announced_cost_of_overlap_and_tta_is_the_true_one(
     overlap, tta_axes, dataset, model, tmp_path
 ):

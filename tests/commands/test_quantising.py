@@ -25,6 +25,7 @@ def quantised(model, dataset, tmp_path_factory):
     return folder, quantise(folder, dataset, cases=3)
 
 
+@pytest.mark.slow
 def test_int8_costs_what_is_stored_beside_it_and_the_model_stays_the_same(quantised, model):
     folder, report = quantised
     assert load_bundle(folder).sha256 == load_bundle(model).sha256

@@ -14,6 +14,7 @@ def small_world(tmp_path_factory):
     return make_world(folder, write_dataset, write_model, WITHOUT_A_MODEL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_nothing_is_lost_by_a_random_run(seed, small_world):
     run, faults, _ = check_run(seed, small_world, 2.0, WITHOUT_A_MODEL)

@@ -54,6 +54,7 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_training_makes_both_networks_and_says_what_the_first_pass_costs_and_saves(trained, recipe):
     bundle = load_bundle(trained)
     assert sorted(bundle.weights) == ["roi", "segmentation"]
@@ -119,6 +120,7 @@ def test_a_run_interrupted_in_either_training_resumes_to_the_same_weights(
             torch.testing.assert_close(resumed[name][key], tensor, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_infer_runs_the_first_pass_and_where_tiles_are_asked_for_leaves_it_out(
     trained, dataset, tmp_path
 ):

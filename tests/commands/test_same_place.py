@@ -160,6 +160,7 @@ def model_of_two(model, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_channels_in_mixed_orders_are_segmented_as_in_one_order(scan, model_of_two, tmp_path):
     t1, _ = scan
     t2 = t1.with_array(np.ascontiguousarray(t1.array[::-1, :, ::-1] // 2 + 7))

@@ -205,6 +205,7 @@ def test_a_slice_needs_a_model_of_slices(model, tmp_path):
     assert "single slice" in report.failed["scan"] and report.failed["scan"].startswith("E_NDIM")
 
 
+@pytest.mark.slow
 def test_a_network_of_slices_is_trained_on_slices_and_segments_one(tiny_recipe, tmp_path):
     lines = ["subject,image,label,split"]
     for n in range(6):

@@ -39,6 +39,7 @@ def test_the_model_learned_and_its_folder_holds_nothing_unfinished(model):
     assert not (model / ".training").exists()
 
 
+@pytest.mark.slow
 def test_a_prepared_folder_and_the_dataset_train_to_the_same_weights(
     dataset, model, tiny_recipe, tmp_path
 ):

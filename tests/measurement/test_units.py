@@ -110,6 +110,7 @@ def test_air_that_was_clipped_to_one_value_is_air():
         assert judge_unit(scan, "HU").is_hu and looks_like_ct(scan)
 
 
+@pytest.mark.slow
 def test_a_scan_in_hu_is_in_hu_whatever_its_axes():
     scan = chest()
     for stored, affine in orientations(scan):

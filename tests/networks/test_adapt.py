@@ -57,7 +57,15 @@ def test_weights_of_the_same_network_are_all_loaded(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("before", "after"), [(3, 1), (3, 2), (3, 5), (1, 3)])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (3, 1),
+        pytest.param(3, 2, marks=pytest.mark.slow),
+        pytest.param(3, 5, marks=pytest.mark.slow),
+        (1, 3),
+    ],
+)
 def test_a_grey_image_in_all_channels_gives_the_same_embedding(name, before, after):
     source, target = build(name, before, seed=1).eval(), build(name, after, 3, seed=2).eval()
     adapted = adapt(target, tensors_of(source))

@@ -78,7 +78,7 @@ def test_an_image_is_classified_alone_as_in_a_batch(name, settings):
 
 
 @pytest.mark.parametrize(("name", "settings"), ALL)
-@pytest.mark.parametrize("pixels", [28, 224, None])
+@pytest.mark.parametrize("pixels", [28, pytest.param(224, marks=pytest.mark.slow), None])
 def test_small_and_large_images_are_taken(name, settings, pixels):
     least = settings_of(name, **settings).smallest_pixels
     assert least <= 28

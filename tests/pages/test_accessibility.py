@@ -67,7 +67,9 @@ def judged_page():
 
 @pytest.mark.browser
 @pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["report", "viewer", "compare", "classes"])
+@pytest.mark.parametrize(
+    "name", ["report", "viewer", pytest.param("compare", marks=pytest.mark.slow), "classes"]
+)
 def test_controls_have_names_text_has_contrast_and_nothing_is_wider_than_the_window(
     name, scheme, pages, browser
 ):

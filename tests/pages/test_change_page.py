@@ -48,6 +48,7 @@ def test_one_crosshair_leads_to_a_lesion_in_both_scans(browser, tmp_path):
 
 
 @pytest.mark.browser
+@pytest.mark.slow
 def test_flicker_shows_both_scans_in_one_place_in_turn(browser, tmp_path):
     two = two_scans(Rigid.identity(), unit="")
     (tmp_path / "p.html").write_text(

@@ -78,6 +78,7 @@ def test_two_hundred_scans_are_reviewed_on_one_page_with_the_keyboard_alone(brow
 
 
 @pytest.mark.browser
+@pytest.mark.slow
 def test_reviews_go_with_the_reader_from_page_to_page(browser, tmp_path):
     """Report → scan → next scan → report: every page adds to the same review.csv."""
     scan, ids, rows, _ = scene()
@@ -163,6 +164,7 @@ def test_the_keys_of_the_viewer_step_judge_and_change_the_window(browser, tmp_pa
 
 
 @pytest.mark.browser
+@pytest.mark.slow
 def test_the_lesions_have_surfaces_of_their_volume_where_they_lie(browser, tmp_path):
     scan, ids, rows, centres = scene()
     (tmp_path / "a.html").write_text(page_of(scan, ids, rows), encoding="utf-8")

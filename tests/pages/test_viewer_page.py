@@ -158,6 +158,7 @@ def test_on_a_phone_the_picture_stays_in_view_while_lesions_are_chosen(browser, 
 
 
 @pytest.mark.browser
+@pytest.mark.slow
 def test_a_diameter_is_drawn_where_it_was_measured(browser, tmp_path):
     """Clicking an end of the drawn short axis moves the crosshair to its end in the table."""
     scan, ids, rows, _ = scene()

@@ -199,6 +199,7 @@ def test_what_is_stored_predicts_the_same_and_twice_is_the_same(fitted, tmp_path
         assert (loaded.name, loaded.kind, loaded.outputs) == (first.name, "classes", first.outputs)
 
 
+@pytest.mark.slow
 def test_three_classes_of_which_the_second_never_occurs():
     images, targets = pictures(n=120, classes=3)
     targets = np.array([0, 2, 3])[targets]
@@ -211,6 +212,7 @@ def test_three_classes_of_which_the_second_never_occurs():
             assert (predicted.argmax(axis=1) == targets).mean() > 0.7, baseline.name
 
 
+@pytest.mark.slow
 def test_labels_are_learnt_one_by_one():
     images, bright = pictures()
     striped = (np.arange(len(images)) // 2) % 2
@@ -290,6 +292,7 @@ def test_too_few_images_or_a_single_class_have_a_reason():
     assert_only_the_first_ran(few_images, few)
 
 
+@pytest.mark.slow
 def test_a_class_of_two_images_does_not_stop_the_others():
     images, targets = pictures(n=60)
     rare = targets.copy()

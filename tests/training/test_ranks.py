@@ -110,6 +110,7 @@ def die(team):
     raise SystemExit(3)
 
 
+@pytest.mark.slow
 def test_a_process_that_ends_early_raises_an_error_in_the_others():
     with pytest.raises(RuntimeError), team_of(torch.device("cpu"), 2, die) as team:
         team.fabric.all_reduce(torch.ones(1))

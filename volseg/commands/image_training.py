@@ -35,7 +35,7 @@ from volseg.io.files import TEMPORARY_PREFIX, make_folder
 from volseg.io.prepared_images import ImageSet, has_prepared_images
 from volseg.networks.image_network import PLANES_NDIM, ImageNetwork
 from volseg.options.training import MAX_FOLDS
-from volseg.pages.training_figures import curves_png
+from volseg.pages.training_figures import curves_png, images_png
 from volseg.recipe import ClassifyRecipe, as_any_recipe
 from volseg.recipe.classification import NUMBER
 from volseg.recipe.section import closed
@@ -54,6 +54,7 @@ from volseg.training.state import Epoch
 
 VALIDATION, CURVES = "validation.csv", "curves.png"
 BASELINES = ("baselines.json", "baselines.safetensors")
+PREVIEW, PREVIEWED, PREVIEW_STEPS = "preview.png", 24, 6  # images drawn, of so many steps
 BASELINE_SECONDS = 120.0  # for all of them
 
 
@@ -99,6 +100,8 @@ class _ImageTraining:
             self._open()
             data = self._data()
             check_image_recipe(data.recipe)
+            if options.preview:
+                return self._preview(data)
             folds = self._train_all(data)
             bundle = self._write(data, folds)
             self._draw(folds, data.recipe)
@@ -134,7 +137,7 @@ class _ImageTraining:
         names = [f"{classifier_name(index)}.safetensors" for index in range(MAX_FOLDS)]
         histories = [history_name(number) for number in range(MAX_FOLDS)]
         self._call.outputs.check_overwrites(
-            [DESCRIPTION, "card.md", *names, *histories, VALIDATION, CURVES, *BASELINES]
+            [DESCRIPTION, "card.md", *names, *histories, VALIDATION, CURVES, PREVIEW, *BASELINES]
         )
         self._call.outputs.work_folder(WORK_FOLDER)
         self._call.progress("Starting", 0.0, str(self._options.dataset))
@@ -181,6 +184,26 @@ class _ImageTraining:
             )
             for number in numbers
         ]
+
+    def _preview(self, data: LoadedImages) -> TrainReport:
+        """Draw augmented training images with their targets; train nothing."""
+        training, recipe = data.images.of_split("train"), data.recipe
+        objective = ImageObjective(training, training, recipe)
+        batches = objective.batches(self._options.seed, torch.device("cpu"))
+        with batches:
+            parts = [pair for step in range(PREVIEW_STEPS) for pair in batches.at(step)]
+        images = np.concatenate([part.numpy() for part, _ in parts])[:PREVIEWED]
+        if images.ndim == PLANES_NDIM:
+            images = images[:, 0]
+        targets = np.concatenate([part.numpy() for _, part in parts])[:PREVIEWED]
+        titles = [_target_text(row, recipe) for row in targets]
+        self._call.outputs.write(PREVIEW, images_png(list(images), titles))
+        return TrainReport(
+            out=self._options.out,
+            done=[recipe.name],
+            warnings=self._call.warnings,
+            preview=str(self._options.out / PREVIEW),
+        )
 
     def _train_all(self, data: LoadedImages) -> list[_Fold]:
         """Train a network per split, until Ctrl-C ends one."""
@@ -357,6 +380,15 @@ class _ImageTraining:
         histories = [fold.trained.history for fold in folds]
         title = f"validation {monitor.replace('_', ' ')}"
         self._call.outputs.write(CURVES, curves_png(histories, title, limits))
+
+
+def _target_text(target: np.ndarray, recipe: ClassifyRecipe) -> str:
+    """Return the number, or the classes with their parts if images were mixed."""
+    data = recipe.data
+    if data.kind == NUMBER:
+        return f"{to_predictions(target[None], data)[0, 0]:.4g}"
+    parts = [(name, part) for name, part in zip(data.names, target, strict=True) if part > 0]
+    return ", ".join(name if part == 1 else f"{part:.0%} {name}" for name, part in parts)
 
 
 def _first_planes(images: ImageSet) -> np.ndarray:

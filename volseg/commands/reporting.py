@@ -7,6 +7,7 @@ from pathlib import Path
 from volseg.commands.batch import damaged_warnings
 from volseg.commands.pages import REPORT, has_page, read_run, remake_page, write_report
 from volseg.errors import VolsegError
+from volseg.evaluation.class_rows import CLASSES, VALUES
 from volseg.io.csv_text import iterate_csv
 from volseg.measurement.rows import CaseRow
 from volseg.options import ReportOptions, command
@@ -41,6 +42,12 @@ def report(options: ReportOptions) -> PagesReport:
         raise VolsegError(
             f"{out}: is not a results folder",
             fix="give the --out folder of volseg infer or volseg measure",
+            code="E_USAGE",
+        )
+    if (out / CLASSES).is_file() or (out / VALUES).is_file():
+        raise VolsegError(
+            f"{out}: holds classes or numbers of images, whose page `volseg infer` makes",
+            fix="run the same `volseg infer` again: it computes nothing twice, and makes the page",
             code="E_USAGE",
         )
     reviews = _reviews(options)

@@ -247,7 +247,7 @@ def groups_of(values: Sequence[str]) -> list[str]:
 
 def _group_order(name: str) -> tuple[int, float, str]:
     """Sort thirds by their limits, names by the alphabet and unknown values last."""
-    number = re.search(r"[-+]?\d+(\.\d*)?\Z", name)
+    number = NUMBER.fullmatch(name.rpartition(" ")[2])
     if name == UNKNOWN_GROUP:
         return 2, 0.0, name
     is_last = not name.startswith("up to") and " to " not in name and name.startswith("over ")

@@ -175,7 +175,8 @@ def looks_like_images(dataset: Path) -> bool:
     dataset = Path(dataset)
     try:
         if is_arrays(dataset):
-            return dataset.is_file()
+            # An added format of scans may have the same suffix.
+            return dataset.is_file() and not is_scan(dataset)
         if not dataset.is_dir():
             return dataset.name.lower().endswith(TABLE_SUFFIXES) and _lists_images(dataset)
         table = dataset / TABLE
@@ -193,7 +194,7 @@ def _lists_images(path: Path) -> bool:
     names = [Path(cells[column].replace("\\", "/")) for cells in rows]
     if not names:
         return False
-    if all(is_image(name) or is_arrays(name) for name in names):
+    if all(is_image(name) or (is_arrays(name) and not is_scan(name)) for name in names):
         return True
     return SLICE in table.columns and all(map(is_scan, names))
 

@@ -13,7 +13,8 @@ from volseg.io.image_listing import ImageCase, ImageListing
 from volseg.words import format_count, format_list
 
 CLASS = "class"  # the column that folders give
-MASK_NAME = re.compile(r"(.+?)[_ -](?:mask|seg|segmentation|gt)(?:[_ -]?\d+)?", re.IGNORECASE)
+# The end of a name that is one of a mask, and the separator before it.
+MASK_END = re.compile(r"[_ -](?:mask|seg|segmentation|gt)(?:[_ -]?[0-9]{1,9})?\Z", re.IGNORECASE)
 
 
 def read_image_folders(dataset: Path, paths: Sequence[Path]) -> ImageListing:
@@ -67,8 +68,8 @@ def _without_masks(paths: Sequence[Path]) -> tuple[list[Path], dict[Path, Path]]
     masks: dict[Path, Path] = {}
     images = []
     for path in paths:
-        match = MASK_NAME.fullmatch(path.stem)
-        image = stems.get((path.parent, match[1])) if match else None
+        match = MASK_END.search(path.stem)
+        image = stems.get((path.parent, path.stem[: match.start()])) if match else None
         if image is None:
             images.append(path)
         else:

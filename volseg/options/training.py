@@ -204,10 +204,11 @@ class TrainOptions(TimedOptions, Announcing):
 
 @options
 class PretrainOptions(OnDevice, Seeded, Announcing):
-    """Train a 2D network on images without labels, as a start for `volseg train --init`.
+    """Train the base of a 2D network on images without labels.
 
-    Two random views of an image shall have the same embedding (SimSiam). It helps where few images
-    have a label and many have none. Test images are not read.
+    Two random views of an image shall have the same embedding (SimSiam). The result is a start for
+    training, given as --init, where few images have a label and many have none. Test images are
+    not read.
     """
 
     dataset: Path = argument(

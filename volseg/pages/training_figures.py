@@ -69,6 +69,22 @@ def _plot(
         plot.plot(*zip(*points, strict=True), style, linewidth=1.2, label=name, marker=marker)
 
 
+def images_png(images: Sequence[np.ndarray], titles: Sequence[str]) -> bytes:
+    """Draw augmented training images (C, H, W) with their targets."""
+    columns = min(6, max(1, len(images)))
+    rows = -(-len(images) // columns)
+    figure = new_figure(1.6 * columns, 1.8 * rows, "black")
+    plots = figure.subplots(rows, columns, squeeze=False)
+    for plot in plots.flat:
+        plot.set_axis_off()
+    for plot, image, title in zip(plots.flat, images, titles, strict=False):
+        low, high = float(image.min()), float(image.max())
+        grey = (image - low) / (high - low if high > low else 1)
+        plot.imshow(np.moveaxis(grey, 0, -1) if len(grey) == 3 else grey[0], cmap="gray")
+        plot.set_title(title, color="white", fontsize=7)
+    return png_bytes(figure)
+
+
 def patches_png(
     images: Sequence[np.ndarray],
     masks: Sequence[np.ndarray],
