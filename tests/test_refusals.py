@@ -601,6 +601,7 @@ def test_every_command_prints_in_an_encoding_without_arrows(tmp_path, untrained,
     assert json.loads(text)["out"] == str(out / "a")
 
 
+@pytest.mark.slow
 def test_training_works_in_an_encoding_without_arrows(tmp_path, dataset):
     encoding = "ascii"
     recipe, model = tmp_path / "recipe.toml", tmp_path / "☃"

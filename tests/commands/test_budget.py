@@ -180,6 +180,7 @@ def amounts(texts):
     ]
 
 
+@pytest.mark.slow
 def test_a_pair_over_the_budget_is_a_failed_row_and_the_others_go_on(pair):
     texts = []
     volseg.evaluate(**pair)  # imports the libraries

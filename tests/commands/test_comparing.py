@@ -263,6 +263,7 @@ BEFORE = [((25, 5, 10), 9), ((-22, 8, -10), 7), ((20, 12, -14), 6)]
 AFTER = [((25, 5, 10), 11.5), ((20, 12, -14), 6), ((-26, -2, 12), 6)]
 
 
+@pytest.mark.slow
 def test_a_patient_who_moved_is_compared_as_one_who_did_not(tmp_path):
     """Motion of 7° and 12 mm on another grid gives the rows of a still patient, and a picture."""
     later = grid("PSR", (1.6, 1.8, 2.0), tilt_deg=9)

@@ -282,3 +282,15 @@ def test_report_does_not_replace_the_page_of_classified_images(model, table, tmp
     with pytest.raises(VolsegError, match="run the same `volseg infer` again"):
         volseg.report(tmp_path / "r")
     assert (tmp_path / "r" / "report.html").read_bytes() == page
+
+
+def test_an_image_that_cannot_be_read_is_named_and_the_others_are_trained_on(tmp_path):
+    data = folder_of_classes(tmp_path / "data", n=8)
+    (data / "disc" / "disc_003.png").write_bytes(b"\x89PNG broken")
+    lines = []
+    report = volseg.train(
+        data, recipe=recipe("class", {"epochs": 1}), out=tmp_path / "m", announce=lines.append
+    )
+    assert any(line.startswith("failed: disc_003: E_") for line in lines)
+    assert any("W_LEFT_OUT: images" in text and "disc_003" in text for text in report.warnings)
+    assert report.metrics["training_images"] + report.metrics["validation_images"] == 15

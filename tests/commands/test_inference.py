@@ -183,6 +183,7 @@ def test_the_shipped_model_is_used_without_model(tmp_path):
     assert lesion["class_name"] in ("benign", "malignant")
 
 
+@pytest.mark.slow
 def test_tiles_are_the_progress_of_a_single_scan_and_a_separate_stage_of_several(
     dataset, model, tmp_path
 ):

@@ -180,6 +180,7 @@ def magnetic(scan):
     return scan.with_array(np.asfortranarray(np.abs(values).astype(np.float32)))
 
 
+@pytest.mark.slow
 def test_a_scan_of_another_modality_is_refused_and_marked_where_it_is_accepted(
     dataset, model, tmp_path, capsys
 ):

@@ -39,6 +39,7 @@ def test_int8_costs_what_is_stored_beside_it_and_the_model_stays_the_same(quanti
     assert not (folder / ".quantising").exists()
 
 
+@pytest.mark.slow
 def test_infer_takes_int8_only_when_asked_and_says_so(quantised, dataset, tmp_path):
     folder, _ = quantised
     scan, results = dataset / "images" / "scan_6.nii.gz", tmp_path / "results"

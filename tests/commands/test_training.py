@@ -187,6 +187,7 @@ def test_a_diverging_loss_is_an_error_that_says_what_to_do(dataset, quick_recipe
         pytest.param({"loss": Loss(overlap="generalised_dice")}, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_every_optimizer_and_loss_learns(train, dataset, tiny_recipe, tmp_path):
     volseg.train(
         dataset,
@@ -200,6 +201,7 @@ def test_every_optimizer_and_loss_learns(train, dataset, tiny_recipe, tmp_path):
     assert 0 <= float(lines[0]["waiting_share"]) < 1
 
 
+@pytest.mark.slow
 def test_deep_supervision_and_dropout_are_for_training_alone(dataset, quick_recipe, tmp_path):
     settings = quick_recipe.network.model_dump() | {"deep_supervision": 1, "dropout": 0.1}
     deep = quick_recipe.model_copy(update={"network": type(quick_recipe.network)(**settings)})
@@ -211,6 +213,7 @@ def test_deep_supervision_and_dropout_are_for_training_alone(dataset, quick_reci
         assert torch.equal(network(images), network(images))
 
 
+@pytest.mark.slow
 def test_frozen_layers_stay_and_a_pattern_that_matches_none_is_refused(
     dataset, model, quick_recipe, tmp_path
 ):

@@ -21,6 +21,7 @@ def under_crosshair(page):
 
 
 @pytest.mark.browser
+@pytest.mark.slow
 def test_one_crosshair_leads_to_a_lesion_in_both_scans(browser, tmp_path):
     two = two_scans(movement(5.0, (4, -3, 2)))
     page_html = change_page_html(two, changes_of(two), patient=HOSTILE)

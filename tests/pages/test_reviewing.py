@@ -123,6 +123,7 @@ def test_reviews_go_with_the_reader_from_page_to_page(browser, tmp_path):
 
 
 @pytest.mark.browser
+@pytest.mark.slow
 def test_the_keys_of_the_viewer_step_judge_and_change_the_window(browser, tmp_path):
     scan, ids, rows, _ = scene()
     (tmp_path / "a.html").write_text(page_of(scan, ids, rows), encoding="utf-8")

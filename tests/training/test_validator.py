@@ -60,6 +60,7 @@ def test_a_tiny_budget_validates_one_case_and_reserves_a_limited_part(make_valid
     assert not validator.compares_last
 
 
+@pytest.mark.slow
 def test_no_case_starts_after_the_time_limit_and_completed_ones_count(make_validator):
     validator, weights = make_validator(1e6)
     assert validator.validate_subset(weights, until=0.0) == []

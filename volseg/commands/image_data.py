@@ -163,6 +163,11 @@ class ImageDataset:
 
         images, failed = self._measure(cases, recipe)
         cases = [case for case in cases if case.id in images]
+        if failed:
+            remarks.append(
+                f"W_LEFT_OUT: images that cannot be read, and are left out: "
+                f"{format_list(list(failed), 5)}"
+            )
         groups = _groups(cases, [images[case.id].print for case in cases])
         fraction = recipe.train.validation_fraction
         splits = assign_image_splits(cases, groups, values, fraction, self.seed)
