@@ -30,7 +30,12 @@ def test_training_leaves_openvinos_files_and_only_those_of_the_same_model_are_us
 
 
 @pytest.mark.parametrize(
-    "damage", ["segmentation.fp32.bin", "segmentation.fp32.xml", "segmentation.fp32.json"]
+    "damage",
+    [
+        "segmentation.fp32.bin",
+        pytest.param("segmentation.fp32.xml", marks=pytest.mark.slow),
+        pytest.param("segmentation.fp32.json", marks=pytest.mark.slow),
+    ],
 )
 @needs_openvino
 def test_a_damaged_file_is_never_used(damage, tmp_path):
