@@ -45,7 +45,7 @@ def main() -> int:
         reference=images / "test", predicted=out / "results", out=out / "evaluation"
     )
     metrics = volseg.read_table(out / "evaluation" / "metrics.csv")
-    values = metrics[metrics["group"] == "macro"].set_index("metric")["value"]
+    values = metrics[metrics["average"] == "macro"].set_index("metric")["value"]
     console.print(f"{report.headline}\n{judged.headline}")
     console.print(f"training, inference and evaluation took {time.monotonic() - started:.0f} s")
     is_met = values["auc"] >= LEAST_AUC

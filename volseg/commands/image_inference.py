@@ -60,7 +60,7 @@ def infer_images(options: InferOptions) -> ImagesReport:
         report = run.run(cases, remarks)
     for name, reason in failed.items():
         options.report_failure(name, reason)
-    return replace(report, failed=report.failed | failed)
+    return replace(report, failed=dict(report.failed) | failed)
 
 
 @dataclass(frozen=True, slots=True)
