@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from types import TracebackType
 
 import numpy as np
 import torch
@@ -15,9 +14,10 @@ from volseg.preprocessing.resample import send
 from volseg.recipe.classification import ClassifyRecipe
 from volseg.recipe.section import closed
 from volseg.training.image_augment import augment_images, mix_up
+from volseg.training.objective import ReadyBatches
 
 
-class ImageBatches:
+class ImageBatches(ReadyBatches):
     """The batches of a run, by step.
 
     Every image is drawn once per pass over the data; with `balance = "sampling"` each class is
@@ -40,18 +40,6 @@ class ImageBatches:
         self._seed, self._device = seed, device
         self._is_balanced = recipe.train.balance == "sampling"
         self._size = min(closed(recipe.train.batch_size), len(images))
-        self.waited = 0.0
-
-    def __enter__(self) -> ImageBatches:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        pass
 
     def at(self, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return one pair per accumulated part, on the device.

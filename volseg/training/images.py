@@ -23,7 +23,13 @@ from volseg.recipe.section import closed
 from volseg.training.compress import Distillation
 from volseg.training.image_batches import ImageBatches, class_weights
 from volseg.training.image_losses import ImageCriterion, make_loss
-from volseg.training.objective import Optimisation, ParameterGroup, Total
+from volseg.training.objective import (
+    EveryEpoch,
+    Optimisation,
+    ParameterGroup,
+    ReadyBatches,
+    Total,
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -166,7 +172,7 @@ class ImageObjective:
         )
 
 
-class TaughtBatches:
+class TaughtBatches(ReadyBatches):
     """Batches whose targets are followed by the teachers' mean output for the same images."""
 
     def __init__(
@@ -209,7 +215,7 @@ class TaughtLoss(nn.Module):
         return self._distillation(outputs, targets[:, n:], targets[:, :n])
 
 
-class ImageValidation:
+class ImageValidation(EveryEpoch):
     """Validates on all images after every epoch, as that costs little."""
 
     def __init__(
@@ -219,17 +225,6 @@ class ImageValidation:
         self._network = objective.network()
         images = objective.validation_images
         self._targets = target_array(images, objective.recipe)
-
-    @property
-    def reserve(self) -> float:
-        return 0.0
-
-    @property
-    def compares_last(self) -> bool:
-        return False
-
-    def due_after(self, seconds: float) -> bool:
-        return True
 
     def validate_subset(
         self, weights: Mapping[str, torch.Tensor], until: float = math.inf

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import nn
@@ -63,6 +63,28 @@ class BatchSource(AbstractContextManager["BatchSource"], Protocol):
     def at(self, step: int) -> Sequence[tuple[torch.Tensor, torch.Tensor]]:
         """Return inputs and targets of each accumulated part of a step, on the device."""
         ...
+
+
+class ReadyBatches:
+    """Base of batch sources that are made when they are asked for, without a thread to end."""
+
+    waited = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+class EveryEpoch:
+    """Base of validations that cost so little that they take all cases after every epoch."""
+
+    reserve = 0.0
+    compares_last = False
+
+    def due_after(self, seconds: float) -> bool:
+        return True
 
 
 class Validation(Protocol):

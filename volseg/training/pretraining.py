@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, cast
 
 import numpy as np
@@ -19,7 +18,13 @@ from volseg.preprocessing.resample import send
 from volseg.recipe.classification import ClassifyRecipe
 from volseg.recipe.section import closed
 from volseg.training.image_batches import drawn_indices
-from volseg.training.objective import Optimisation, ParameterGroup, Total
+from volseg.training.objective import (
+    EveryEpoch,
+    Optimisation,
+    ParameterGroup,
+    ReadyBatches,
+    Total,
+)
 from volseg.training.pretrain import SimSiam, Views
 
 NETWORK = "network."  # start of the names of the weights to keep
@@ -129,24 +134,12 @@ class PretrainObjective:
         )
 
 
-class ViewBatches:
+class ViewBatches(ReadyBatches):
     """Two views of each image of a batch; a batch depends on its seed and step alone."""
 
     def __init__(self, images: ImageSet, size: int, seed: int, device: torch.device) -> None:
         self._images, self._seed, self._device = images, seed, device
         self._size = max(2, min(size, len(images)))
-        self.waited = 0.0
-
-    def __enter__(self) -> ViewBatches:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        pass
 
     def at(self, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         indices = drawn_indices(len(self._images), self._size, step, self._seed)
@@ -163,23 +156,12 @@ def two_views(images: torch.Tensor, seed: Sequence[int]) -> torch.Tensor:
     return torch.stack([views(images, generator), views(images, generator)], dim=1)
 
 
-class ViewValidation:
+class ViewValidation(EveryEpoch):
     """The loss of the same views of the validation images after every epoch."""
 
     def __init__(self, objective: PretrainObjective, device: torch.device) -> None:
         self._objective, self._device = objective, device
         self._network = objective.network()
-
-    @property
-    def reserve(self) -> float:
-        return 0.0
-
-    @property
-    def compares_last(self) -> bool:
-        return False
-
-    def due_after(self, seconds: float) -> bool:
-        return True
 
     def validate_subset(
         self, weights: Mapping[str, torch.Tensor], until: float = math.inf
