@@ -42,7 +42,8 @@ function reportCell(column, row, table) {
     if (!picture) return null;
     const name = table.value(row, "case_id"), isMontage = column.name === "montage";
     const image = make("img", {
-      src: `data:image/jpeg;base64,${picture}`, loading: "lazy", decoding: "async", height: String(pictureHeight), width: isMontage && String(3 * pictureHeight),
+      src: `data:image/jpeg;base64,${picture}`, loading: "lazy", decoding: "async",
+      height: String(pictureHeight), width: isMontage && String(3 * pictureHeight),
       alt: isMontage ? `axial, coronal and sagittal slice of ${name}` : `image ${name}`,
     });
     const page = pageOf(table, row);
