@@ -276,12 +276,22 @@ def test_a_preview_shows_augmented_images_and_trains_nothing(table, tmp_path):
     assert not (tmp_path / "m" / "model.json").exists()
 
 
-def test_report_does_not_replace_the_page_of_classified_images(model, table, tmp_path):
-    volseg.infer(table, model=model, out=tmp_path / "r")
-    page = (tmp_path / "r" / "report.html").read_bytes()
-    with pytest.raises(VolsegError, match="run the same `volseg infer` again"):
-        volseg.report(tmp_path / "r")
-    assert (tmp_path / "r" / "report.html").read_bytes() == page
+def test_report_rebuilds_the_page_of_classified_images_and_keeps_it_without_them(
+    model, table, tmp_path
+):
+    data = shutil.copytree(table, tmp_path / "data")
+    results, page = tmp_path / "results", tmp_path / "results" / "report.html"
+    volseg.infer(data, model=model, out=results)
+    before, tables = page.read_text(), (results / "classes.csv").read_bytes()
+    page.unlink()
+    assert volseg.report(results).done == ["report.html"]
+    assert page.read_text() == before and (results / "classes.csv").read_bytes() == tables
+    shutil.rmtree(data)
+    kept = volseg.report(results)
+    assert kept.kept == ["report.html"] and page.read_text() == before
+    assert any("earlier page stays" in warning for warning in kept.warnings)
+    with pytest.raises(VolsegError, match="a review is of lesions"):
+        volseg.report(results, review=results / "classes.csv")
 
 
 def test_an_image_that_cannot_be_read_is_named_and_the_others_are_trained_on(tmp_path):

@@ -38,7 +38,9 @@ from volseg.options.declare import (
 from volseg.reports import RunReport
 from volseg.terminal import one_line, printing, problem_of
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+# What the parser raises; typer has no public name for it, and brings its own copy of click.
+UsageError = typer.BadParameter.__mro__[1]
 JSON = typer.Option("--json", help="Print one JSON object on stdout instead of text.")
 # annotation of a field, without None → type on the command line
 KINDS: Mapping[str, Any] = {
@@ -65,11 +67,24 @@ def main() -> None:
 def _run() -> None:
     """Run the command; report an error in one line and exit with its code."""
     try:
-        app(standalone_mode=True)
+        sys.exit(app(standalone_mode=False))
     except VolsegError as error:
         _fail(error)
+    except UsageError as error:
+        _fail(_misuse(error))
     except (OSError, MemoryError) as error:
         _fail(problem_of(error))
+
+
+def _misuse(error: Any) -> VolsegError:
+    """Return a mistake in the command line in the words of every other refusal."""
+    command = error.ctx.command_path if error.ctx else "volseg"
+    text = " ".join(error.format_message().split()).rstrip(".")
+    return VolsegError(
+        f"{command}: {text[:1].lower()}{text[1:]}",
+        fix=f"`{command} --help` lists what it takes",
+        code="E_USAGE",
+    )
 
 
 def _fail(error: VolsegError) -> None:
@@ -84,8 +99,9 @@ def _print_version(is_requested: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def volseg(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -93,11 +109,14 @@ def volseg(
         ),
     ] = False,
 ) -> None:
-    """Segment lesions in 3D CT, MR and PET scans, and measure every one of them.
+    """Segment and measure lesions in CT, MR and PET scans; classify medical images.
 
     Start with `volseg infer scan.nii.gz`, which uses the model that ships with volseg, or train
     your own with `volseg train DATASET --out MODEL`. `volseg COMMAND --help` explains a command.
     """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(2)
 
 
 def _typer_function(name: str, settings: type[Any]) -> Callable[..., None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,9 +66,6 @@ def auto_recipe(
     methods = {channel.name: channel.normalisation() for channel in channels}
     first = channels[0]
     is_ct = methods[first.name] == "window"
-    names = " ".join(labels).casefold()
-    # Mirroring would swap labels that name a side.
-    flips = [axis for axis, words in SIDES.items() if not any(word in names for word in words)]
     sought, modality = ", ".join(labels), "CT" if is_ct else "MR or other"
     content = {
         "name": _slug(dataset),
@@ -94,9 +91,15 @@ def auto_recipe(
         },
         "network": {"name": "unet3d"} | dict.fromkeys(PLANNED_LAYERS, AUTO),
         "train": dict.fromkeys(("patch_shape", "batch_size", "foreground_fraction"), AUTO)
-        | {"epochs": 300, "patience": 100, "augment": {"flip_axes": flips}},
+        | {"epochs": 300, "patience": 100, "augment": {"flip_axes": _flip_axes(labels)}},
     }
     return parse_recipe(content, where=f"the recipe for {dataset}")
+
+
+def _flip_axes(labels: Iterable[str]) -> list[str]:
+    """Return the axes along which no label names a side, which mirroring would swap."""
+    names = " ".join(labels).casefold()
+    return [axis for axis, words in SIDES.items() if not any(word in names for word in words)]
 
 
 def _normalise(methods: Mapping[str, str], default: str) -> dict[str, Any]:

@@ -82,15 +82,7 @@ class Reference:
         if SLICE in table.columns:
             return cls._of_images(path, target)
         rows = [dict(zip(table.columns, texts)) for _, texts in table.lines]
-        ids = [_case_id(row) for row in rows]
-        repeated = [name for name, n in Counter(ids).items() if n > 1]
-        if repeated or "" in ids:
-            problem = f"names case {repeated[0]!r} twice" if any(repeated) else "names no cases"
-            raise VolsegError(
-                f"{file}: {problem}",
-                fix="give it a column 'subject' with the id of each case",
-                code="E_DATASET",
-            )
+        ids = _case_ids(rows, file)
         remarks = [text for text in table.remarks if "W_COLUMN" not in text]
         return cls(path=file, columns=table.columns, cells=dict(zip(ids, rows)), remarks=remarks)
 
@@ -178,16 +170,7 @@ class Predicted:
         try:
             if file is None:
                 raise ValueError(f"has no {CLASSES} and no {VALUES}")
-            columns = next(stream_rows(file), [])
-            classes, rows = [], list[Any]()
-            if "class_name" in columns:
-                classes, rows = read_class_rows(file)
-                if not classes:
-                    raise ValueError("has no column of probabilities")
-            elif {"case_id", "value"} <= set(columns):
-                rows = read_value_rows(file)
-            else:
-                raise ValueError(f"has neither the columns of {CLASSES} nor those of {VALUES}")
+            classes, rows = _predicted_rows(file)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise VolsegError(
                 f"{file or path}: is not a table of predicted classes or numbers ({error})",
@@ -356,6 +339,24 @@ class TruthTable:
         return texts
 
 
+def _case_ids(rows: Sequence[Mapping[str, str]], file: Path) -> list[str]:
+    """Return the ids of the cases of a table.
+
+    Raises:
+        VolsegError: a row names none, or two rows name the same.
+    """
+    ids = [_case_id(row) for row in rows]
+    repeated = [name for name, n in Counter(ids).items() if n > 1]
+    if repeated or "" in ids:
+        problem = f"names case {repeated[0]!r} twice" if any(repeated) else "names no cases"
+        raise VolsegError(
+            f"{file}: {problem}",
+            fix="give it a column 'subject' with the id of each case",
+            code="E_DATASET",
+        )
+    return ids
+
+
 def _case_id(row: Mapping[str, str]) -> str:
     """Return the id of a case: its subject, else the name of its first image."""
     images = (cell for column, cell in row.items() if is_image_column(column) and cell)
@@ -364,6 +365,23 @@ def _case_id(row: Mapping[str, str]) -> str:
     image = Path(next(images, "").replace("\\", "/"))
     stem = stem_of(image) if is_scan(image) else image.stem
     return safe_id(stem) if stem else ""
+
+
+def _predicted_rows(file: Path) -> tuple[Sequence[str], Sequence[ClassRow | ValueRow]]:
+    """Return the classes of a table of predictions, none for numbers, and its rows.
+
+    Raises:
+        ValueError: it is a table of something else.
+    """
+    columns = next(stream_rows(file), [])
+    if "class_name" in columns:
+        classes, rows = read_class_rows(file)
+        if not classes:
+            raise ValueError("has no column of probabilities")
+        return classes, rows
+    if {"case_id", "value"} <= set(columns):
+        return [], read_value_rows(file)
+    raise ValueError(f"has neither the columns of {CLASSES} nor those of {VALUES}")
 
 
 def _failure(row: ClassRow | ValueRow, n_classes: int) -> str:

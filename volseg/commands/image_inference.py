@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 
 from volseg.commands.batch import reason_of
+from volseg.commands.class_reporting import PAGE, RUN, Row, doubtful_pictures, read_class_table
 from volseg.commands.image_sources import LESION, find_lesions, source_of
 from volseg.errors import ScanError, VolsegError
 from volseg.evaluation.class_rows import CLASSES, VALUES, ClassRow, ValueRow, joined
@@ -19,22 +19,19 @@ from volseg.image_bundle import ImageBundle, load_image_bundle
 from volseg.inference.choose import choose_device
 from volseg.inference.images import embed_images, predict_outputs, to_predictions
 from volseg.inputs import read_json
-from volseg.io.csv_text import iterate_csv
 from volseg.io.files import json_text, sha256_of
 from volseg.io.image_cases import ImageCase, find_images
 from volseg.options import InferOptions
 from volseg.pages.about import About
-from volseg.pages.class_page import class_page, most_doubtful, thumbnail
+from volseg.pages.class_page import class_page
 from volseg.recipe.classification import CLASSES as EXCLUSIVE
 from volseg.recipe.classification import NUMBER
 from volseg.reports import ImagesReport
 from volseg.store.outputs import OutputFolder
-from volseg.store.tables import class_table, read_class_rows, table, typed_row
+from volseg.store.tables import class_table, table
 
 STAGE = "Classifying"
 BATCH = 64  # images that are read before the networks run
-RUN, PAGE = "run.json", "report.html"
-Row = ClassRow | ValueRow
 
 
 def infer_images(options: InferOptions) -> ImagesReport:
@@ -236,18 +233,12 @@ class _Run:
 
     def _page(self, rows: Sequence[Row], cases: Sequence[ImageCase], about: About) -> str:
         """Return report.html, with pictures of the images of this call that are most doubtful."""
-        places, pictures = {case.id: case for case in cases}, dict[str, bytes]()
-        doubtful = set(most_doubtful(rows))
-        for name in (case.id for case in cases if case.id in doubtful):  # in the order of files
-            with suppress(VolsegError):  # it may have been deleted since
-                image = self._source.picture(places[name])
-                pictures[name] = thumbnail(image.array)
         return class_page(
             about,
             rows,
             target=self._bundle.recipe.data.target,
             coverage=self._bundle.judgement.coverage,
-            pictures=pictures,
+            pictures=doubtful_pictures(rows, cases, self._source),
         ).html()
 
 
@@ -265,12 +256,7 @@ def _earlier(out: Path, bundle: ImageBundle) -> _Earlier:
     """Return the rows of an earlier call with the same model; nothing if there are none."""
     try:
         keys = read_json(out / RUN)["keys"]
-        path = out / _table_name(bundle)
-        if bundle.recipe.data.kind == NUMBER:
-            listed = [typed_row(ValueRow, cells) for cells in iterate_csv(path)]
-        else:
-            _, listed = read_class_rows(path)
-        rows = {row.case_id: row for row in listed}
+        rows = {row.case_id: row for row in read_class_table(out / _table_name(bundle))}
         if not all(isinstance(key, str) for key in keys.values()):
             return _Earlier()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, VolsegError):

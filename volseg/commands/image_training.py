@@ -176,11 +176,12 @@ class _ImageTraining:
         values = {case.id: case.target for case in images.cases}
         folds = fold_of_groups(groups, values, n if n > 1 else 5, options.seed)
         numbers = range(n) if options.fold is None else [options.fold]
+        fold_of_image = np.array([folds[case.id] for case in images.cases])
         return [
             (
                 number,
-                images.take([k for k, c in enumerate(images.cases) if folds[c.id] != number]),
-                images.take([k for k, c in enumerate(images.cases) if folds[c.id] == number]),
+                images.take(np.flatnonzero(fold_of_image != number).tolist()),
+                images.take(np.flatnonzero(fold_of_image == number).tolist()),
             )
             for number in numbers
         ]
@@ -321,9 +322,8 @@ class _ImageTraining:
             embeddings=(embed(0, training), embed(0, folds[0].validation)),
             training_targets=[case.target for case in training.cases],
         )
-        facts: dict[str, Any] = {"networks": len(folds)}
-        if len(folds) == 1:
-            facts = dict(folds[0].trained.metrics)
+        is_single = len(folds) == 1
+        facts = dict(folds[0].trained.metrics) if is_single else {"networks": len(folds)}
         facts["training_images"] = data.fingerprint.n_images
         baselines, scores = self._baselines(data)
         facts |= scores

@@ -45,11 +45,9 @@ def report(options: ReportOptions) -> PagesReport:
             code="E_USAGE",
         )
     if (out / CLASSES).is_file() or (out / VALUES).is_file():
-        raise VolsegError(
-            f"{out}: holds classes or numbers of images, whose page `volseg infer` makes",
-            fix="run the same `volseg infer` again: it computes nothing twice, and makes the page",
-            code="E_USAGE",
-        )
+        from volseg.commands.class_reporting import report_images  # torch takes seconds to import
+
+        return report_images(options)
     reviews = _reviews(options)
     remade, kept, edited = [], {}, []
     with ResultsFolder(out, None) as folder:

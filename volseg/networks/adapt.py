@@ -211,10 +211,7 @@ def _read_safetensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, st
 
 
 def _read_torch(file: Path) -> dict[str, torch.Tensor]:
-    content: Any = torch.load(str(file), map_location="cpu", weights_only=True)
-    for _ in NESTED:
-        inner = (content.get(key) for key in NESTED) if isinstance(content, dict) else ()
-        content = next((value for value in inner if isinstance(value, dict)), content)
+    content = _innermost(torch.load(str(file), map_location="cpu", weights_only=True))
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, not tensors by name")
     tensors = {str(k): v for k, v in content.items() if isinstance(v, torch.Tensor)}
@@ -223,6 +220,14 @@ def _read_torch(file: Path) -> dict[str, torch.Tensor]:
     if all(name.startswith("module.") for name in tensors):  # saved from a DataParallel network
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     return {name: _single(tensor.detach()) for name, tensor in tensors.items()}
+
+
+def _innermost(content: Any) -> Any:
+    """Return the state dict that a checkpoint holds beside other things, or what it is itself."""
+    for _ in NESTED:
+        inner = (content.get(key) for key in NESTED) if isinstance(content, dict) else ()
+        content = next((value for value in inner if isinstance(value, dict)), content)
+    return content
 
 
 def _single(tensor: torch.Tensor) -> torch.Tensor:

@@ -112,15 +112,23 @@ def _sentence(rows: Sequence[Row], done: Sequence[Row], target: str, coverage: f
     n_unusual = sum(bool(row.out_of_distribution) for row in done)
     unusual = f"; {format_count(n_unusual, 'image')} unlike those of training" if n_unusual else ""
     if _has_values(rows):
-        values = [row.value for row in done if isinstance(row, ValueRow) and row.value is not None]
-        span = f", from {min(values):.4g} to {max(values):.4g}" if values else ""
-        interval = f"each with an interval of {coverage:.0%} coverage on validation images"
-        return f"volseg predicted {target} of {of_all}{span}, {interval}{unusual}."
-    counts = _counts(done)
-    named = format_list([f"{n} {name}" for name, n in counts.items()], MAX_CLASSES)
+        return f"volseg predicted {target} of {of_all}{_span(done, coverage)}{unusual}."
+    return f"volseg classified {of_all} by {target}: {_named(done, coverage)}{unusual}."
+
+
+def _span(done: Sequence[Row], coverage: float) -> str:
+    """Say between which numbers the predictions lie."""
+    values = [row.value for row in done if isinstance(row, ValueRow) and row.value is not None]
+    span = f", from {min(values):.4g} to {max(values):.4g}" if values else ""
+    return f"{span}, each with an interval of {coverage:.0%} coverage on validation images"
+
+
+def _named(done: Sequence[Row], coverage: float) -> str:
+    """Say how many images are of each class, and how many might be of several."""
+    named = format_list([f"{n} {name}" for name, n in _counts(done).items()], MAX_CLASSES)
     n_open = sum("|" in (row.confidence_set or "") for row in done if isinstance(row, ClassRow))
     sure = f"; of {n_open} it is not sure at {coverage:.0%} coverage" if n_open else ""
-    return f"volseg classified {of_all} by {target}: {named or 'none'}{sure}{unusual}."
+    return f"{named or 'none'}{sure}"
 
 
 def _counts(done: Sequence[Row]) -> dict[str, int]:
@@ -184,17 +192,20 @@ def _columns(rows: Sequence[Row]) -> list[dict[str, Any]]:
     row_type = type(rows[0]) if rows else ClassRow
     described = {name: (unit, meaning) for name, unit, meaning, _ in columns_of(row_type)}
     names = [item.name for item in fields(row_type) if item.name != "probabilities"]
-    classes = dict.fromkeys(
-        name for row in rows if isinstance(row, ClassRow) for name in row.probabilities or ()
-    )
     columns = [_column("case_id", *described["case_id"])]
     columns.append(_column(PICTURE, "", "the image, darkest to brightest"))
     columns += [_column(name, *described[name]) for name in names if name != "case_id"]
-    columns += [_column(PROBABILITY + name, "", "probability of that class") for name in classes]
+    columns += [_column(PROBABILITY + name, "", "probability of that class") for name in _classes(rows)]
     hidden = {name for name in names if all(getattr(row, name) is None for row in rows)}
     for column in columns:
         column["shown"] = column["name"] not in hidden | {"model", "error", "status"}
     return columns
+
+
+def _classes(rows: Sequence[Row]) -> list[str]:
+    """Return the names of the classes that have probabilities, in their order."""
+    stated = (row.probabilities or {} for row in rows if isinstance(row, ClassRow))
+    return list(dict.fromkeys(name for probabilities in stated for name in probabilities))
 
 
 def _column(name: str, unit: str, meaning: str) -> dict[str, Any]:
