@@ -72,10 +72,10 @@ def folds_of(cases: list[ImageCase], arguments: Any) -> np.ndarray:
     numbers = groups_of(prints, [case.patient for case in cases])
     groups = {case.id: str(number) for case, number in zip(cases, numbers, strict=True)}
     cells = [case.cells[arguments.target] for case in cases]
-    ranks = (
-        [int(cell == arguments.positive) for cell in cells] if arguments.positive else map(float, cells)
-    )
-    values: Any = {case.id: rank for case, rank in zip(cases, ranks, strict=True)}
+    values: Any = {
+        case.id: int(cell == arguments.positive) if arguments.positive else float(cell)
+        for case, cell in zip(cases, cells, strict=True)
+    }
     folds = fold_of_groups(groups, values, FOLDS, FOLD_SEED)
     return np.array([folds[case.id] for case in cases])
 
@@ -88,10 +88,11 @@ def judged(
     truths = np.array([case.cells[arguments.target] for case in cases])
     if not arguments.positive:
         numbers, values = truths.astype(float), table["value"].to_numpy(float)
+        errors, variance = values - numbers, float(np.var(numbers))
         inside = (table["value_low"] <= numbers) & (numbers <= table["value_high"])
         return {
-            "MAE": float(np.abs(values - numbers).mean()),
-            "R²": 1 - float(np.square(values - numbers).sum() / np.square(numbers - numbers.mean()).sum()),
+            "MAE": float(np.abs(errors).mean()),
+            "R²": 1 - float(np.square(errors).mean()) / variance,
             "MAE of the mean": float(np.abs(numbers - numbers.mean()).mean()),
             "coverage of the 90 % intervals": float(inside.mean()),
         }

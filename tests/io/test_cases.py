@@ -231,7 +231,7 @@ def test_two_scans_with_the_same_id_are_refused_before_any_work(names, tmp_path)
 
 
 def test_nothing_found(tmp_path):
-    expected = f"{tmp_path}: 1 mistake: no scans found; they end in .nii, .nii.gz"
+    expected = f"{tmp_path}: no scans found; they end in .nii, .nii.gz"
     assert problem_of(find_scans, [tmp_path]).startswith(expected)
     assert problem_of(find_cases, tmp_path).startswith(expected)
     missing = tmp_path / "none"

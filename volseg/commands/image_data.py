@@ -15,6 +15,7 @@ from volseg.commands.image_sources import LESION, source_of, survey_lesions
 from volseg.commands.image_start import Start
 from volseg.errors import ScanError, VolsegError
 from volseg.evaluation.duplicates import ImagePrint, groups_of, print_of
+from volseg.io.cases import dataset_error
 from volseg.io.files import sha256_of
 from volseg.io.image_cases import ImageCase, ImageSurvey, looks_like_images, survey_images
 from volseg.io.prepared_images import (
@@ -31,7 +32,7 @@ from volseg.recipe import AnyRecipe, ClassifyRecipe, as_any_recipe, parse_image_
 from volseg.recipe.classification import NUMBER, Target
 from volseg.recipe.images import ZScoreImage
 from volseg.recipe.section import AUTO
-from volseg.words import format_list, format_numbered
+from volseg.words import format_list
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a command that needs it pays
     from volseg.planning.close import Reason
@@ -39,7 +40,6 @@ if TYPE_CHECKING:  # torch takes seconds to import; only a command that needs it
     from volseg.planning.targets import Value
 
 READING, PREPARING = "Reading the images", "Preparing the images"
-MAX_SHOWN = 10  # mistakes listed in one message
 SAMPLE = 1000  # images whose size the fingerprint holds
 INTENSITIES = 500  # pixels of an image from which percentiles are computed
 DEFAULT_NETWORK = "cnn_small"
@@ -104,11 +104,7 @@ class ImageDataset:
         self.announce(failure_line(name, reason))
 
     def _refuse(self, mistakes: Sequence[str]) -> None:
-        raise VolsegError(
-            f"{self.dataset}: {format_numbered(mistakes, MAX_SHOWN)}",
-            fix="correct them and run again; `volseg check` lists all of them",
-            code="E_DATASET",
-        )
+        raise dataset_error(mistakes, str(self.dataset))
 
     def plan(self, *, labelled: bool = True) -> PlannedImages:
         """Return the images with their targets and splits, and the closed recipe.
@@ -336,11 +332,7 @@ def unlabelled_recipe(dataset: Path) -> ClassifyRecipe:
 def _only_target(dataset: Path, survey: ImageSurvey) -> str:
     """Return the one column that can be the target."""
     if survey.mistakes and not survey.cases:
-        raise VolsegError(
-            f"{dataset}: {format_numbered(survey.mistakes, MAX_SHOWN)}",
-            fix="correct them and run again",
-            code="E_DATASET",
-        )
+        raise dataset_error(survey.mistakes, str(dataset))
     if survey.likely_target is not None:
         return survey.likely_target
     names = [column.name for column in survey.target_columns]

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from volseg.errors import VolsegError
-from volseg.io.cases import ONE_CHANNEL, Case, Survey, is_image_column
+from volseg.io.cases import ONE_CHANNEL, Case, Survey, dataset_error, is_image_column
 from volseg.io.csv_text import write_csv
 from volseg.io.files import atomic_write, make_folder
 from volseg.io.layouts import survey_cases
@@ -39,11 +39,7 @@ def cases(options: CasesOptions) -> ListingReport:
     rows = [row for survey in surveys for row in _rows(survey, out.parent)]
     mistakes = [mistake for survey in surveys for mistake in survey.mistakes]
     if not rows:
-        raise VolsegError(
-            f"no case was recognised: {'; '.join(mistakes)}",
-            fix="give folders that hold scans",
-            code="E_DATASET",
-        )
+        raise dataset_error(mistakes or ["no scans found"], ", ".join(map(str, options.folders)))
     columns = _columns(rows)
     make_folder(out.parent)
     lines = [columns, *([row.get(name, "") for name in columns] for row in rows)]

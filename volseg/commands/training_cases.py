@@ -15,7 +15,7 @@ from volseg.commands.placing import channel_notes, place_mask
 from volseg.errors import ScanError, VolsegError
 from volseg.execution.local import run
 from volseg.inputs import shorten
-from volseg.io.cases import Case, Survey, listed
+from volseg.io.cases import Case, Survey, dataset_error, listed
 from volseg.io.layouts import survey_cases
 from volseg.io.volumes import read_mask, read_volume
 from volseg.measurement.units import judge_unit
@@ -26,13 +26,12 @@ from volseg.preprocessing.lattice import difference
 from volseg.recipe import Recipe
 from volseg.store.outputs import OutputFolder
 from volseg.volume import Volume
-from volseg.words import format_count, format_numbered
+from volseg.words import format_count
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a command that needs it pays
     from volseg.planning.fingerprint import CaseFingerprint, DatasetFingerprint
 
 ANALYSING = "Analysing the dataset"
-MAX_SHOWN = 10  # mistakes of a dataset listed in one message
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,14 +203,8 @@ def refuse_dataset(
 ) -> NoReturn:
     """Raise one error that lists the unusable cases and the mistakes of the dataset as a whole."""
     problems = [*mistakes, *(f"{case}: {reason}" for case, reason in failed.items())]
-    summary = f"{len(failed)} of its cases cannot be used"
-    if mistakes:
-        summary = format_count(len(problems), "mistake")
-    raise VolsegError(
-        f"{dataset}: {summary}: {format_numbered(problems, MAX_SHOWN)}",
-        fix="correct these files or remove them from the dataset; `volseg check` lists all of them",
-        code="E_DATASET",
-    )
+    summary = "" if mistakes else f"{len(failed)} of its cases cannot be used"
+    raise dataset_error(problems, str(dataset), summary)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

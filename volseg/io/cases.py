@@ -171,14 +171,19 @@ class Listing:
         return [row.case() for row in self.rows]
 
 
-def dataset_error(mistakes: Sequence[str], origin: str) -> VolsegError:
-    """Return one error that lists the mistakes of a data set, at least one."""
-    count = format_count(len(mistakes), "mistake")
-    return VolsegError(
-        f"{origin}: {count}: {format_numbered(mistakes, MAX_LISTED)}",
-        fix="correct them and run again; nothing was done; `volseg check` lists all of them",
-        code="E_DATASET",
-    )
+def dataset_error(mistakes: Sequence[str], origin: str, summary: str = "") -> VolsegError:
+    """Return the error that refuses a data set, with its mistakes, at least one.
+
+    Args:
+        summary: what they are, with their number; otherwise mistakes.
+    """
+    if len(mistakes) == 1:
+        text, fix = mistakes[0], "correct it and run again; nothing was changed"
+    else:
+        summary = summary or format_count(len(mistakes), "mistake")
+        text = f"{summary}: {format_numbered(mistakes, MAX_LISTED)}"
+        fix = "correct them and run again; nothing was changed; `volseg check` lists all of them"
+    return VolsegError(f"{origin}: {text}", fix=fix, code="E_DATASET")
 
 
 @dataclass(frozen=True, slots=True)
