@@ -12,9 +12,12 @@ from image_sets import SHAPES, folder_of_classes, scans_of_lesions, table_of_ima
 from PIL import Image
 
 import volseg
+from volseg.commands import baseline_tables
 from volseg.errors import VolsegError
 from volseg.image_bundle import load_image_bundle
+from volseg.io.prepared_images import read_prepared_images
 from volseg.recipe import ClassifyRecipe
+from volseg.training.baselines import load_baselines
 
 TINY = {"name": "cnn_small", "features": (8, 16)}
 
@@ -165,6 +168,47 @@ def test_a_bad_image_is_a_failed_row_and_a_second_call_does_only_what_is_missing
     assert list(again.done) == ["000"] and len(again.kept) == 47
     after = {row["case_id"]: row for row in rows_of(tmp_path / "r" / "classes.csv")}
     assert after["000"]["status"] == "done" and after["001"] == before["001"]
+
+
+def test_baselines_predict_the_same_images_and_a_second_call_computes_none_of_them_again(
+    model, table, tmp_path, monkeypatch
+):
+    results = tmp_path / "r"
+    volseg.infer(table, model=model, out=results)
+    fitted = [baseline for baseline in load_baselines(model) if not baseline.reason]
+    rows = rows_of(results / "baselines.csv")
+    assert len(fitted) == 5 and len(rows) == 48 * 5 * 2
+    prepared = tmp_path / "prepared"
+    volseg.preprocess(table, recipe=load_image_bundle(model).recipe, out=prepared)
+    images, _ = read_prepared_images(prepared)  # without the test split
+    predicted = {baseline.name: baseline.predict(images.pixels) for baseline in fitted}
+    for number, case in enumerate(images.cases):
+        for row in (row for row in rows if row["case_id"] == case.id):
+            expected = predicted[row["baseline"]][number, SHAPES.index(row["class_name"])]
+            assert float(row["probability"]) == pytest.approx(expected, abs=1e-5)
+    run = json.loads((results / "run.json").read_text(encoding="utf-8"))
+    assert run["baselines"] == [baseline.name for baseline in fitted]
+    before = (results / "baselines.csv").read_bytes()
+    computed = []
+    monkeypatch.setattr(baseline_tables, "image_features", computed.append)
+    again = volseg.infer(table, model=model, out=results)
+    assert len(again.kept) == 48 and not computed
+    assert (results / "baselines.csv").read_bytes() == before
+    monkeypatch.undo()
+    (results / "baselines.csv").unlink()
+    assert len(volseg.infer(table, model=model, out=results).done) == 48
+    assert (results / "baselines.csv").read_bytes() == before
+    summary = volseg.evaluate(
+        reference=table, predicted=results, target="shape", out=tmp_path / "e"
+    ).summary
+    assert list(summary["baselines"]) == run["baselines"]
+
+
+def test_a_model_without_baselines_has_no_table_of_them(table, tmp_path):
+    stated = recipe("area", {"epochs": 1, "baselines": False})
+    volseg.train(table, recipe=stated, out=tmp_path / "m")
+    volseg.infer(table, model=tmp_path / "m", out=tmp_path / "r")
+    assert not (tmp_path / "r" / "baselines.csv").exists()
 
 
 def test_check_recomputes_the_prediction_of_the_reference_image(model, tmp_path):

@@ -44,6 +44,7 @@ from volseg.store.outputs import delete_written
 from volseg.store.tables import cell, table
 from volseg.training.baselines import Baseline, fit_baselines, save_baselines
 from volseg.training.check import check_image_recipe
+from volseg.training.image_features import first_planes
 from volseg.training.images import ImageObjective, Outputs, known_targets
 from volseg.training.judge import judge
 from volseg.training.loop import Trained, Watch, train_network
@@ -323,7 +324,9 @@ class _ImageTraining:
             training_targets=[case.target for case in training.cases],
         )
         is_single = len(folds) == 1
-        facts = dict(folds[0].trained.metrics) if is_single else {"networks": len(folds)}
+        facts: dict[str, Any] = {"networks": len(folds)}
+        if is_single:
+            facts = dict(folds[0].trained.metrics)
         facts["training_images"] = data.fingerprint.n_images
         baselines, scores = self._baselines(data)
         facts |= scores
@@ -354,7 +357,7 @@ class _ImageTraining:
             seconds = min(seconds, recipe.train.baseline_fraction * self._call.time.seconds)
         self._call.progress("Fitting baselines", 0.0, f"at most {seconds:.0f} s")
         baselines = fit_baselines(
-            _first_planes(training),
+            first_planes(training.pixels),
             known_targets(training, recipe),
             kind,  # type: ignore[arg-type]
             seed=self._options.seed,
@@ -368,7 +371,7 @@ class _ImageTraining:
             if baseline.reason:
                 scores[name] = baseline.reason
                 continue
-            predicted = baseline.predict(_first_planes(validation))
+            predicted = baseline.predict(first_planes(validation.pixels))
             value = score(predicted, truth > 0 if truth.ndim == 2 else truth)
             if value is not None:
                 scores[name] = round(value, 4)
@@ -389,11 +392,6 @@ def _target_text(target: np.ndarray, recipe: ClassifyRecipe) -> str:
         return f"{to_predictions(target[None], data)[0, 0]:.4g}"
     parts = [(name, part) for name, part in zip(data.names, target, strict=True) if part > 0]
     return ", ".join(name if part == 1 else f"{part:.0%} {name}" for name, part in parts)
-
-
-def _first_planes(images: ImageSet) -> np.ndarray:
-    """Return (N, C, H, W): of lesions the first plane alone, which simple models look at."""
-    return images.pixels[:, 0] if images.pixels.ndim == PLANES_NDIM else images.pixels
 
 
 def _reference(

@@ -10,6 +10,7 @@ from volseg.columns import column, columns_of, optional
 from volseg.errors import VolsegError
 
 CLASSES, VALUES = "classes.csv", "values.csv"
+BASELINES = "baselines.csv"  # beside either
 PROBABILITY = "probability_"  # followed by the name of a class
 SEPARATOR = "|"  # between the names of several classes in a cell
 
@@ -66,6 +67,17 @@ class ValueRow:
     model: str | None = optional("", "name of the model")
     status: str = column("", "done or failed", "done")
     error: str | None = optional("", "code and reason of a failure")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaselineRow:
+    """What a baseline predicts of one case for one class, or as a number; baselines.csv."""
+
+    case_id: str = column("", "name of the case")
+    baseline: str = column("", "simple model of simple features; docs/images.md lists them")
+    class_name: str | None = optional("", "class or label of the probability; empty for a number")
+    probability: float | None = optional("0 to 1", "its probability; empty for a number")
+    value: float | None = optional("", "predicted number, in the unit of the target")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
