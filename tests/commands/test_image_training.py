@@ -220,6 +220,50 @@ def test_check_recomputes_the_prediction_of_the_reference_image(model, tmp_path)
     assert [problem["code"] for problem in volseg.check(tmp_path / "m")] == ["E_REFERENCE"]
 
 
+def test_check_of_a_model_lists_the_images_whose_class_it_contradicts(model, tmp_path):
+    shutil.copytree(model, tmp_path / "m")
+    lines = [
+        f"i{n},i{n},0,{SHAPES[n % 2]},{0.9 - 0.8 * (n % 2)},{0.1 + 0.8 * (n % 2)}"
+        for n in range(20)
+    ]
+    lines += ["likely,p,0,disc,0.08,0.92", "sure,p,0,disc,0.05,0.95", "open,p,0,disc,0.4,0.6"]
+    head = "case_id,patient,fold,target,probability_disc,probability_square"
+    (tmp_path / "m" / "validation.csv").write_text("\n".join([head, *lines]))
+    summary, *listed = volseg.check(tmp_path / "m")
+    assert {problem["code"] for problem in (summary, *listed)} == {"W_LABEL"}
+    assert "2 of 23 validation images may have a wrong class: sure" in summary["problem"]
+    assert [problem["where"] for problem in listed] == ["sure", "likely"]
+    text = "is labelled 'disc' (probability 0.050), but looks like 'square' (probability 0.950)"
+    assert listed[0]["problem"].startswith(text)
+    assert load_image_bundle(model).metrics["doubtful_labels"] == 0
+    (tmp_path / "m" / "validation.csv").write_text("case_id,target\n1,disc\n")
+    assert [problem["code"] for problem in volseg.check(tmp_path / "m")] == ["E_ROW"]
+
+
+@pytest.mark.slow
+def test_planted_label_errors_are_named_by_training_in_folds(tmp_path):
+    """Of 12 errors in 240 images, 7 were found, and nothing else."""
+    deeper = {"name": "cnn_small", "features": (8, 16, 32)}
+    data = folder_of_classes(tmp_path / "data", n=120)
+    rng = np.random.default_rng(0)
+    for shape, other in (SHAPES, SHAPES[::-1]):
+        for number in rng.choice(120, 6, replace=False):
+            name = f"{shape}_{number:03}.png"
+            (data / shape / name).rename(data / other / name)
+    report = volseg.train(
+        data,
+        recipe=recipe("class", {"epochs": 30, "baselines": False}, network=deeper),
+        out=tmp_path / "m",
+        folds=3,
+    )
+    (warning,) = (text for text in report.warnings if text.startswith("W_LABEL"))
+    listed = [problem["where"] for problem in volseg.check(tmp_path / "m")[1:]]
+    assert warning.startswith(f"W_LABEL: {len(listed)} of 240 validation images")
+    folders = {path.stem: path.parent.name for path in data.glob("*/*.png")}
+    flipped = [name for name in listed if not name.startswith(folders[name])]
+    assert len(flipped) >= 5 and len(flipped) / len(listed) > 0.7
+
+
 def test_models_and_recipes_of_the_other_task_are_refused(model, table, tmp_path):
     with pytest.raises(VolsegError, match="classifies images"):
         volseg.quantise(model, table)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from volseg.bundle import DESCRIPTION
+from volseg.commands.checking_labels import LABEL_CODE, VALIDATION, label_summary
 from volseg.commands.image_data import (
     ImageDataset,
     LoadedImages,
@@ -22,6 +23,7 @@ from volseg.commands.image_start import Start
 from volseg.commands.training_call import PREPARED_FOLDER, WORK_FOLDER, Call, history_name
 from volseg.errors import VolsegError
 from volseg.evaluation.classes import SCORES
+from volseg.evaluation.label_errors import doubtful_labels
 from volseg.image_bundle import (
     ImageBundle,
     Reference,
@@ -37,7 +39,7 @@ from volseg.networks.image_network import PLANES_NDIM, ImageNetwork
 from volseg.options.training import MAX_FOLDS
 from volseg.pages.training_figures import curves_png, images_png
 from volseg.recipe import ClassifyRecipe, as_any_recipe
-from volseg.recipe.classification import NUMBER
+from volseg.recipe.classification import CLASSES, NUMBER
 from volseg.recipe.section import closed
 from volseg.reports import TrainReport
 from volseg.store.outputs import delete_written
@@ -53,7 +55,7 @@ from volseg.training.run import BEST, LAST, Job
 from volseg.training.schedule import RunSettings, Stop
 from volseg.training.state import Epoch
 
-VALIDATION, CURVES = "validation.csv", "curves.png"
+CURVES = "curves.png"
 BASELINES = ("baselines.json", "baselines.safetensors")
 PREVIEW, PREVIEWED, PREVIEW_STEPS = "preview.png", 24, 6  # images drawn, of so many steps
 BASELINE_SECONDS = 120.0  # for all of them
@@ -329,7 +331,7 @@ class _ImageTraining:
             facts = dict(folds[0].trained.metrics)
         facts["training_images"] = data.fingerprint.n_images
         baselines, scores = self._baselines(data)
-        facts |= scores
+        facts |= scores | self._doubtful(folds, recipe, judgement.temperature)
         if self._call.warnings:
             facts["warnings"] = "; ".join(self._call.warnings)
         bundle = replace(
@@ -345,6 +347,20 @@ class _ImageTraining:
             commit.write(VALIDATION, _validation_table(folds, recipe, judgement.temperature))
             commit.finish(last=DESCRIPTION)
         return load_image_bundle(self._options.out)
+
+    def _doubtful(
+        self, folds: Sequence[_Fold], recipe: ClassifyRecipe, temperature: float
+    ) -> dict[str, int]:
+        """Return how many validation images may have a wrong class, and warn of them."""
+        if recipe.data.kind != CLASSES:
+            return {}
+        logits = np.concatenate([fold.outputs.logits for fold in folds])
+        targets = np.concatenate([fold.outputs.targets for fold in folds]).argmax(axis=1)
+        n = len(doubtful_labels(to_predictions(logits, recipe.data, temperature), targets))
+        if n:
+            advice = f"`volseg check {self._options.out}` lists them"
+            self._call.warn(f"{LABEL_CODE}: {label_summary(n, len(targets))}; {advice}")
+        return {"doubtful_labels": n}
 
     def _baselines(self, data: LoadedImages) -> tuple[list[Baseline], dict[str, Any]]:
         """Fit the baselines on the training split; return them and their validation scores."""
