@@ -20,6 +20,7 @@ from volseg.commands.image_data import (
     load_images,
 )
 from volseg.commands.image_start import Start
+from volseg.commands.image_time import ImageTime
 from volseg.commands.training_call import PREPARED_FOLDER, WORK_FOLDER, Call, history_name
 from volseg.errors import VolsegError
 from volseg.evaluation.classes import SCORES
@@ -58,7 +59,6 @@ from volseg.training.state import Epoch
 CURVES = "curves.png"
 BASELINES = ("baselines.json", "baselines.safetensors")
 PREVIEW, PREVIEWED, PREVIEW_STEPS = "preview.png", 24, 6  # images drawn, of so many steps
-BASELINE_SECONDS = 120.0  # for all of them
 
 
 def run_image_training(call: Call) -> TrainReport:
@@ -78,7 +78,7 @@ class _Fold:
 
 class _ImageTraining:
     def __init__(self, call: Call) -> None:
-        self._call, self._options = call, call.options
+        self._call, self._options, self._time = call, call.options, ImageTime(call)
         init, teacher = call.options.init, call.options.teacher
         if call.options.prune is not None and init is None:
             raise VolsegError(
@@ -124,7 +124,7 @@ class _ImageTraining:
     def _open(self) -> None:
         """Check that `out` can take the model, and open the work folder."""
         out, resume = self._options.out, self._options.resume
-        unfinished = [path for path in self._call.work.glob(f"**/{LAST}") if path.is_file()]
+        unfinished = self._has_checkpoints
         if unfinished and not resume:
             raise VolsegError(
                 f"{out}: holds an interrupted training run",
@@ -145,6 +145,11 @@ class _ImageTraining:
         self._call.outputs.work_folder(WORK_FOLDER)
         self._call.progress("Starting", 0.0, str(self._options.dataset))
 
+    @property
+    def _has_checkpoints(self) -> bool:
+        """Whether there are checkpoints of an interrupted run."""
+        return any(path.is_file() for path in self._call.work.glob(f"**/{LAST}"))
+
     def _data(self) -> LoadedImages:
         """Prepare the dataset in the work folder, or load prepared images."""
         options, folder = self._options, self._options.dataset
@@ -161,7 +166,7 @@ class _ImageTraining:
                     seed=options.seed,
                     start=self._start,
                     teacher=None if self._teacher is None else self._teacher.recipe,
-                    progress=self._call.progress,
+                    progress=self._time.guarded(),
                     announce=options.announce,
                 )
                 dataset.prepare(dataset.plan(), folder)
@@ -211,8 +216,10 @@ class _ImageTraining:
 
     def _train_all(self, data: LoadedImages) -> list[_Fold]:
         """Train a network per split, until Ctrl-C ends one."""
-        folds: list[_Fold] = []
-        for split in self._splits(data):
+        folds, splits = list[_Fold](), self._splits(data)
+        if not (self._options.resume and self._has_checkpoints):
+            self._time.check(self._objective(*splits[0][1:], data.recipe), len(splits))
+        for split in splits:
             folds.append(self._train(*split, data.recipe))
             if folds[-1].trained.stop is Stop.INTERRUPTED:
                 break
@@ -223,11 +230,9 @@ class _ImageTraining:
     ) -> _Fold:
         options, call = self._options, self._call
         n = options.folds or 1
-        objective = ImageObjective(
-            training, validation, recipe, self._start is not None, self._teachers(recipe)
-        )
+        objective = self._objective(training, validation, recipe)
         make_folder(folder := call.checkpoints(number, n))
-        left = call.time.left()
+        left = self._time.left(recipe)
         seconds = None if left is None else left / (n - number if n > 1 else 1)
         settings = RunSettings(
             seed=options.seed,
@@ -258,6 +263,12 @@ class _ImageTraining:
             call.team.fabric.device, None, lambda doing: None
         ).validate_all(trained.weights)
         return _Fold(trained, validation, number, rows[0])
+
+    def _objective(
+        self, training: ImageSet, validation: ImageSet, recipe: ClassifyRecipe
+    ) -> ImageObjective:
+        starts_trained = self._start is not None
+        return ImageObjective(training, validation, recipe, starts_trained, self._teachers(recipe))
 
     def _teachers(self, recipe: ClassifyRecipe) -> Sequence[ImageNetwork]:
         """Return the networks of the teacher, which must see and name the same as the student."""
@@ -368,9 +379,7 @@ class _ImageTraining:
         training, validation = (data.images.of_split(split) for split in ("train", "val"))
         if not recipe.train.baselines:
             return [], {}
-        seconds = BASELINE_SECONDS
-        if self._call.time.seconds is not None:
-            seconds = min(seconds, recipe.train.baseline_fraction * self._call.time.seconds)
+        seconds = self._time.baselines(recipe)
         self._call.progress("Fitting baselines", 0.0, f"at most {seconds:.0f} s")
         baselines = fit_baselines(
             first_planes(training.pixels),
