@@ -98,6 +98,15 @@ def test_numbers_and_several_labels_are_learned_too(target, score, table, tmp_pa
         for row in rows_of(tmp_path / "r" / "classes.csv"):
             present = [name for name in names if float(row[f"probability_{name}"]) >= 0.5]
             assert row["class_name"] == "|".join(present)
+        judgement = load_image_bundle(tmp_path / "m").judgement
+        for row in rows_of(tmp_path / "r" / "classes.csv"):
+            p = np.array([[float(row[f"probability_{name}"]) for name in names]])
+            inside = judgement.sets.sets(p)[0]
+            assert row["confidence_set"] == "|".join(np.array(names)[inside])
+        summary = volseg.evaluate(
+            reference=table, predicted=tmp_path / "r", target="labels", out=tmp_path / "e"
+        ).summary
+        assert set(summary["confidence_sets"]["coverage_of_class"]) == set(names)
 
 
 def test_a_folder_per_class_needs_no_recipe(tmp_path):

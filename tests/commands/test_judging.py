@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -264,6 +264,16 @@ def test_several_labels_at_once(tmp_path, monkeypatch):
     write(tmp_path / "one" / "classes.csv", class_table(NAMES, rows))
     summary = judge(tmp_path).summary
     assert summary["confusion"] is None and summary["target"] == "findings"
+    assert summary["confidence_sets"] is None  # none is stated
+    stated = [
+        replace(row, confidence_set=joined([NAMES[k] for k in np.flatnonzero(line > 0.9)]))
+        for row, line in zip(rows, p)
+    ]
+    write(tmp_path / "one" / "classes.csv", class_table(NAMES, stated))
+    sets = judge(tmp_path, out=tmp_path / "sets").summary["confidence_sets"]
+    assert sets["coverage"] == pytest.approx((p > 0.9)[truth].mean())
+    assert any(not row.confidence_set for row in stated)  # an empty set is one, not unknown
+    assert sets["n"] == 40
     expected = (truth == (p >= 0.5)).all(axis=1).mean()
     assert summary["metrics"]["overall"]["accuracy"]["value"] == pytest.approx(expected)
     assert by_case(tmp_path)["c0"]["reference"] == cases[0]["findings"]

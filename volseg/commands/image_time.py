@@ -73,14 +73,14 @@ class ImageTime:
         left = self.left(recipe) or 0.0
         if least <= left:
             return
-        each = f" for each of {networks} networks" if networks > 1 else ""
+        per_network = f" for each of {networks} networks" if networks > 1 else ""
         kept = 1 - FINISHING_FRACTION
         kept -= recipe.train.baseline_fraction if recipe.train.baselines else 0.0
         is_chosen = networks > 1 and call.options.folds is not None
         refuse_time(
             call.time.seconds,
             (call.time.spent() + least) / kept,
-            f"{steps} steps{each} with validation take about {duration(least)}, and "
+            f"{steps} steps{per_network} with validation take about {duration(least)}, and "
             f"{duration(left)} of it are left",
             remedy=f", or --folds 1 instead of {networks}" if is_chosen else "",
         )

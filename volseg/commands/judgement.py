@@ -168,9 +168,9 @@ class Judgement:
     def _sets(self) -> dict[str, Any] | None:
         """Return what the confidence sets were worth; None if the model states none."""
         p, texts = self.judged.predictions, [row.confidence_set for row in self.truth.rows]
-        if not isinstance(p, ClassPredictions) or p.is_multilabel or not all(texts):
+        if not isinstance(p, ClassPredictions) or not _states_sets(p, texts):
             return None
-        sets = np.array([np.isin(list(p.names), split_names(text)) for text in texts])
+        sets = np.array([np.isin(list(p.names), split_names(text or "")) for text in texts])
         return asdict(judge_sets(sets, p.targets, p.names))
 
     def _unusual(self) -> dict[str, Any] | None:
@@ -230,7 +230,7 @@ class Judgement:
 
 def _judged_rows(truth: TruthTable, judged: Judged) -> Iterator[JudgedRow]:
     p = judged.predictions
-    facts_of = _class_facts(p) if isinstance(p, ClassPredictions) else _number_facts(p)
+    facts_of = _number_facts(p) if isinstance(p, NumberPredictions) else _class_facts(p, truth.rows)
     for number, (name, row) in enumerate(zip(truth.names, truth.rows, strict=True)):
         patient = truth.patient_of(name) or name
         values = {"case_id": name, "patient": patient, "status": "done"}
@@ -241,14 +241,20 @@ def _judged_rows(truth: TruthTable, judged: Judged) -> Iterator[JudgedRow]:
 Facts = Callable[[int, Any], dict[str, Any]]
 
 
-def _class_facts(p: ClassPredictions) -> Facts:
+def _states_sets(p: ClassPredictions, texts: Sequence[str | None]) -> bool:
+    """Tell whether a model states confidence sets; of several labels at once some may be empty."""
+    return any(texts) if p.is_multilabel else all(texts)
+
+
+def _class_facts(p: ClassPredictions, rows: Sequence[Any]) -> Facts:
     """Return the function from a case of classes to its columns."""
     names, truth, decided = list(p.names), p.truth, p.decided
+    may_be_empty = p.is_multilabel and _states_sets(p, [row.confidence_set for row in rows])
 
     def facts(number: int, row: Any) -> dict[str, Any]:
         is_true, is_open = truth[number], None
-        if row.confidence_set:
-            is_open = np.isin(names, split_names(row.confidence_set))
+        if row.confidence_set or may_be_empty:
+            is_open = np.isin(names, split_names(row.confidence_set or ""))
         single = None if p.is_multilabel else float(p.probabilities[number][is_true][0])
         return {
             "reference": joined([names[n] for n in np.flatnonzero(is_true)]),

@@ -34,7 +34,8 @@ class ClassRow:
     confidence_set: str | None = optional(
         "",
         "classes that the prediction leaves open, joined by |; the true one is among them at the "
-        "rate that the model states",
+        "rate that the model states; with several labels at once the labels that cannot be "
+        "excluded, and empty if all can be",
         source="split conformal prediction (LAC)",
     )
     out_of_distribution: bool | None = optional(
