@@ -33,7 +33,7 @@ from volseg.networks.image_network import ImageNetwork
 from volseg.planning.close import Reason
 from volseg.planning.images import ImageFingerprint
 from volseg.recipe import ClassifyRecipe, Text, parse_image_recipe
-from volseg.recipe.classification import NUMBER
+from volseg.recipe.classification import LABELS, NUMBER
 from volseg.words import format_count, format_list
 
 CLASSIFIER = "classifier"  # weights of the network; those of an ensemble are numbered
@@ -48,7 +48,7 @@ class Judgement:
     Args:
         temperature: divides the logits of classes.
         points: thresholds chosen on validation images.
-        sets: which classes a prediction leaves open; None for labels and numbers.
+        sets: which classes or labels a prediction leaves open; None for numbers.
         half_width: of the interval around a number; None for classes.
         coverage: of sets and intervals.
         outliers: which images are unlike those of training; None if there were too few.
@@ -177,7 +177,7 @@ def load_image_bundle(folder: Path) -> ImageBundle:
             recipe=recipe,
             fingerprint=description.fingerprint,
             weights=weights,
-            judgement=_judgement(description, arrays),
+            judgement=_judgement(description, arrays, recipe),
             reference=_reference(description.reference, arrays),
             metrics=description.metrics,
             versions=description.versions,
@@ -195,13 +195,16 @@ def is_image_model(folder: Path) -> bool:
     return content["recipe"].get("task") == "classify"
 
 
-def _judgement(description: _Description, arrays: Mapping[str, np.ndarray]) -> Judgement:
+def _judgement(
+    description: _Description, arrays: Mapping[str, np.ndarray], recipe: ClassifyRecipe
+) -> Judgement:
+    has_labels = recipe.data.kind == LABELS
     stored = description.judgement
     sets = stored.set_limits
     return Judgement(
         temperature=stored.temperature,
         points=tuple(map(OperatingPoint.of_json, stored.points)),
-        sets=None if sets is None else ConformalRule(sets, stored.coverage),
+        sets=None if sets is None else ConformalRule(sets, stored.coverage, has_labels),
         half_width=stored.half_width,
         coverage=stored.coverage,
         outliers=OutlierModel.of_arrays(arrays) if "outlier.centres" in arrays else None,

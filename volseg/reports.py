@@ -250,7 +250,9 @@ class ImagesReport(CasesReport):
         coverage: of the confidence sets or intervals in the table.
     """
 
-    files: ClassVar[tuple[str, ...]] = ("classes.csv", "values.csv", "run.json", "report.html")
+    files: ClassVar[tuple[str, ...]] = (
+        *("classes.csv", "values.csv", "baselines.csv", "run.json", "report.html"),
+    )
 
     objects: str = "components"
     coverage: float

@@ -12,9 +12,12 @@ from image_sets import SHAPES, folder_of_classes, scans_of_lesions, table_of_ima
 from PIL import Image
 
 import volseg
+from volseg.commands import baseline_tables
 from volseg.errors import VolsegError
 from volseg.image_bundle import load_image_bundle
+from volseg.io.prepared_images import read_prepared_images
 from volseg.recipe import ClassifyRecipe
+from volseg.training.baselines import load_baselines
 
 TINY = {"name": "cnn_small", "features": (8, 16)}
 
@@ -95,6 +98,15 @@ def test_numbers_and_several_labels_are_learned_too(target, score, table, tmp_pa
         for row in rows_of(tmp_path / "r" / "classes.csv"):
             present = [name for name in names if float(row[f"probability_{name}"]) >= 0.5]
             assert row["class_name"] == "|".join(present)
+        judgement = load_image_bundle(tmp_path / "m").judgement
+        for row in rows_of(tmp_path / "r" / "classes.csv"):
+            p = np.array([[float(row[f"probability_{name}"]) for name in names]])
+            inside = judgement.sets.sets(p)[0]
+            assert row["confidence_set"] == "|".join(np.array(names)[inside])
+        summary = volseg.evaluate(
+            reference=table, predicted=tmp_path / "r", target="labels", out=tmp_path / "e"
+        ).summary
+        assert set(summary["confidence_sets"]["coverage_of_class"]) == set(names)
 
 
 def test_a_folder_per_class_needs_no_recipe(tmp_path):
@@ -167,6 +179,47 @@ def test_a_bad_image_is_a_failed_row_and_a_second_call_does_only_what_is_missing
     assert after["000"]["status"] == "done" and after["001"] == before["001"]
 
 
+def test_baselines_predict_the_same_images_and_a_second_call_computes_none_of_them_again(
+    model, table, tmp_path, monkeypatch
+):
+    results = tmp_path / "r"
+    volseg.infer(table, model=model, out=results)
+    fitted = [baseline for baseline in load_baselines(model) if not baseline.reason]
+    rows = rows_of(results / "baselines.csv")
+    assert len(fitted) == 5 and len(rows) == 48 * 5 * 2
+    prepared = tmp_path / "prepared"
+    volseg.preprocess(table, recipe=load_image_bundle(model).recipe, out=prepared)
+    images, _ = read_prepared_images(prepared)  # without the test split
+    predicted = {baseline.name: baseline.predict(images.pixels) for baseline in fitted}
+    for number, case in enumerate(images.cases):
+        for row in (row for row in rows if row["case_id"] == case.id):
+            expected = predicted[row["baseline"]][number, SHAPES.index(row["class_name"])]
+            assert float(row["probability"]) == pytest.approx(expected, abs=1e-5)
+    run = json.loads((results / "run.json").read_text(encoding="utf-8"))
+    assert run["baselines"] == [baseline.name for baseline in fitted]
+    before = (results / "baselines.csv").read_bytes()
+    computed = []
+    monkeypatch.setattr(baseline_tables, "image_features", computed.append)
+    again = volseg.infer(table, model=model, out=results)
+    assert len(again.kept) == 48 and not computed
+    assert (results / "baselines.csv").read_bytes() == before
+    monkeypatch.undo()
+    (results / "baselines.csv").unlink()
+    assert len(volseg.infer(table, model=model, out=results).done) == 48
+    assert (results / "baselines.csv").read_bytes() == before
+    summary = volseg.evaluate(
+        reference=table, predicted=results, target="shape", out=tmp_path / "e"
+    ).summary
+    assert list(summary["baselines"]) == run["baselines"]
+
+
+def test_a_model_without_baselines_has_no_table_of_them(table, tmp_path):
+    stated = recipe("area", {"epochs": 1, "baselines": False})
+    volseg.train(table, recipe=stated, out=tmp_path / "m")
+    volseg.infer(table, model=tmp_path / "m", out=tmp_path / "r")
+    assert not (tmp_path / "r" / "baselines.csv").exists()
+
+
 def test_check_recomputes_the_prediction_of_the_reference_image(model, tmp_path):
     assert volseg.check(model) == []
     shutil.copytree(model, tmp_path / "m")
@@ -174,6 +227,50 @@ def test_check_recomputes_the_prediction_of_the_reference_image(model, tmp_path)
     description["recipe"]["infer"]["tta_axes"] = ["horizontal"]
     (tmp_path / "m" / "model.json").write_text(json.dumps(description), encoding="utf-8")
     assert [problem["code"] for problem in volseg.check(tmp_path / "m")] == ["E_REFERENCE"]
+
+
+def test_check_of_a_model_lists_the_images_whose_class_it_contradicts(model, tmp_path):
+    shutil.copytree(model, tmp_path / "m")
+    lines = [
+        f"i{n},i{n},0,{SHAPES[n % 2]},{0.9 - 0.8 * (n % 2)},{0.1 + 0.8 * (n % 2)}"
+        for n in range(20)
+    ]
+    lines += ["likely,p,0,disc,0.08,0.92", "sure,p,0,disc,0.05,0.95", "open,p,0,disc,0.4,0.6"]
+    head = "case_id,patient,fold,target,probability_disc,probability_square"
+    (tmp_path / "m" / "validation.csv").write_text("\n".join([head, *lines]))
+    summary, *listed = volseg.check(tmp_path / "m")
+    assert {problem["code"] for problem in (summary, *listed)} == {"W_LABEL"}
+    assert "2 of 23 validation images may have a wrong class: sure" in summary["problem"]
+    assert [problem["where"] for problem in listed] == ["sure", "likely"]
+    text = "is labelled 'disc' (probability 0.050), but looks like 'square' (probability 0.950)"
+    assert listed[0]["problem"].startswith(text)
+    assert load_image_bundle(model).metrics["doubtful_labels"] == 0
+    (tmp_path / "m" / "validation.csv").write_text("case_id,target\n1,disc\n")
+    assert [problem["code"] for problem in volseg.check(tmp_path / "m")] == ["E_ROW"]
+
+
+@pytest.mark.slow
+def test_planted_label_errors_are_named_by_training_in_folds(tmp_path):
+    """Of 12 errors in 240 images, 7 were found, and nothing else."""
+    deeper = {"name": "cnn_small", "features": (8, 16, 32)}
+    data = folder_of_classes(tmp_path / "data", n=120)
+    rng = np.random.default_rng(0)
+    for shape, other in (SHAPES, SHAPES[::-1]):
+        for number in rng.choice(120, 6, replace=False):
+            name = f"{shape}_{number:03}.png"
+            (data / shape / name).rename(data / other / name)
+    report = volseg.train(
+        data,
+        recipe=recipe("class", {"epochs": 30, "baselines": False}, network=deeper),
+        out=tmp_path / "m",
+        folds=3,
+    )
+    (warning,) = (text for text in report.warnings if text.startswith("W_LABEL"))
+    listed = [problem["where"] for problem in volseg.check(tmp_path / "m")[1:]]
+    assert warning.startswith(f"W_LABEL: {len(listed)} of 240 validation images")
+    folders = {path.stem: path.parent.name for path in data.glob("*/*.png")}
+    flipped = [name for name in listed if not name.startswith(folders[name])]
+    assert len(flipped) >= 5 and len(flipped) / len(listed) > 0.7
 
 
 def test_models_and_recipes_of_the_other_task_are_refused(model, table, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -17,8 +17,10 @@ from volseg.cli import app
 from volseg.commands.judgement import Judgement
 from volseg.errors import VolsegError
 from volseg.evaluation.calibration import apply_temperature
-from volseg.evaluation.class_rows import ClassRow, ValueRow, class_columns, joined
+from volseg.evaluation.class_rows import BaselineRow, ClassRow, ValueRow, class_columns, joined
+from volseg.evaluation.classes import ClassPredictions
 from volseg.evaluation.operating import OperatingPoint
+from volseg.pages.classification_figures import roc_png
 from volseg.store.tables import class_table, read_class_rows, table
 
 NAMES = ["benign", "malignant", "no lesion"]
@@ -262,6 +264,16 @@ def test_several_labels_at_once(tmp_path, monkeypatch):
     write(tmp_path / "one" / "classes.csv", class_table(NAMES, rows))
     summary = judge(tmp_path).summary
     assert summary["confusion"] is None and summary["target"] == "findings"
+    assert summary["confidence_sets"] is None  # none is stated
+    stated = [
+        replace(row, confidence_set=joined([NAMES[k] for k in np.flatnonzero(line > 0.9)]))
+        for row, line in zip(rows, p)
+    ]
+    write(tmp_path / "one" / "classes.csv", class_table(NAMES, stated))
+    sets = judge(tmp_path, out=tmp_path / "sets").summary["confidence_sets"]
+    assert sets["coverage"] == pytest.approx((p > 0.9)[truth].mean())
+    assert any(not row.confidence_set for row in stated)  # an empty set is one, not unknown
+    assert sets["n"] == 40
     expected = (truth == (p >= 0.5)).all(axis=1).mean()
     assert summary["metrics"]["overall"]["accuracy"]["value"] == pytest.approx(expected)
     assert by_case(tmp_path)["c0"]["reference"] == cases[0]["findings"]
@@ -421,3 +433,73 @@ def test_the_command_line_prints_the_metrics(folder):
     arguments.append("--json")
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert json.loads(result.stdout)["task"] == "classes"
+
+
+def baseline_table(folder, predicted):
+    """Write baselines.csv of name → case id → {class: probability}."""
+    rows = [
+        BaselineRow(case_id=case, baseline=name, class_name=one, probability=p)
+        for name, cases in predicted.items()
+        for case, probabilities in cases.items()
+        for one, p in probabilities.items()
+    ]
+    write(folder / "one" / "baselines.csv", table(BaselineRow, rows))
+
+
+def test_baselines_are_judged_on_the_same_cases_as_any_model(folder):
+    """A baseline with the predictions of another model has that model's metrics and intervals."""
+    weak = {row.case_id: row.probabilities for row in class_rows(0, skill=0.3, model="weak")[2]}
+    shares = {name: dict.fromkeys(NAMES, 1 / 3) for name in weak}
+    short = dict(list(weak.items())[:-3])
+    baseline_table(folder, {"majority": shares, "weak_one": weak, "short": short})
+    report = judge(folder)
+    assert [text for text in report.warnings if "W_BASELINES" in text] == [
+        "W_BASELINES: short did not predict 3 judged cases, and is left out"
+    ]
+    summary = report.summary
+    expected = judge(folder, predicted=folder / "two", out=folder / "weak").summary
+    assert summary["baselines"]["weak_one"] == {
+        kind: expected[kind] for kind in ("metrics", "metrics_by_class")
+    }
+    guess = summary["baselines"]["majority"]["metrics"]
+    assert guess["macro"]["auc"]["value"] == 0.5
+    assert guess["overall"]["log_loss"]["value"] == pytest.approx(np.log(3))
+    (folder / "one" / "baselines.csv").unlink()
+    without = judge(folder, out=folder / "without").summary
+    for kind in ("metrics", "metrics_by_class", "headline", "confusion"):
+        assert without[kind] == summary[kind]
+    rows = volseg.read_table(folder / "out" / "metrics.csv")
+    assert set(rows.baseline.dropna()) == {"majority", "weak_one"}
+    page = (folder / "out" / "report.html").read_text(encoding="utf-8")
+    assert page.index("beside-title") < page.index("metrics-title")
+    assert "weak one" in page and "majority" in page
+    assert "beside-title" not in (folder / "without" / "report.html").read_text("utf-8")
+
+
+def test_a_baseline_of_numbers_is_judged_and_a_table_that_is_none_is_a_warning(tmp_path):
+    ages = np.linspace(60, 90, 20)
+    write_cases(
+        tmp_path / "data" / "cases.csv", [{"subject": n, "age": a} for n, a in enumerate(ages)]
+    )
+    rows = [ValueRow(case_id=str(n), value=float(age) + n % 3) for n, age in enumerate(ages)]
+    write(tmp_path / "one" / "values.csv", table(ValueRow, rows))
+    mean = [BaselineRow(case_id=str(n), baseline="mean", value=75.0) for n in range(20)]
+    write(tmp_path / "one" / "baselines.csv", table(BaselineRow, mean))
+    overall = judge(tmp_path, target="age").summary["baselines"]["mean"]["metrics"]["overall"]
+    assert overall["mae"]["value"] == pytest.approx(mean_absolute_error(ages, np.full(20, 75)))
+    assert overall["r2"]["value"] == pytest.approx(0)
+    (tmp_path / "one" / "baselines.csv").write_text("case_id,baseline,value\n1,mean,much\n")
+    report = judge(tmp_path, target="age")
+    assert any("baselines.csv: cannot be used" in text for text in report.warnings)
+    assert not report.summary["baselines"]
+
+
+def test_the_curve_of_a_baseline_is_drawn_beside_that_of_two_classes(tmp_path):
+    rng = np.random.default_rng(0)
+    p = rng.dirichlet((1, 1), 60)
+    targets = (rng.random(60) < p[:, 1]).astype(int)
+    model = ClassPredictions(p, targets, ("a", "b"))
+    constant = ClassPredictions(np.full((60, 2), 0.5), targets, ("a", "b"))
+    other = ClassPredictions(p[::-1], targets, ("a", "b"))
+    assert roc_png(model, {}, (), {"majority": constant}) == roc_png(model, {})
+    assert roc_png(model, {}, (), {"other": other}) != roc_png(model, {})

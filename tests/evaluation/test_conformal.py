@@ -67,6 +67,45 @@ def test_every_set_holds_the_most_probable_class_and_more_coverage_never_removes
     assert ConformalRule((math.inf,) * 3, 0.9).sets(p).all()
 
 
+def draw_labels(rng, n):
+    """Return probabilities of labels that are common, rare or hard to see, and the truth."""
+    truth = rng.random((n, 3)) < (0.6, 0.1, 0.3)
+    logits = rng.normal(0, 1, (n, 3)) + truth * (3.0, 2.0, 0.7) - 1
+    return 1 / (1 + np.exp(-logits)), truth
+
+
+def test_each_label_is_in_the_sets_of_its_cases_at_the_stated_rate():
+    rng, rates = np.random.default_rng(5), []
+    for _ in range(60):
+        p, truth = draw_labels(rng, 1500)
+        rule = fit_conformal(p[:1000], truth[:1000], coverage=0.9)
+        sets = rule.sets(p[1000:])
+        rates.append([sets[truth[1000:, k], k].mean() for k in range(3)])
+    assert (np.abs(np.mean(rates, axis=0) - 0.9) < 0.02).all(), np.mean(rates, axis=0)
+    assert len(set(rule.quantile)) == 3  # each label has its own limit
+    # A label that is certainly absent is excluded: the most probable one is not forced in.
+    assert not rule.sets(np.zeros((1, 3))).any()
+    assert rule.sets(np.ones((1, 3))).all()
+
+
+def test_a_label_with_too_few_cases_cannot_be_excluded():
+    p, truth = draw_labels(np.random.default_rng(6), 200)
+    truth[:, 1] = False
+    truth[:5, 1] = True
+    sets = fit_conformal(p, truth, coverage=0.9).sets(p)
+    assert sets[:, 1].all() and not sets[:, 0].all()
+
+
+def test_what_sets_of_labels_were_worth_is_counted_by_label():
+    truth = np.array([[1, 1, 0], [0, 0, 0], [1, 0, 0], [0, 0, 1]], bool)
+    sets = np.array([[1, 0, 0], [0, 0, 0], [1, 0, 0], [1, 1, 1]], bool)
+    worth = judge_sets(sets, truth, NAMES)
+    assert worth.coverage == 3 / 4  # of four labels one is missed
+    assert worth.coverage_of_class == {"a": Value(1.0), "b": Value(0.0), "c": Value(1.0)}
+    assert worth.single == 0.5 and worth.single_right == Value(0.5)
+    assert worth.mean_size == 5 / 4
+
+
 def test_a_class_with_too_few_cases_is_in_every_set():
     p, targets = draw(np.random.default_rng(3), 100)
     targets[:] = np.minimum(targets, 1)

@@ -23,6 +23,7 @@ MAX_WIDTH = 100  # of running text: longer lines are hard to read
 FILES = {  # name → what it holds
     "classes.csv": "a row per image",
     "values.csv": "a row per image",
+    "baselines.csv": "what simple models predict of the same images",
     "lesions.csv": "a row per lesion",
     "cases.csv": "a row per scan",
     "response.csv": "a row per patient",
@@ -178,6 +179,13 @@ def _(report: reports.EvaluateReport) -> None:
         announce(f"{masks} without a prediction, such as {missing[0]}")
 
 
+BESIDE = {  # task → title, average and metric of simple models
+    "classes": (
+        ("AUC", "macro", "auc"),
+        ("balanced accuracy", "overall", "balanced_accuracy"),
+    ),
+    "numbers": (("MAE", "overall", "mae"), ("R²", "overall", "r2")),
+}
 JUDGED = ("auc", "average_precision", "sensitivity", "specificity", "precision", "f1")
 
 
@@ -193,6 +201,14 @@ def _show_judgement(summary: Mapping[str, Any]) -> None:
     overall = summary["metrics"].get("overall", {})
     for name, value in overall.items():
         typer.echo(f"{name}: {_judged_cell(value).replace(chr(10), ' ')}")
+    for baseline, values in summary["baselines"].items():
+        averages = values["metrics"]
+        cells = {
+            title: _judged_cell(averages.get(average, {}).get(metric)).replace(chr(10), " ")
+            for title, average, metric in BESIDE[summary["task"]]
+        }
+        text = ", ".join(f"{title} {cell}" for title, cell in cells.items())
+        typer.echo(one_line(f"beside it, {baseline.replace('_', ' ')}: {text}"))
     for models, groups in summary["difference"].items():
         for name, value in groups.get("overall", {}).items():
             p = "" if value.get("p_value") is None else f", p = {value['p_value']:.3g}"

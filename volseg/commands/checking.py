@@ -97,7 +97,7 @@ def _check_model(path: Path) -> Iterable[Problem]:
     from volseg.inference.memory import check_patch
 
     if is_image_model(path):
-        return [problem_of(str(path), problem) for problem in check_image_model(path)]
+        return check_image_model(path)
     bundle = load_bundle(path)
     for part in (bundle, bundle.coarse_bundle):
         if part is not None:

@@ -1,4 +1,4 @@
-"""`volseg infer` with a model that classifies: classes.csv or values.csv, a page, run.json."""
+"""`volseg infer` with a model that classifies: tables of it and of its baselines, a page."""
 
 from __future__ import annotations
 
@@ -10,11 +10,20 @@ from typing import Any
 import numpy as np
 import torch
 
+from volseg.commands.baseline_tables import Beside, CaseRows, earlier_rows
 from volseg.commands.batch import reason_of
 from volseg.commands.class_reporting import PAGE, RUN, Row, doubtful_pictures, read_class_table
 from volseg.commands.image_sources import LESION, find_lesions, source_of
 from volseg.errors import ScanError, VolsegError
-from volseg.evaluation.class_rows import CLASSES, VALUES, ClassRow, ValueRow, joined
+from volseg.evaluation.class_rows import (
+    BASELINES,
+    CLASSES,
+    VALUES,
+    BaselineRow,
+    ClassRow,
+    ValueRow,
+    joined,
+)
 from volseg.image_bundle import ImageBundle, load_image_bundle
 from volseg.inference.choose import choose_device
 from volseg.inference.images import embed_images, predict_outputs, to_predictions
@@ -52,8 +61,9 @@ def infer_images(options: InferOptions) -> ImagesReport:
     options.warn(*remarks)
     inputs = [*options.scans, options.model, *{case.path for case in cases}]
     with OutputFolder(options.out, "infer", inputs=inputs) as outputs:
-        outputs.check_overwrites([_table_name(bundle), RUN, PAGE])
-        run = _Run(options, bundle, outputs, _earlier(options.out, bundle))
+        outputs.check_overwrites([_table_name(bundle), BASELINES, RUN, PAGE])
+        beside = Beside.of(options.model, bundle.recipe.data)
+        run = _Run(options, bundle, outputs, beside)
         report = run.run(cases, remarks)
     for name, reason in failed.items():
         options.report_failure(name, reason)
@@ -62,23 +72,29 @@ def infer_images(options: InferOptions) -> ImagesReport:
 
 @dataclass(frozen=True, slots=True)
 class _Earlier:
-    """Rows of an earlier call, with the hash of the image and model that each came from."""
+    """Rows of an earlier call, with the hash of the image and model that each came from.
+
+    Args:
+        beside: rows of baselines.csv of each case.
+    """
 
     rows: Mapping[str, Row] = field(default_factory=dict)
+    beside: Mapping[str, CaseRows] = field(default_factory=dict)
     keys: Mapping[str, str] = field(default_factory=dict)
 
 
 class _Run:
     def __init__(
-        self, options: InferOptions, bundle: ImageBundle, outputs: OutputFolder, earlier: _Earlier
+        self, options: InferOptions, bundle: ImageBundle, outputs: OutputFolder, beside: Beside
     ) -> None:
         self._options, self._bundle, self._outputs = options, bundle, outputs
-        self._earlier = earlier
+        self._beside = beside
         self._device = torch.device(choose_device(options.device))
         self._networks = [network.to(self._device) for network in bundle.networks()]
         self._source, self._digests = source_of(bundle.recipe), dict[Path, str]()
-        self._rows = dict(earlier.rows)
-        self._keys = dict(earlier.keys)
+        earlier = _earlier(options.out, bundle, beside)
+        self._rows, self._keys = dict(earlier.rows), dict(earlier.keys)
+        self._beside_rows = dict(earlier.beside)
         self._todo = dict[str, str]()  # keys of images that are read and not yet predicted
 
     def run(self, cases: Sequence[ImageCase], remarks: Sequence[str]) -> ImagesReport:
@@ -118,7 +134,7 @@ class _Run:
     def _key(self, case: ImageCase) -> str:
         place = "" if case.index is None else f"#{case.index}"
         mask = "" if self._bundle.recipe.data.input != LESION else f"+{self._digest(case.mask)}"
-        return f"{self._digest(case.path)}{mask}{place}@{self._bundle.sha256}"
+        return f"{self._digest(case.path)}{mask}{place}@{self._bundle.sha256}{self._beside.key}"
 
     def _digest(self, path: Path | None) -> str:
         if path is None:
@@ -144,6 +160,7 @@ class _Run:
             error=reason,
         )
         self._keys.pop(case.id, None)
+        self._beside_rows.pop(case.id, None)
 
     def _predict(self, batch: Sequence[tuple[ImageCase, np.ndarray]]) -> list[str]:
         """Add the rows of a batch of images; return their ids."""
@@ -160,6 +177,7 @@ class _Run:
         temperature = self._bundle.judgement.temperature
         predictions = to_predictions(outputs, recipe.data, temperature)
         unusual = self._unusual(images)
+        self._beside_rows |= self._beside.rows([case.id for case, _ in batch], images)
         for (case, _), prediction, is_unusual in zip(batch, predictions, unusual, strict=True):
             row = self._value_row if recipe.data.kind == NUMBER else self._class_row
             self._rows[case.id] = row(case, prediction, is_unusual)
@@ -221,15 +239,19 @@ class _Run:
             "images": len(cases),
             "target": self._bundle.recipe.data.target,
             "coverage": self._bundle.judgement.coverage,
+            "baselines": list(self._beside.names),
             "operating_points": list(map(asdict, self._bundle.judgement.points)),
             "keys": {name: self._keys[name] for name in sorted(self._keys)},
         }
+        beside = [line for row in rows for line in self._beside_rows.get(row.case_id, ())]
         with self._outputs.staged() as commit:
             commit.write(_table_name(self._bundle), _table(rows, self._bundle))
+            if self._beside.names:
+                commit.write(BASELINES, table(BaselineRow, beside))
             if self._options.pages:
                 commit.write(PAGE, self._page(rows, cases, about).encode())
             commit.write(RUN, json_text(description))
-            commit.finish(last=RUN)
+            commit.finish(last=RUN, removed=() if self._beside.names else [BASELINES])
 
     def _page(self, rows: Sequence[Row], cases: Sequence[ImageCase], about: About) -> str:
         """Return report.html, with pictures of the images of this call that are most doubtful."""
@@ -252,7 +274,7 @@ def _table(rows: Sequence[Any], bundle: ImageBundle) -> Any:
     return class_table(bundle.recipe.data.names, rows)
 
 
-def _earlier(out: Path, bundle: ImageBundle) -> _Earlier:
+def _earlier(out: Path, bundle: ImageBundle, beside: Beside) -> _Earlier:
     """Return the rows of an earlier call with the same model; nothing if there are none."""
     try:
         keys = read_json(out / RUN)["keys"]
@@ -261,4 +283,8 @@ def _earlier(out: Path, bundle: ImageBundle) -> _Earlier:
             return _Earlier()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, VolsegError):
         return _Earlier()
-    return _Earlier(rows, {name: keys[name] for name in keys.keys() & rows.keys()})
+    beside_rows = earlier_rows(out, beside)
+    complete = keys.keys() & rows.keys()
+    if beside.names:
+        complete &= beside_rows.keys()
+    return _Earlier(rows, beside_rows, {name: keys[name] for name in complete})

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from volseg.commands.image_data import ImageDataset
+from volseg.commands.problems import Problem, problem_of
 from volseg.errors import VolsegError
 from volseg.io.files import make_folder, refuse_unsealed, write_sealed
 from volseg.io.prepared_images import CASES_FILE, PIXELS_FILE
@@ -14,6 +15,9 @@ from volseg.options import PlanOptions, PreprocessOptions
 from volseg.recipe import ClassifyRecipe, as_any_recipe
 from volseg.reports import PlanReport, PreprocessReport
 from volseg.store.outputs import OutputFolder
+
+if TYPE_CHECKING:  # torch takes seconds to import
+    from volseg.image_bundle import ImageBundle
 
 
 def image_dataset(options: PlanOptions | PreprocessOptions, **callbacks: Any) -> ImageDataset:
@@ -91,15 +95,31 @@ def target_problems(dataset: Path, recipe: ClassifyRecipe) -> Iterator[VolsegErr
         )
 
 
-def check_image_model(path: Path) -> Iterator[VolsegError]:
-    """Yield what is wrong with a model that classifies: its files, or its reference prediction."""
+def check_image_model(path: Path) -> Iterator[Problem]:
+    """Yield what is wrong with a model that classifies, and which classes it contradicts.
+
+    Raises:
+        VolsegError: its files are damaged.
+    """
+    from volseg.commands.baseline_tables import Beside
+    from volseg.commands.checking_labels import label_problems
+    from volseg.image_bundle import load_image_bundle
+
+    bundle = load_image_bundle(path)
+    for problem in _reference_problems(path, bundle):
+        yield problem_of(str(path), problem)
+    Beside.of(path, bundle.recipe.data)
+    yield from label_problems(path, bundle.recipe.data)
+
+
+def _reference_problems(path: Path, bundle: ImageBundle) -> Iterator[VolsegError]:
+    """Yield how the outputs for the reference image differ from those of training."""
     import numpy as np
     import torch
 
-    from volseg.image_bundle import REFERENCE_TOLERANCE, load_image_bundle
+    from volseg.image_bundle import REFERENCE_TOLERANCE
     from volseg.inference.images import predict_outputs
 
-    bundle = load_image_bundle(path)
     networks, reference = bundle.networks(), bundle.reference
     if reference is None:
         return

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from volseg.bundle import DESCRIPTION
+from volseg.commands.checking_labels import LABEL_CODE, VALIDATION, label_summary
 from volseg.commands.image_data import (
     ImageDataset,
     LoadedImages,
@@ -19,9 +20,11 @@ from volseg.commands.image_data import (
     load_images,
 )
 from volseg.commands.image_start import Start
+from volseg.commands.image_time import ImageTime
 from volseg.commands.training_call import PREPARED_FOLDER, WORK_FOLDER, Call, history_name
 from volseg.errors import VolsegError
 from volseg.evaluation.classes import SCORES
+from volseg.evaluation.label_errors import doubtful_labels
 from volseg.image_bundle import (
     ImageBundle,
     Reference,
@@ -37,13 +40,14 @@ from volseg.networks.image_network import PLANES_NDIM, ImageNetwork
 from volseg.options.training import MAX_FOLDS
 from volseg.pages.training_figures import curves_png, images_png
 from volseg.recipe import ClassifyRecipe, as_any_recipe
-from volseg.recipe.classification import NUMBER
+from volseg.recipe.classification import CLASSES, NUMBER
 from volseg.recipe.section import closed
 from volseg.reports import TrainReport
 from volseg.store.outputs import delete_written
 from volseg.store.tables import cell, table
 from volseg.training.baselines import Baseline, fit_baselines, save_baselines
 from volseg.training.check import check_image_recipe
+from volseg.training.image_features import first_planes
 from volseg.training.images import ImageObjective, Outputs, known_targets
 from volseg.training.judge import judge
 from volseg.training.loop import Trained, Watch, train_network
@@ -52,10 +56,9 @@ from volseg.training.run import BEST, LAST, Job
 from volseg.training.schedule import RunSettings, Stop
 from volseg.training.state import Epoch
 
-VALIDATION, CURVES = "validation.csv", "curves.png"
+CURVES = "curves.png"
 BASELINES = ("baselines.json", "baselines.safetensors")
 PREVIEW, PREVIEWED, PREVIEW_STEPS = "preview.png", 24, 6  # images drawn, of so many steps
-BASELINE_SECONDS = 120.0  # for all of them
 
 
 def run_image_training(call: Call) -> TrainReport:
@@ -75,7 +78,7 @@ class _Fold:
 
 class _ImageTraining:
     def __init__(self, call: Call) -> None:
-        self._call, self._options = call, call.options
+        self._call, self._options, self._time = call, call.options, ImageTime(call)
         init, teacher = call.options.init, call.options.teacher
         if call.options.prune is not None and init is None:
             raise VolsegError(
@@ -121,7 +124,7 @@ class _ImageTraining:
     def _open(self) -> None:
         """Check that `out` can take the model, and open the work folder."""
         out, resume = self._options.out, self._options.resume
-        unfinished = [path for path in self._call.work.glob(f"**/{LAST}") if path.is_file()]
+        unfinished = self._has_checkpoints
         if unfinished and not resume:
             raise VolsegError(
                 f"{out}: holds an interrupted training run",
@@ -142,6 +145,11 @@ class _ImageTraining:
         self._call.outputs.work_folder(WORK_FOLDER)
         self._call.progress("Starting", 0.0, str(self._options.dataset))
 
+    @property
+    def _has_checkpoints(self) -> bool:
+        """Whether there are checkpoints of an interrupted run."""
+        return any(path.is_file() for path in self._call.work.glob(f"**/{LAST}"))
+
     def _data(self) -> LoadedImages:
         """Prepare the dataset in the work folder, or load prepared images."""
         options, folder = self._options, self._options.dataset
@@ -158,7 +166,7 @@ class _ImageTraining:
                     seed=options.seed,
                     start=self._start,
                     teacher=None if self._teacher is None else self._teacher.recipe,
-                    progress=self._call.progress,
+                    progress=self._time.guarded(),
                     announce=options.announce,
                 )
                 dataset.prepare(dataset.plan(), folder)
@@ -208,8 +216,10 @@ class _ImageTraining:
 
     def _train_all(self, data: LoadedImages) -> list[_Fold]:
         """Train a network per split, until Ctrl-C ends one."""
-        folds: list[_Fold] = []
-        for split in self._splits(data):
+        folds, splits = list[_Fold](), self._splits(data)
+        if not (self._options.resume and self._has_checkpoints):
+            self._time.check(self._objective(*splits[0][1:], data.recipe), len(splits))
+        for split in splits:
             folds.append(self._train(*split, data.recipe))
             if folds[-1].trained.stop is Stop.INTERRUPTED:
                 break
@@ -220,11 +230,9 @@ class _ImageTraining:
     ) -> _Fold:
         options, call = self._options, self._call
         n = options.folds or 1
-        objective = ImageObjective(
-            training, validation, recipe, self._start is not None, self._teachers(recipe)
-        )
+        objective = self._objective(training, validation, recipe)
         make_folder(folder := call.checkpoints(number, n))
-        left = call.time.left()
+        left = self._time.left(recipe)
         seconds = None if left is None else left / (n - number if n > 1 else 1)
         settings = RunSettings(
             seed=options.seed,
@@ -255,6 +263,12 @@ class _ImageTraining:
             call.team.fabric.device, None, lambda doing: None
         ).validate_all(trained.weights)
         return _Fold(trained, validation, number, rows[0])
+
+    def _objective(
+        self, training: ImageSet, validation: ImageSet, recipe: ClassifyRecipe
+    ) -> ImageObjective:
+        starts_trained = self._start is not None
+        return ImageObjective(training, validation, recipe, starts_trained, self._teachers(recipe))
 
     def _teachers(self, recipe: ClassifyRecipe) -> Sequence[ImageNetwork]:
         """Return the networks of the teacher, which must see and name the same as the student."""
@@ -323,10 +337,12 @@ class _ImageTraining:
             training_targets=[case.target for case in training.cases],
         )
         is_single = len(folds) == 1
-        facts = dict(folds[0].trained.metrics) if is_single else {"networks": len(folds)}
+        facts: dict[str, Any] = {"networks": len(folds)}
+        if is_single:
+            facts = dict(folds[0].trained.metrics)
         facts["training_images"] = data.fingerprint.n_images
         baselines, scores = self._baselines(data)
-        facts |= scores
+        facts |= scores | self._doubtful(folds, recipe, judgement.temperature)
         if self._call.warnings:
             facts["warnings"] = "; ".join(self._call.warnings)
         bundle = replace(
@@ -343,18 +359,30 @@ class _ImageTraining:
             commit.finish(last=DESCRIPTION)
         return load_image_bundle(self._options.out)
 
+    def _doubtful(
+        self, folds: Sequence[_Fold], recipe: ClassifyRecipe, temperature: float
+    ) -> dict[str, int]:
+        """Return how many validation images may have a wrong class, and warn of them."""
+        if recipe.data.kind != CLASSES:
+            return {}
+        logits = np.concatenate([fold.outputs.logits for fold in folds])
+        targets = np.concatenate([fold.outputs.targets for fold in folds]).argmax(axis=1)
+        n = len(doubtful_labels(to_predictions(logits, recipe.data, temperature), targets))
+        if n:
+            advice = f"`volseg check {self._options.out}` lists them"
+            self._call.warn(f"{LABEL_CODE}: {label_summary(n, len(targets))}; {advice}")
+        return {"doubtful_labels": n}
+
     def _baselines(self, data: LoadedImages) -> tuple[list[Baseline], dict[str, Any]]:
         """Fit the baselines on the training split; return them and their validation scores."""
         recipe, kind = data.recipe, str(data.recipe.data.kind)
         training, validation = (data.images.of_split(split) for split in ("train", "val"))
         if not recipe.train.baselines:
             return [], {}
-        seconds = BASELINE_SECONDS
-        if self._call.time.seconds is not None:
-            seconds = min(seconds, recipe.train.baseline_fraction * self._call.time.seconds)
+        seconds = self._time.baselines(recipe)
         self._call.progress("Fitting baselines", 0.0, f"at most {seconds:.0f} s")
         baselines = fit_baselines(
-            _first_planes(training),
+            first_planes(training.pixels),
             known_targets(training, recipe),
             kind,  # type: ignore[arg-type]
             seed=self._options.seed,
@@ -368,7 +396,7 @@ class _ImageTraining:
             if baseline.reason:
                 scores[name] = baseline.reason
                 continue
-            predicted = baseline.predict(_first_planes(validation))
+            predicted = baseline.predict(first_planes(validation.pixels))
             value = score(predicted, truth > 0 if truth.ndim == 2 else truth)
             if value is not None:
                 scores[name] = round(value, 4)
@@ -389,11 +417,6 @@ def _target_text(target: np.ndarray, recipe: ClassifyRecipe) -> str:
         return f"{to_predictions(target[None], data)[0, 0]:.4g}"
     parts = [(name, part) for name, part in zip(data.names, target, strict=True) if part > 0]
     return ", ".join(name if part == 1 else f"{part:.0%} {name}" for name, part in parts)
-
-
-def _first_planes(images: ImageSet) -> np.ndarray:
-    """Return (N, C, H, W): of lesions the first plane alone, which simple models look at."""
-    return images.pixels[:, 0] if images.pixels.ndim == PLANES_NDIM else images.pixels
 
 
 def _reference(

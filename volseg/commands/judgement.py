@@ -12,7 +12,7 @@ from volseg.columns import row_of
 from volseg.commands.class_tables import TruthTable
 from volseg.evaluation.agreement import Agreement, agreement
 from volseg.evaluation.calibration import calibration_error, error_if_calibrated
-from volseg.evaluation.class_intervals import Judged, MetricRow
+from volseg.evaluation.class_intervals import Judged, MetricRow, text_of_metric
 from volseg.evaluation.class_rows import JudgedRow, joined, split_names
 from volseg.evaluation.classes import ClassPredictions, Value, confusion
 from volseg.evaluation.conformal import judge_sets
@@ -27,20 +27,29 @@ class Judgement:
 
     Args:
         judged_rows: of evaluation.csv, for the judged cases.
+        baselines: judged on the same cases, each with its name as model.
     """
 
     truth: TruthTable
     judged: Judged
     metrics: Sequence[MetricRow]
     judged_rows: Sequence[JudgedRow]
+    baselines: Sequence[Judged] = ()
 
     @classmethod
-    def of(cls, truth: TruthTable, judged: Judged, metrics: Sequence[MetricRow]) -> Judgement:
+    def of(
+        cls,
+        truth: TruthTable,
+        judged: Judged,
+        metrics: Sequence[MetricRow],
+        baselines: Sequence[Judged] = (),
+    ) -> Judgement:
         return cls(
             truth=truth,
             judged=judged,
             metrics=metrics,
             judged_rows=list(_judged_rows(truth, judged)),
+            baselines=baselines,
         )
 
     @property
@@ -68,6 +77,7 @@ class Judgement:
             if (row.metric, row.average, row.class_name) == (metric, average, class_name)
             and not row.group_column
             and row.model == self.judged.model
+            and not row.baseline
         ]
 
     def row(self, metric: str, *, average: str = "", class_name: str = "") -> MetricRow | None:
@@ -158,9 +168,9 @@ class Judgement:
     def _sets(self) -> dict[str, Any] | None:
         """Return what the confidence sets were worth; None if the model states none."""
         p, texts = self.judged.predictions, [row.confidence_set for row in self.truth.rows]
-        if not isinstance(p, ClassPredictions) or p.is_multilabel or not all(texts):
+        if not isinstance(p, ClassPredictions) or not _states_sets(p, texts):
             return None
-        sets = np.array([np.isin(list(p.names), split_names(text)) for text in texts])
+        sets = np.array([np.isin(list(p.names), split_names(text or "")) for text in texts])
         return asdict(judge_sets(sets, p.targets, p.names))
 
     def _unusual(self) -> dict[str, Any] | None:
@@ -183,6 +193,11 @@ class Judgement:
         texts = {name: self.text(metric, class_name=name) for name in classes}
         return {name: f"{title} {text}" for name, text in texts.items() if text}
 
+    def _curves(self) -> dict[str, ClassPredictions]:
+        """Return name → predictions of each baseline of classes."""
+        parts = ((one.model, one.predictions) for one in self.baselines)
+        return {name: p for name, p in parts if isinstance(p, ClassPredictions)}
+
     def pictures(self) -> dict[str, bytes]:
         """Return the figures for which there is data, by file name."""
         from volseg.pages import classification_figures as figures
@@ -202,7 +217,7 @@ class Judgement:
         error = calibration_error(p.probabilities, p.targets)
         expected = error_if_calibrated(p.probabilities, p.targets)
         drawn = {
-            "roc.png": figures.roc_png(p, aucs, self.truth.predicted.points),
+            "roc.png": figures.roc_png(p, aucs, self.truth.predicted.points, self._curves()),
             "precision_recall.png": figures.precision_recall_png(p, precisions),
             "calibration.png": figures.calibration_png(
                 p, f"ECE {error:.3f} ({expected:.3f} if perfectly calibrated)"
@@ -215,7 +230,7 @@ class Judgement:
 
 def _judged_rows(truth: TruthTable, judged: Judged) -> Iterator[JudgedRow]:
     p = judged.predictions
-    facts_of = _class_facts(p) if isinstance(p, ClassPredictions) else _number_facts(p)
+    facts_of = _number_facts(p) if isinstance(p, NumberPredictions) else _class_facts(p, truth.rows)
     for number, (name, row) in enumerate(zip(truth.names, truth.rows, strict=True)):
         patient = truth.patient_of(name) or name
         values = {"case_id": name, "patient": patient, "status": "done"}
@@ -226,14 +241,20 @@ def _judged_rows(truth: TruthTable, judged: Judged) -> Iterator[JudgedRow]:
 Facts = Callable[[int, Any], dict[str, Any]]
 
 
-def _class_facts(p: ClassPredictions) -> Facts:
+def _states_sets(p: ClassPredictions, texts: Sequence[str | None]) -> bool:
+    """Tell whether a model states confidence sets; of several labels at once some may be empty."""
+    return any(texts) if p.is_multilabel else all(texts)
+
+
+def _class_facts(p: ClassPredictions, rows: Sequence[Any]) -> Facts:
     """Return the function from a case of classes to its columns."""
     names, truth, decided = list(p.names), p.truth, p.decided
+    may_be_empty = p.is_multilabel and _states_sets(p, [row.confidence_set for row in rows])
 
     def facts(number: int, row: Any) -> dict[str, Any]:
         is_true, is_open = truth[number], None
-        if row.confidence_set:
-            is_open = np.isin(names, split_names(row.confidence_set))
+        if row.confidence_set or may_be_empty:
+            is_open = np.isin(names, split_names(row.confidence_set or ""))
         single = None if p.is_multilabel else float(p.probabilities[number][is_true][0])
         return {
             "reference": joined([names[n] for n in np.flatnonzero(is_true)]),
@@ -274,28 +295,16 @@ def _mean_success(rows: Sequence[JudgedRow]) -> Value:
     return Value(float(np.mean(values)))
 
 
-def text_of_metric(row: MetricRow | None) -> str:
-    """Return a value with its interval.
-
-    >>> text_of_metric(MetricRow(metric="auc", class_name="", average="macro", n=9, n_patients=9,
-    ...     value=0.91234, low=0.88, high=0.9567))
-    '0.912 (95 %: 0.880 to 0.957)'
-    """
-    if row is None or row.value is None:
-        return ""
-    digits = 3 if abs(row.value) < 10 else 1
-    if row.low is None or row.high is None:
-        return f"{row.value:.{digits}f}"
-    return f"{row.value:.{digits}f} (95 %: {row.low:.{digits}f} to {row.high:.{digits}f})"
-
-
 def _metrics_json(rows: Sequence[MetricRow], model: str) -> dict[str, Any]:
     """Return the metrics by what they are of; subgroups and differences apart."""
     content: dict[str, Any] = {"metrics": {}, "metrics_by_class": {}, "subgroups": {}}
-    content["difference"] = {}
+    content |= {"difference": {}, "baselines": {}}
     for row in rows:
-        place = content["metrics"] if row.average else content["metrics_by_class"]
-        if row.group_column:
+        kind = "metrics" if row.average else "metrics_by_class"
+        place = content[kind]
+        if row.baseline:
+            place = content["baselines"].setdefault(row.baseline, {}).setdefault(kind, {})
+        elif row.group_column:
             by_value = content["subgroups"].setdefault(row.group_column, {})
             place = by_value.setdefault(row.group_value, {})
         elif row.model != model:

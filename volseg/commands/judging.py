@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from volseg.commands.baseline_judging import Baselines
 from volseg.commands.class_tables import Predicted, Reference, TruthTable
 from volseg.commands.judgement import Judgement
 from volseg.errors import VolsegError
 from volseg.evaluation.class_intervals import (
+    Judged,
     MetricRow,
     difference_rows,
     metric_rows,
@@ -53,11 +55,12 @@ def evaluate_tables(options: EvaluateOptions) -> EvaluateReport:
     inputs += [] if options.against is None else [options.against]
     with OutputFolder(options.out, "evaluate", inputs=inputs) as outputs:
         outputs.check_overwrites([EVALUATION, METRICS, SUMMARY, REPORT, *PICTURES])
-        warnings = truth.warnings
+        baselines = Baselines.of(truth)
+        warnings = [*truth.warnings, *baselines.remarks]
         options.warn(*warnings)
         for name, reason in truth.predicted.failed.items():
             options.report_failure(name, reason)
-        judgement = _judge(truth, options)
+        judgement = _judge(truth, baselines.judged, options)
         pictures = judgement.pictures()
         with outputs.staged() as commit:
             commit.write(EVALUATION, table(JudgedRow, judgement.case_rows))
@@ -87,21 +90,25 @@ def _refuse_mask_options(options: EvaluateOptions) -> None:
             )
 
 
-def _judge(truth: TruthTable, options: EvaluateOptions) -> Judgement:
-    """Compute all metrics: of all cases, of each subgroup, and against the other model."""
+def _judge(truth: TruthTable, baselines: Sequence[Judged], options: EvaluateOptions) -> Judgement:
+    """Compute all metrics: of the model, its baselines, subgroups, and against another model."""
     judged, metrics = truth.judged, list[MetricRow]()
-    n_steps = 1 + len(options.by) + (options.against is not None)
+    n_steps = 1 + len(options.by) + (options.against is not None) + len(baselines)
     options.progress("Judging", 0.0, judged.model)
     metrics += metric_rows(judged)
     metrics += operating_rows(judged, truth.predicted.points)
-    for step, name in enumerate(options.by, start=1):
+    for step, baseline in enumerate(baselines, start=1):
+        options.progress("Judging", step / n_steps, baseline.model)
+        rows = metric_rows(baseline)
+        metrics += [replace(row, model=judged.model, baseline=baseline.model) for row in rows]
+    for step, name in enumerate(options.by, start=1 + len(baselines)):
         options.progress("Judging", step / n_steps, f"by {name}")
         metrics += subgroup_rows(judged, name, truth.column(name))
     if options.against is not None:
         options.progress("Judging", 1 - 1 / n_steps, "against the other model")
         metrics += _differences(truth, Predicted.of(options.against))
     options.progress("Judging", 1.0, "")
-    return Judgement.of(truth, judged, metrics)
+    return Judgement.of(truth, judged, metrics, baselines)
 
 
 def _differences(truth: TruthTable, other: Predicted) -> list[MetricRow]:

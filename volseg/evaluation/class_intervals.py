@@ -53,6 +53,9 @@ class MetricRow:
     group_column: str = column("", "column of the reference that defines the subgroup, if any", "")
     group_value: str = column("", "value in that column", "")
     model: str = column("", "model; for a difference both, as A − B", "")
+    baseline: str = column(
+        "", "simple model beside it that was judged instead; empty for the model itself", ""
+    )
     value: float | None = optional("", "value of the metric")
     low: float | None = optional("", "lower end of its 95 % interval over patients")
     high: float | None = optional("", "upper end")
@@ -62,6 +65,21 @@ class MetricRow:
     reason: str = column(
         "", "why value or interval is missing, or which classes an average leaves out", ""
     )
+
+
+def text_of_metric(row: MetricRow | None) -> str:
+    """Return a value with its interval.
+
+    >>> text_of_metric(MetricRow(metric="auc", class_name="", average="macro", n=9, n_patients=9,
+    ...     value=0.91234, low=0.88, high=0.9567))
+    '0.912 (95 %: 0.880 to 0.957)'
+    """
+    if row is None or row.value is None:
+        return ""
+    digits = 3 if abs(row.value) < 10 else 1
+    if row.low is None or row.high is None:
+        return f"{row.value:.{digits}f}"
+    return f"{row.value:.{digits}f} (95 %: {row.low:.{digits}f} to {row.high:.{digits}f})"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,6 +10,7 @@ from volseg.columns import column, columns_of, optional
 from volseg.errors import VolsegError
 
 CLASSES, VALUES = "classes.csv", "values.csv"
+BASELINES = "baselines.csv"  # beside either
 PROBABILITY = "probability_"  # followed by the name of a class
 SEPARATOR = "|"  # between the names of several classes in a cell
 
@@ -33,7 +34,8 @@ class ClassRow:
     confidence_set: str | None = optional(
         "",
         "classes that the prediction leaves open, joined by |; the true one is among them at the "
-        "rate that the model states",
+        "rate that the model states; with several labels at once the labels that cannot be "
+        "excluded, and empty if all can be",
         source="split conformal prediction (LAC)",
     )
     out_of_distribution: bool | None = optional(
@@ -66,6 +68,17 @@ class ValueRow:
     model: str | None = optional("", "name of the model")
     status: str = column("", "done or failed", "done")
     error: str | None = optional("", "code and reason of a failure")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaselineRow:
+    """What a baseline predicts of one case for one class, or as a number; baselines.csv."""
+
+    case_id: str = column("", "name of the case")
+    baseline: str = column("", "simple model of simple features; docs/images.md lists them")
+    class_name: str | None = optional("", "class or label of the probability; empty for a number")
+    probability: float | None = optional("0 to 1", "its probability; empty for a number")
+    value: float | None = optional("", "predicted number, in the unit of the target")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,17 +23,25 @@ class ConformalRule:
     Args:
         quantile: k limits, all equal unless the coverage holds for each class: a class is in the
             set if 1 − its probability is at most its limit. Infinity: always.
-        coverage: the fraction of sets that contain the true class.
+        coverage: the fraction of sets that contain the true class; of several labels at once, the
+            fraction of the images with a label whose set contains it.
+        is_multilabel: a case may have several labels, or none.
     """
 
     quantile: tuple[float, ...]
     coverage: float
+    is_multilabel: bool = False
 
     def sets(self, probabilities: np.ndarray) -> np.ndarray:
-        """Return (n, k) bool: the set of each case, which always holds the most probable class."""
+        """Return (n, k) bool: the set of each case.
+
+        It always holds the most probable class; of several labels it may be empty.
+        """
         table = np.asarray(probabilities, dtype=np.float64)
         # 1e-9: probabilities that were written to a table and read again stay in the set.
         inside = 1 - table <= np.array(self.quantile) + 1e-9
+        if self.is_multilabel:
+            return inside
         return inside | one_hot(table.argmax(axis=1), table.shape[1])
 
 
@@ -53,7 +61,8 @@ def fit_conformal(
     empty, so the most probable class always belongs to it, which can only raise the coverage.
 
     Args:
-        probabilities: (n, k). targets: (n,) class index.
+        probabilities: (n, k). targets: (n,) class index; or (n, k) bool of several labels at once,
+            each of which then has its own limit among the cases that have it.
         per_class: the coverage holds among the cases of each class, also of a rare one; a class
             with fewer than coverage / (1 − coverage) cases is then in every set.
 
@@ -61,11 +70,13 @@ def fit_conformal(
     """
     table = np.asarray(probabilities, dtype=np.float64)
     truth = one_hot(targets, table.shape[1])
-    scores = 1 - table[truth]
-    if not per_class:
-        return ConformalRule((conformal_quantile(scores, coverage),) * table.shape[1], coverage)
-    quantiles = [conformal_quantile(scores[of_class], coverage) for of_class in truth.T]
-    return ConformalRule(tuple(quantiles), coverage)
+    is_multilabel = np.ndim(targets) == truth.ndim
+    if per_class or is_multilabel:
+        pairs = zip(table.T, truth.T, strict=True)
+        quantiles = [conformal_quantile(1 - p[is_true], coverage) for p, is_true in pairs]
+        return ConformalRule(tuple(quantiles), coverage, is_multilabel)
+    limit = conformal_quantile(1 - table[truth], coverage)
+    return ConformalRule((limit,) * table.shape[1], coverage)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +84,11 @@ class SetStatistics:
     """What sets of classes were worth on n cases.
 
     Args:
-        coverage: fraction of the sets that contain the true class.
+        coverage: fraction of the sets that contain the true class; of several labels at once, the
+            fraction of the labels of all cases that are in the set of their case.
         coverage_of_class: class name → that among its cases.
         single: fraction of the cases with one class in the set, for which the model is sure.
-        single_right: fraction of those whose class is right; unknown if there is none.
+        single_right: fraction of those whose class, or labels, are right; unknown if there is none.
         mean_size: mean number of classes in a set.
     """
 
@@ -89,19 +101,20 @@ class SetStatistics:
 
 
 def judge_sets(sets: np.ndarray, targets: np.ndarray, names: Sequence[str]) -> SetStatistics:
-    """Return coverage and size of (n, k) sets for (n,) true classes."""
-    truth = one_hot(targets, len(names))
-    hit, size = np.any(sets & truth, axis=1), np.sum(sets, axis=1)
+    """Return coverage and size of (n, k) sets for (n,) true classes, or (n, k) bool labels."""
+    truth, sets = one_hot(targets, len(names)), np.asarray(sets, dtype=bool)
+    size = np.sum(sets, axis=1)
     is_single = np.asarray(size == 1)
+    is_equal = np.all(sets == truth, axis=1)
     return SetStatistics(
         n=len(sets),
-        coverage=float(hit.mean()),
+        coverage=float(sets[truth].mean()) if truth.any() else 1.0,
         coverage_of_class={
-            name: _fraction(hit[of_class], "no case has the class")
-            for name, of_class in zip(names, truth.T, strict=True)
+            name: _fraction(in_set[of_class], "no case has the class")
+            for name, in_set, of_class in zip(names, sets.T, truth.T, strict=True)
         },
         single=float(is_single.mean()),
-        single_right=_fraction(hit[is_single], "no set has one class"),
+        single_right=_fraction(is_equal[is_single], "no set has one class"),
         mean_size=float(size.mean()),
     )
 

@@ -126,7 +126,11 @@ def _span(done: Sequence[Row], coverage: float) -> str:
 def _named(done: Sequence[Row], coverage: float) -> str:
     """Say how many images are of each class, and how many might be of several."""
     named = format_list([f"{n} {name}" for name, n in _counts(done).items()], MAX_CLASSES)
-    n_open = sum("|" in (row.confidence_set or "") for row in done if isinstance(row, ClassRow))
+    rows = [row for row in done if isinstance(row, ClassRow)]
+    states_sets = any(row.confidence_set for row in rows)
+    # Of one class of several the set holds the predicted one; of labels it may differ either way.
+    is_open = [(row.confidence_set or "") != (row.class_name or "") for row in rows]
+    n_open = sum(is_open) if states_sets else 0
     sure = f"; of {n_open} it is not sure at {coverage:.0%} coverage" if n_open else ""
     return f"{named or 'none'}{sure}"
 

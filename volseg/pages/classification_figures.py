@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -39,12 +40,17 @@ def drawn_classes(predictions: ClassPredictions) -> list[int]:
 
 
 def roc_png(
-    predictions: ClassPredictions, texts: Texts, points: Sequence[OperatingPoint] = ()
+    predictions: ClassPredictions,
+    texts: Texts,
+    points: Sequence[OperatingPoint] = (),
+    beside: Mapping[str, ClassPredictions] = MappingProxyType({}),
 ) -> bytes | None:
     """Plot sensitivity against 1 − specificity; None if no class has positive and negative cases.
 
     Args:
         points: drawn where these thresholds lie on the cases shown, as filled marks.
+        beside: name → predictions of simple models of the same cases, drawn as thin dashed lines if
+            there is one curve.
     """
     curves = [
         (number, curve)
@@ -55,6 +61,8 @@ def roc_png(
         return None
     figure, plot = _square_plot("ROC", "1 − specificity", "sensitivity")
     plot.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, label="guess")
+    if len(curves) == 1:
+        _draw_beside(plot, beside, curves[0][0])
     for number, curve in curves:
         name = predictions.names[number]
         x, y = curve.false_positive_rate, curve.sensitivity
@@ -74,6 +82,17 @@ def roc_png(
                 label=f"{point.name}: {name} from {format_number(point.threshold, 3)} up",
             )
     return _with_legend(figure, plot)
+
+
+def _draw_beside(plot: Any, beside: Mapping[str, ClassPredictions], number: int) -> None:
+    """Draw the ROC curve of one class of each simple model; a constant prediction is a guess."""
+    for place, (name, p) in enumerate(beside.items(), start=2):
+        scores = p.probabilities[:, number]
+        curve = roc_curve(scores, p.truth[:, number])
+        if curve is not None and np.ptp(scores) > 0:
+            x, y, style = curve.false_positive_rate, curve.sensitivity, {"linestyle": "--"}
+            label = name.replace("_", " ")
+            plot.plot(x, y, color=_colour(place), linewidth=0.9, label=label, **style)
 
 
 def precision_recall_png(predictions: ClassPredictions, texts: Texts) -> bytes | None:

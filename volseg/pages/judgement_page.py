@@ -7,14 +7,40 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from volseg.evaluation.class_intervals import MetricRow
+from volseg.columns import column_names, optional, row_of
+from volseg.evaluation.class_intervals import MetricRow, text_of_metric
 from volseg.evaluation.class_rows import JudgedRow
+from volseg.evaluation.classes import MACRO, OVERALL
 from volseg.pages.about import About
 from volseg.pages.page import CONTENT_BYTES, as_base64, json_size
 from volseg.pages.page_tables import Layout, fitting_table
 from volseg.pages.run_page import Plot, RunPage, code_and_text, count_fact
 from volseg.words import format_count
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BesideRow:
+    """The main metrics of the model or of a simple one, with their intervals, as text."""
+
+    model: str = optional("", "the model, or the simple model")
+    auc: str | None = optional("", "macro AUC")
+    average_precision: str | None = optional("", "macro average precision")
+    balanced_accuracy: str | None = optional("", "overall balanced accuracy")
+    accuracy: str | None = optional("", "overall accuracy")
+    log_loss: str | None = optional("", "log loss")
+    mae: str | None = optional("", "mean absolute error")
+    rmse: str | None = optional("", "root of the mean squared error")
+    r2: str | None = optional("", "1 − MSE / variance of the truth")
+
+
+BESIDE_TABLE = Layout(
+    name="beside",
+    caption="Beside simple models",
+    row_type=BesideRow,
+    hint="type words",
+    file="metrics.csv",
+    shown=column_names(BesideRow),
+)
 METRIC_TABLE = Layout(
     name="metrics",
     caption="Metrics",
@@ -22,7 +48,7 @@ METRIC_TABLE = Layout(
     hint="type words, such as auc, or a condition such as value < 0.8",
     file="metrics.csv",
     shown=(
-        *("metric", "average", "class_name", "group_column", "group_value", "model"),
+        *("metric", "average", "class_name", "group_column", "group_value", "model", "baseline"),
         *("value", "low", "high", "p_value", "n", "n_patients", "reason"),
     ),
 )
@@ -39,6 +65,7 @@ CASE_TABLE = Layout(
     rank=lambda row: badness(row),
     kept="worst",
 )
+RANKED = ("auc", "average_precision")  # shown as means over classes, the others overall
 MEANINGS = {
     "roc.png": "ROC curves: sensitivity against 1 − specificity",
     "precision_recall.png": "precision against recall",
@@ -74,6 +101,8 @@ def judgement_html(about: About, judged: Content) -> str:
     left = CONTENT_BYTES - json_size(failed) - sum(len(plot.svg.encode()) for plot in plots)
     metrics = fitting_table(METRIC_TABLE, judged.metrics, max_bytes=left // 2)
     table = fitting_table(CASE_TABLE, cases, max_bytes=left - json_size(metrics.content))
+    beside = _beside(judged.metrics)
+    first = [fitting_table(BESIDE_TABLE, beside, max_bytes=left)] if beside else []
     return RunPage(
         title=f"volseg evaluate: {format_count(len(cases), 'case')}",
         made_with=about.made_with,
@@ -85,8 +114,30 @@ def judgement_html(about: About, judged: Content) -> str:
         sentence=judged.sentence,
         facts=_facts(judged.cases),
         plots=plots,
-        tables=[metrics, table],
+        tables=[*first, metrics, table],
     ).html()
+
+
+def _beside(metrics: Sequence[MetricRow]) -> list[BesideRow]:
+    """Return a row of the model and one of each of its baselines; none without baselines."""
+    of_baselines = [row for row in metrics if row.baseline]
+    if not of_baselines:
+        return []
+    model = of_baselines[0].model
+
+    def texts(name: str) -> dict[str, str]:
+        return {
+            row.metric: text_of_metric(row)
+            for row in metrics
+            if (row.model, row.baseline, row.group_column) == (model, name, "")
+            and row.average == (MACRO if row.metric in RANKED else OVERALL)
+        }
+
+    names = dict.fromkeys(row.baseline for row in of_baselines)
+    return [
+        row_of(BesideRow, texts(name) | {"model": name.replace("_", " ") or model})
+        for name in ("", *names)
+    ]
 
 
 def _failures(rows: Sequence[JudgedRow]) -> list[tuple[str, str, str]]:

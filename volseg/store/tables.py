@@ -27,9 +27,11 @@ from volseg.comparison.response import PatientResponse
 from volseg.errors import VolsegError, given_path
 from volseg.evaluation.class_intervals import MetricRow
 from volseg.evaluation.class_rows import (
+    BASELINES,
     CLASSES,
     PROBABILITY,
     VALUES,
+    BaselineRow,
     ClassRow,
     JudgedRow,
     ValueRow,
@@ -60,6 +62,7 @@ TABLES: dict[str, type] = {
     "review.csv": LesionReview,
     CLASSES: ClassRow,
     VALUES: ValueRow,
+    BASELINES: BaselineRow,
     "metrics.csv": MetricRow,
 }
 # Rows that a table has instead if its header has all their columns.
@@ -137,6 +140,15 @@ def read_value_rows(path: Path) -> list[ValueRow]:
         OSError, ValueError: as `read_class_rows`.
     """
     return [typed_row(ValueRow, cells) for cells in iterate_csv(path)]
+
+
+def read_baseline_rows(path: Path) -> list[BaselineRow]:
+    """Read baselines.csv: a row per case, baseline and class.
+
+    Raises:
+        OSError, ValueError: as `read_class_rows`.
+    """
+    return [typed_row(BaselineRow, cells) for cells in iterate_csv(path)]
 
 
 def typed_row(row_type: type[Row], cells: Mapping[str, str]) -> Row:

@@ -9,6 +9,7 @@ import numpy as np
 GRID = 16  # rows and columns of the downsampled image
 PERCENTILES = np.linspace(0, 100, 21)
 CELLS = 4  # rows and columns of the histograms of gradients
+PLANES_NDIM = 5  # of images with several planes each
 ORIENTATIONS = 8  # bins of 22.5°; opposite directions count as the same
 
 
@@ -29,6 +30,11 @@ def image_features(images: np.ndarray, *, pixels_at_once: int = 2**20) -> np.nda
     """
     parts = list(_chunks(images, max(1, pixels_at_once // int(np.prod(images.shape[1:])))))
     return np.concatenate(parts) if parts else np.empty((0, n_features(images.shape[1])))
+
+
+def first_planes(images: np.ndarray) -> np.ndarray:
+    """Return (n, C, H, W): of lesions, (n, planes, C, H, W), the first plane alone."""
+    return images[:, 0] if images.ndim == PLANES_NDIM else images
 
 
 def n_features(channels: int) -> int:

@@ -49,11 +49,10 @@ def judge(
     probabilities = to_predictions(outputs, recipe.data, temperature)
     truth, names = _known(targets, recipe), recipe.data.names
     coverage = recipe.infer.coverage
-    is_exclusive = recipe.data.kind == CLASSES
     judgement = Judgement(
         temperature=temperature,
         points=tuple(_points(probabilities, targets > 0, names)),
-        sets=fit_conformal(probabilities, truth, coverage=coverage) if is_exclusive else None,
+        sets=fit_conformal(probabilities, truth, coverage=coverage),
         coverage=coverage,
         outliers=outliers,
     )
