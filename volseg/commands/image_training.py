@@ -27,6 +27,7 @@ from volseg.evaluation.classes import SCORES
 from volseg.evaluation.label_errors import doubtful_labels
 from volseg.image_bundle import (
     ImageBundle,
+    Judgement,
     Reference,
     classifier_name,
     load_image_bundle,
@@ -316,29 +317,13 @@ class _ImageTraining:
 
     def _write(self, data: LoadedImages, folds: Sequence[_Fold]) -> ImageBundle:
         """Judge the networks on the images that they were not trained on; write the model."""
-        recipe = data.recipe
+        recipe, device = data.recipe, self._call.team.fabric.device
         weights = {classifier_name(index): fold.trained.weights for index, fold in enumerate(folds)}
         bundle = ImageBundle(recipe, data.fingerprint, weights, reasons=data.reasons)
         networks = bundle.networks()
-        device = self._call.team.fabric.device
-
-        def embed(number: int, images: ImageSet) -> np.ndarray:
-            network = networks[number].to(device)
-            return embed_images(network, images.pixels, recipe.infer, device)
-
-        outputs = np.concatenate([fold.outputs.logits for fold in folds])
-        targets = np.concatenate([fold.outputs.targets for fold in folds])
-        training = data.images.of_split("train")
-        judgement, metrics = judge(
-            outputs,
-            targets,
-            recipe,
-            embeddings=(embed(0, training), embed(0, folds[0].validation)),
-            training_targets=[case.target for case in training.cases],
-        )
-        is_single = len(folds) == 1
+        judgement, metrics = _judged(folds, networks[0].to(device), data, device)
         facts: dict[str, Any] = {"networks": len(folds)}
-        if is_single:
+        if len(folds) == 1:
             facts = dict(folds[0].trained.metrics)
         facts["training_images"] = data.fingerprint.n_images
         baselines, scores = self._baselines(data)
@@ -417,6 +402,32 @@ def _target_text(target: np.ndarray, recipe: ClassifyRecipe) -> str:
         return f"{to_predictions(target[None], data)[0, 0]:.4g}"
     parts = [(name, part) for name, part in zip(data.names, target, strict=True) if part > 0]
     return ", ".join(name if part == 1 else f"{part:.0%} {name}" for name, part in parts)
+
+
+def _judged(
+    folds: Sequence[_Fold], network: ImageNetwork, data: LoadedImages, device: torch.device
+) -> tuple[Judgement, dict[str, Any]]:
+    """Judge all networks on their validation images; embed those of the first for outliers.
+
+    What is usual is learned from the images that the first network was trained on, so that its
+    validation images are as new to it as those to come.
+    """
+    recipe, validation = data.recipe, folds[0].validation
+    held_out = {case.id for case in validation.cases}
+    training = data.images.take(
+        [n for n, case in enumerate(data.images.cases) if case.id not in held_out]
+    )
+    embeddings = [
+        embed_images(network, images.pixels, recipe.infer, device)
+        for images in (training, validation)
+    ]
+    return judge(
+        np.concatenate([fold.outputs.logits for fold in folds]),
+        np.concatenate([fold.outputs.targets for fold in folds]),
+        recipe,
+        embeddings=(embeddings[0], embeddings[1]),
+        training_targets=[case.target for case in training.cases],
+    )
 
 
 def _reference(
