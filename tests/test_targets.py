@@ -42,6 +42,13 @@ def test_a_column_that_is_no_target_is_refused(texts, problem):
         cells(*texts).describe(Target(target="t"))
 
 
+def test_ranges_of_numbers_are_classes_without_a_kind():
+    column = cells("1.5", "9.25", "30.5")
+    described = column.describe(Target(target="t", classes={"low": (0, 10), "high": (25, 100)}))
+    assert (described.kind, described.names) == ("classes", ("low", "high"))
+    assert column.values(described) == ({"0": 0, "1": 0, "2": 1}, [])
+
+
 def test_a_recipe_decides_kind_order_and_ranges():
     stated = Target(target="t", kind="classes", classes=("malignant", "benign"))
     assert value_of("BENIGN", stated) == 1 and value_of(" ", stated) is None

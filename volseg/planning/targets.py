@@ -44,8 +44,10 @@ class TargetCells:
         texts = self.texts
         if not texts:
             raise self._unusable("is blank for every training image", "fill it in")
-        kind = _kind_of(texts) if data.kind == AUTO else data.kind
         classes = data.classes
+        kind = _kind_of(texts) if data.kind == AUTO else data.kind
+        if data.kind == AUTO and kind == NUMBER and classes != AUTO and classes:
+            kind = CLASSES  # numbers are put into the stated classes, such as ranges
         if kind == NUMBER:
             classes = ()
         elif classes == AUTO:
