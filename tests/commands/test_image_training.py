@@ -361,7 +361,12 @@ def test_each_lesion_of_a_scan_is_classified_from_slices_in_three_planes(tmp_pat
     assert len(rows) == 16 and {"s02_1", "s02_2"} <= {row["case_id"] for row in rows}
     right = [row["class_name"] == kinds[row["case_id"][:3]] for row in rows]
     assert np.mean(right) > 0.9
-    assert (tmp_path / "r" / "report.html").stat().st_size > 20_000
+    page = tmp_path / "r" / "report.html"
+    assert page.stat().st_size > 20_000
+    pictures = page.read_text().count("/9j/")  # how base64 of a JPEG begins
+    page.unlink()
+    assert volseg.report(tmp_path / "r").done == ["report.html"]
+    assert page.read_text().count("/9j/") == pictures > 10
     with pytest.raises(VolsegError, match="no scan has a mask"):
         volseg.infer(scans / "images" / "s00.nii.gz", model=tmp_path / "m", out=tmp_path / "x")
 
@@ -391,6 +396,11 @@ def test_report_rebuilds_the_page_of_classified_images_and_keeps_it_without_them
     assert any("earlier page stays" in warning for warning in kept.warnings)
     with pytest.raises(VolsegError, match="a review is of lesions"):
         volseg.report(results, review=results / "classes.csv")
+    for damage in ("{", "[]", '{"target": "shape"}'):
+        (results / "run.json").write_text(damage)
+        with pytest.raises(VolsegError, match=r"run\.json: cannot be read"):
+            volseg.report(results)
+        assert page.read_text() == before
 
 
 def test_an_image_that_cannot_be_read_is_named_and_the_others_are_trained_on(tmp_path):

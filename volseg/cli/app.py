@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -40,7 +40,7 @@ from volseg.terminal import one_line, printing, problem_of
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
 # What the parser raises; typer has no public name for it, and brings its own copy of click.
-UsageError = typer.BadParameter.__mro__[1]
+UsageError = cast(type[Exception], typer.BadParameter.__mro__[1])
 JSON = typer.Option("--json", help="Print one JSON object on stdout instead of text.")
 # annotation of a field, without None → type on the command line
 KINDS: Mapping[str, Any] = {

@@ -200,11 +200,11 @@ def _show_judgement(summary: Mapping[str, Any]) -> None:
         print_table(table)
     overall = summary["metrics"].get("overall", {})
     for name, value in overall.items():
-        typer.echo(f"{name}: {_judged_cell(value).replace(chr(10), ' ')}")
+        typer.echo(f"{name}: {_judged_text(value)}")
     for baseline, values in summary["baselines"].items():
         averages = values["metrics"]
         cells = {
-            title: _judged_cell(averages.get(average, {}).get(metric)).replace(chr(10), " ")
+            title: _judged_text(averages.get(average, {}).get(metric))
             for title, average, metric in BESIDE[summary["task"]]
         }
         text = ", ".join(f"{title} {cell}" for title, cell in cells.items())
@@ -212,7 +212,7 @@ def _show_judgement(summary: Mapping[str, Any]) -> None:
     for models, groups in summary["difference"].items():
         for name, value in groups.get("overall", {}).items():
             p = "" if value.get("p_value") is None else f", p = {value['p_value']:.3g}"
-            text = _judged_cell(value).replace(chr(10), " ")
+            text = _judged_text(value)
             typer.echo(one_line(f"{models}: {name} {text}{p}"))
     patients = format_count(summary["n_patients"], "patient")
     typer.echo(f"95 % intervals: bootstrap over {patients}; every metric is in metrics.csv")
@@ -226,6 +226,11 @@ def _judged_cell(entry: Mapping[str, Any] | None) -> str:
     return f"{entry['value']:.3f}" + (
         "" if between is None else f"\n{between[0]:.3f} to {between[1]:.3f}"
     )
+
+
+def _judged_text(entry: Mapping[str, Any] | None) -> str:
+    """Return a metric with its interval on one line."""
+    return _judged_cell(entry).replace("\n", " ")
 
 
 @show_details.register

@@ -40,7 +40,7 @@ def report_images(options: ReportOptions) -> PagesReport:
             fix="leave --review out",
             code="E_USAGE",
         )
-    run = read_json(out / RUN)
+    run = _run_of(out)
     rows = read_class_table(out / (CLASSES if (out / CLASSES).is_file() else VALUES))
     names = [row.case_id for row in rows if row.status == "done"]
     with OutputFolder(out, "infer", inputs=[]) as outputs:
@@ -53,8 +53,8 @@ def report_images(options: ReportOptions) -> PagesReport:
             page = class_page(
                 About.of(run),
                 rows,
-                target=str(run.get("target", "")),
-                coverage=float(run.get("coverage", 0.9)),
+                target=run["target"],
+                coverage=run["coverage"],
                 pictures=pictures,
                 remarks=remarks,
             )
@@ -68,6 +68,25 @@ def report_images(options: ReportOptions) -> PagesReport:
         warnings=remarks,
         page=str(out / PAGE),
     )
+
+
+def _run_of(out: Path) -> dict[str, Any]:
+    """Read run.json, which says what was predicted and at which coverage.
+
+    Raises:
+        VolsegError: it is missing or damaged.
+    """
+    try:
+        run = read_json(out / RUN)
+        if not isinstance(run["target"], str) or not isinstance(run["coverage"], float):
+            raise ValueError("target or coverage is missing")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise VolsegError(
+            f"{out / RUN}: cannot be read ({error})",
+            fix="run the same `volseg infer` again",
+            code="E_ROW",
+        ) from error
+    return run
 
 
 def read_class_table(path: Path) -> list[Row]:
@@ -102,18 +121,18 @@ def doubtful_pictures(
 
 def _pictures(run: dict[str, Any], rows: Sequence[Row]) -> tuple[dict[str, bytes], str]:
     """Return the pictures, and why there are none."""
-    settings = run.get("settings", {})
     try:
-        scans = [Path(text) for text in settings["scans"]]
-        recipe = load_image_bundle(Path(settings["model"])).recipe
-        cases = (
-            find_lesions(scans, lambda name, reason: None)
-            if recipe.data.input == LESION
-            else find_images(scans)
-        )
+        scans = [Path(text) for text in run["settings"]["scans"]]
+        model = Path(run["settings"]["model"])
+    except (KeyError, TypeError):
+        return {}, f"{RUN} does not name images and model"
+    try:
+        recipe = load_image_bundle(model).recipe
+        if recipe.data.input == LESION:
+            cases = find_lesions(scans, lambda name, reason: None, remark=lambda text: None)
+        else:
+            cases = find_images(scans)
         pictures = doubtful_pictures(rows, cases, source_of(recipe))
     except VolsegError as error:
         return {}, error.problem
-    except (KeyError, TypeError):
-        return {}, f"{RUN} does not name images and model"
     return pictures, "" if pictures else "the images that run.json names are gone"

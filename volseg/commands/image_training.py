@@ -350,9 +350,9 @@ class _ImageTraining:
         """Return how many validation images may have a wrong class, and warn of them."""
         if recipe.data.kind != CLASSES:
             return {}
-        logits = np.concatenate([fold.outputs.logits for fold in folds])
-        targets = np.concatenate([fold.outputs.targets for fold in folds]).argmax(axis=1)
-        n = len(doubtful_labels(to_predictions(logits, recipe.data, temperature), targets))
+        logits, targets = _outputs(folds)
+        probabilities = to_predictions(logits, recipe.data, temperature)
+        n = len(doubtful_labels(probabilities, targets.argmax(axis=1)))
         if n:
             advice = f"`volseg check {self._options.out}` lists them"
             self._call.warn(f"{LABEL_CODE}: {label_summary(n, len(targets))}; {advice}")
@@ -404,6 +404,12 @@ def _target_text(target: np.ndarray, recipe: ClassifyRecipe) -> str:
     return ", ".join(name if part == 1 else f"{part:.0%} {name}" for name, part in parts)
 
 
+def _outputs(folds: Sequence[_Fold]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the outputs of the validation images of all networks, and their targets."""
+    logits = np.concatenate([fold.outputs.logits for fold in folds])
+    return logits, np.concatenate([fold.outputs.targets for fold in folds])
+
+
 def _judged(
     folds: Sequence[_Fold], network: ImageNetwork, data: LoadedImages, device: torch.device
 ) -> tuple[Judgement, dict[str, Any]]:
@@ -422,8 +428,7 @@ def _judged(
         for images in (training, validation)
     ]
     return judge(
-        np.concatenate([fold.outputs.logits for fold in folds]),
-        np.concatenate([fold.outputs.targets for fold in folds]),
+        *_outputs(folds),
         recipe,
         embeddings=(embeddings[0], embeddings[1]),
         training_targets=[case.target for case in training.cases],
