@@ -195,7 +195,9 @@ def _columns(rows: Sequence[Row]) -> list[dict[str, Any]]:
     columns = [_column("case_id", *described["case_id"])]
     columns.append(_column(PICTURE, "", "the image, darkest to brightest"))
     columns += [_column(name, *described[name]) for name in names if name != "case_id"]
-    columns += [_column(PROBABILITY + name, "", "probability of that class") for name in _classes(rows)]
+    columns += [
+        _column(PROBABILITY + name, "", "probability of that class") for name in _classes(rows)
+    ]
     hidden = {name for name in names if all(getattr(row, name) is None for row in rows)}
     for column in columns:
         column["shown"] = column["name"] not in hidden | {"model", "error", "status"}
