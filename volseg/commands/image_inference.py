@@ -185,7 +185,8 @@ class _Run:
 
     def _unusual(self, embeddings: np.ndarray) -> list[bool | None]:
         outliers = self._bundle.judgement.outliers
-        if outliers is None:
+        # Rounding to int8 alone moves an embedding farther than the threshold allows.
+        if outliers is None or "int8" in self._predictor.identity["precision"]:
             return [None] * len(embeddings)
         return outliers.is_unusual(embeddings).tolist()
 

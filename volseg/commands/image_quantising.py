@@ -44,7 +44,6 @@ from volseg.words import format_count
 MOST_IMAGES = 300  # that calibrate, unless another number is requested
 MOST_TIMED = 8  # images in a batch that is timed: a batch of large ones takes many seconds
 CHANGE = "largest_change"  # of a probability, or of a number in its own unit
-UNUSUAL = "out_of_distribution"  # fraction of the images that are marked
 
 
 def quantise_images(options: QuantiseOptions) -> QuantiseReport:
@@ -165,8 +164,6 @@ def _scores(
     recipe, judgement = bundle.recipe, bundle.judgement
     monitor = str(recipe.train.monitor)
     scores: dict[str, dict[str, float | None]] = {monitor: {}, CHANGE: {}}
-    if judgement.outliers is not None:
-        scores[UNUSUAL] = {}
     truth, exact = known_targets(images, recipe), np.zeros(0)
     for count, (name, predictor) in enumerate(predictors.items(), start=1):
         predicted = predictor.predict(images.pixels)
@@ -175,9 +172,6 @@ def _scores(
         exact = values if name == "fp32" else exact
         scores[monitor][name] = _score(monitor, values, truth, recipe)
         scores[CHANGE][name] = round(float(np.abs(values - exact).max()), 6)
-        if judgement.outliers is not None:
-            unusual = judgement.outliers.is_unusual(predicted.embeddings)
-            scores[UNUSUAL][name] = round(float(unusual.mean()), 6)
         options.progress("Validating", count / len(predictors), name)
     return scores
 

@@ -350,7 +350,9 @@ class _ImageTraining:
             training_targets=[case.target for case in training.cases],
         )
         is_single = len(folds) == 1
-        facts: dict[str, Any] = dict(folds[0].trained.metrics) if is_single else {"networks": len(folds)}
+        facts: dict[str, Any] = (
+            dict(folds[0].trained.metrics) if is_single else {"networks": len(folds)}
+        )
         facts["training_images"] = data.fingerprint.n_images
         baselines, scores = self._baselines(data)
         facts |= scores
