@@ -38,7 +38,7 @@ DATA = ROOT.parent / "shared" / "data"
 PHANTOMS = ROOT / "sample_data"
 NOT_REPEATED = frozenset(
     ("seconds", "started", "volseg", "volseg_version", "libraries", "date")
-    + ("training_seconds", "steps_per_second", "seconds_per_patch", "waiting_share")
+    + ("training_seconds", "steps_per_second", "waiting_share")
 )
 # Group → image, mask and options of `volseg measure`; {} in a path is a case.
 MEASURED = {

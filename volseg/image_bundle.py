@@ -102,12 +102,13 @@ class ImageBundle:
 
     def networks(self) -> tuple[ImageNetwork, ...]:
         """Return the networks with their trained weights; the outputs of several are averaged."""
-        networks = []
-        for name in self.network_names:
-            network = build_images(self.recipe)
-            copy_weights(network, self.weights[name])
-            networks.append(network.eval())
-        return tuple(networks)
+        return tuple(map(self.network, self.network_names))
+
+    def network(self, name: str) -> ImageNetwork:
+        """Return one network with its trained weights; `name` is one of `network_names`."""
+        network = build_images(self.recipe)
+        copy_weights(network, self.weights[name])
+        return network.eval()
 
 
 def classifier_name(index: int) -> str:

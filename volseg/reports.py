@@ -408,12 +408,30 @@ class TrainReport(RunReport):
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class QuantiseReport(RunReport):
-    """What `quantise` added to a model, and what it costs."""
+    """What `quantise` added to a model, and what it costs.
+
+    Args:
+        validation: number of cases with the Dice of each label, or of images with their scores, by
+            precision.
+        seconds: of a patch, or of an image, by precision.
+    """
 
     calibration: Mapping[str, int]
     validation: Mapping[str, Any]
-    seconds_per_patch: Mapping[str, float]
+    seconds: Mapping[str, float]
     versions: Mapping[str, str]
+
+    @property
+    def item(self) -> str:
+        """What `seconds` are of: a patch or an image."""
+        return "image" if "images" in self.validation else "patch"
+
+    @property
+    def scores(self) -> Mapping[str, Mapping[str, float | None]]:
+        """Heading → precision → score on the validation cases or images."""
+        if "scores" in self.validation:
+            return self.validation["scores"]
+        return {f"Dice {label}": dice for label, dice in self.validation["dice"].items()}
 
     @property
     def outcome(self) -> str:

@@ -53,17 +53,22 @@ def show_details(report: reports.RunReport) -> None:
 
 @show_details.register
 def _(report: reports.CasesReport) -> None:
-    if report.computed_with:
-        backend, precision = report.computed_with["backend"], report.computed_with["precision"]
-        typer.echo(f"computed with: {backend}, {precision}")
+    _print_backend(report)
     if report.objects == "components":
         typer.echo("lesions: connected components of each label, 26 neighbours, 1 = largest")
     else:
         typer.echo("structures: one per mask value, in ascending order")
 
 
+def _print_backend(report: reports.CasesReport) -> None:
+    if report.computed_with:
+        backend, precision = report.computed_with["backend"], report.computed_with["precision"]
+        typer.echo(f"computed with: {backend}, {precision}")
+
+
 @show_details.register
 def _(report: reports.ImagesReport) -> None:
+    _print_backend(report)
     kind = "confidence sets" if "classes" in report.paths else "intervals"
     typer.echo(f"{kind} with {report.coverage:.0%} coverage on validation images")
 
@@ -117,21 +122,22 @@ def _(report: reports.TrainReport) -> None:
 
 @show_details.register
 def _(report: reports.QuantiseReport) -> None:
-    dice, seconds = report.validation["dice"], report.seconds_per_patch
-    headings = (one_line(f"Dice {label}") for label in dice)
-    table = Table("precision", *headings, "s per patch", "× as fast")
+    seconds, item = report.seconds, report.item
+    headings = (one_line(name.replace("_", " ")) for name in report.scores)
+    table = Table("precision", *headings, f"s per {item}", "× as fast")
     for name in seconds:
-        scores = (
-            ""
-            if values[name] is None
-            else f"{values[name]:.4f} ({values[name] - values['fp32']:+.4f})"
-            for values in dice.values()
-        )
+        scores = (_score(values[name], values["fp32"]) for values in report.scores.values())
         speed = f"{seconds['fp32'] / seconds[name]:.1f}"
         table.add_row(name, *scores, f"{seconds[name]:.3g}", speed)
     print_table(table)
-    cases = format_count(report.validation["cases"], "validation case")
-    typer.echo(f"mean over {cases}; seconds on this machine")
+    noun = "image" if item == "image" else "case"
+    count = format_count(report.validation[f"{noun}s"], f"validation {noun}")
+    typer.echo(f"{'mean over' if noun == 'case' else 'on'} {count}; seconds on this machine")
+
+
+def _score(value: float | None, fp32: float | None) -> str:
+    """Return a score and how it differs from that of fp32; empty if undefined."""
+    return "" if value is None or fp32 is None else f"{value:.4f} ({value - fp32:+.4f})"
 
 
 @show_details.register

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,7 @@ READING, PREPARING = "Reading the images", "Preparing the images"
 SAMPLE = 1000  # images whose size the fingerprint holds
 INTENSITIES = 500  # pixels of an image from which percentiles are computed
 DEFAULT_NETWORK = "cnn_small"
+OF_IMAGES = "for a model that classifies images, and this one segments"  # refuses an option
 
 
 def is_of_images(
@@ -80,6 +81,8 @@ class ImageDataset:
         Raises:
             VolsegError: the dataset has mistakes, or does not say what its target is.
         """
+        if self.recipe is not None:
+            refuse_other_target(self.target, self.recipe)
         target = self.target if self.recipe is None else self.recipe.data.target
         if target is None and self.teacher is not None:
             target = self.teacher.data.target
@@ -274,6 +277,40 @@ class LoadedImages:
     reasons: tuple[Reason, ...]
     fingerprint: ImageFingerprint
     warnings: Sequence[str]
+
+    def with_training_of(
+        self, recipe: ClassifyRecipe, folder: Path, *, starts_trained: bool
+    ) -> LoadedImages:
+        """Return the images with the network and training settings of another recipe, closed.
+
+        Raises:
+            VolsegError: they were prepared for another target or input.
+        """
+        from volseg.planning.images import close_images
+
+        stored = self.recipe.data
+        stated = recipe.model_copy(update={"data": stored})
+        closed = close_images(stated, self.fingerprint, starts_trained=starts_trained)
+        stated_data = {key: v for key, v in recipe.data.model_dump().items() if v != AUTO}
+        is_other = stored.model_dump() | stated_data != stored.model_dump()
+        if is_other or closed.recipe.images != self.recipe.images:
+            raise VolsegError(
+                f"{folder}: was prepared for recipe {self.recipe.name!r} with other [data] or "
+                "[images] settings",
+                fix="run `volseg preprocess` with this recipe first, or give the dataset itself",
+                code="E_PREPARED",
+            )
+        return replace(self, recipe=closed.recipe, reasons=closed.reasons)
+
+
+def refuse_other_target(target: str | None, recipe: ClassifyRecipe) -> None:
+    """Refuse a requested target that is not that of the recipe."""
+    if target not in (None, recipe.data.target):
+        raise VolsegError(
+            f"--target {target}: recipe {recipe.name!r} has the target {recipe.data.target!r}",
+            fix="leave out --target, or change data.target in the recipe",
+            code="E_USAGE",
+        )
 
 
 def load_images(folder: Path) -> LoadedImages:

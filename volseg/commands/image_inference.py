@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from volseg.commands.baseline_tables import Beside, CaseRows, earlier_rows
 from volseg.commands.batch import reason_of
@@ -25,8 +25,9 @@ from volseg.evaluation.class_rows import (
     joined,
 )
 from volseg.image_bundle import ImageBundle, load_image_bundle
-from volseg.inference.choose import choose_device
-from volseg.inference.images import embed_images, predict_outputs, to_predictions
+from volseg.inference.choose import choose_backend
+from volseg.inference.image_predictor import load_predictor
+from volseg.inference.images import to_predictions
 from volseg.inputs import read_json
 from volseg.io.files import json_text, sha256_of
 from volseg.io.image_cases import ImageCase, find_images
@@ -41,6 +42,10 @@ from volseg.store.tables import class_table, table
 
 STAGE = "Classifying"
 BATCH = 64  # images that are read before the networks run
+OF_SCANS = (  # options that mean nothing for images
+    *("volume", "max_ram", "figures", "overlap", "inside", "max_vram", "fast", "probabilities"),
+    "accept_mismatch",
+)
 
 
 def infer_images(options: InferOptions) -> ImagesReport:
@@ -50,7 +55,8 @@ def infer_images(options: InferOptions) -> ImagesReport:
         VolsegError: the request is wrong. An image that cannot be used becomes a failed row.
     """
     assert options.model is not None
-    bundle = load_image_bundle(options.model)
+    options.refuse_stated(OF_SCANS, f"{options.model} classifies images, and this is of scans")
+    bundle = _as_requested(load_image_bundle(options.model), options)
     remarks, failed = list[str](), dict[str, str]()
     if bundle.recipe.data.input == LESION:
         cases = find_lesions(options.scans, failed.__setitem__, remark=remarks.append)
@@ -63,11 +69,20 @@ def infer_images(options: InferOptions) -> ImagesReport:
     with OutputFolder(options.out, "infer", inputs=inputs) as outputs:
         outputs.check_overwrites([_table_name(bundle), BASELINES, RUN, PAGE])
         beside = Beside.of(options.model, bundle.recipe.data)
-        run = _Run(options, bundle, outputs, beside)
+        run = _Run(options, bundle, outputs, beside, n_images=len(cases))
         report = run.run(cases, remarks)
     for name, reason in failed.items():
         options.report_failure(name, reason)
     return replace(report, failed=dict(report.failed) | failed)
+
+
+def _as_requested(bundle: ImageBundle, options: InferOptions) -> ImageBundle:
+    """Return the bundle without test-time augmentation, if that was requested."""
+    if options.tta:
+        return bundle
+    recipe = bundle.recipe
+    infer = recipe.infer.model_copy(update={"tta_axes": ()})
+    return replace(bundle, recipe=recipe.model_copy(update={"infer": infer}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +100,25 @@ class _Earlier:
 
 class _Run:
     def __init__(
-        self, options: InferOptions, bundle: ImageBundle, outputs: OutputFolder, beside: Beside
+        self,
+        options: InferOptions,
+        bundle: ImageBundle,
+        outputs: OutputFolder,
+        beside: Beside,
+        *,
+        n_images: int,
     ) -> None:
         self._options, self._bundle, self._outputs = options, bundle, outputs
         self._beside = beside
-        self._device = torch.device(choose_device(options.device))
-        self._networks = [network.to(self._device) for network in bundle.networks()]
+        choice = choose_backend(options.backend, options.device, options.precision)
+        self._predictor = load_predictor(bundle, choice, folder=options.model, n_images=n_images)
+        self._key_options = {
+            "model_sha256": bundle.sha256,
+            **self._predictor.identity,
+            "tta_axes": list(bundle.recipe.infer.tta_axes),
+        }
+        text = json_text(self._key_options)
+        self._made_with = hashlib.sha256(text.encode()).hexdigest()
         self._source, self._digests = source_of(bundle.recipe), dict[Path, str]()
         earlier = _earlier(options.out, bundle, beside)
         self._rows, self._keys = dict(earlier.rows), dict(earlier.keys)
@@ -129,12 +157,13 @@ class _Run:
             warnings=list(remarks),
             pages=self._options.pages,
             coverage=self._bundle.judgement.coverage,
+            computed_with=self._predictor.identity,
         )
 
     def _key(self, case: ImageCase) -> str:
         place = "" if case.index is None else f"#{case.index}"
         mask = "" if self._bundle.recipe.data.input != LESION else f"+{self._digest(case.mask)}"
-        return f"{self._digest(case.path)}{mask}{place}@{self._bundle.sha256}{self._beside.key}"
+        return f"{self._digest(case.path)}{mask}{place}@{self._made_with}{self._beside.key}"
 
     def _digest(self, path: Path | None) -> str:
         if path is None:
@@ -167,16 +196,10 @@ class _Run:
         if not batch:
             return []
         recipe, images = self._bundle.recipe, np.stack([image for _, image in batch])
-        outputs = np.mean(
-            [
-                predict_outputs(network, images, recipe.infer, self._device)
-                for network in self._networks
-            ],
-            axis=0,
-        )
+        predicted = self._predictor.predict(images)
         temperature = self._bundle.judgement.temperature
-        predictions = to_predictions(outputs, recipe.data, temperature)
-        unusual = self._unusual(images)
+        predictions = to_predictions(predicted.outputs, recipe.data, temperature)
+        unusual = self._unusual(predicted.embeddings)
         self._beside_rows |= self._beside.rows([case.id for case, _ in batch], images)
         for (case, _), prediction, is_unusual in zip(batch, predictions, unusual, strict=True):
             row = self._value_row if recipe.data.kind == NUMBER else self._class_row
@@ -184,12 +207,11 @@ class _Run:
             self._keys[case.id] = self._todo.pop(case.id)
         return [case.id for case, _ in batch]
 
-    def _unusual(self, images: np.ndarray) -> list[bool | None]:
+    def _unusual(self, embeddings: np.ndarray) -> list[bool | None]:
         outliers = self._bundle.judgement.outliers
-        if outliers is None:
-            return [None] * len(images)
-        infer = self._bundle.recipe.infer
-        embeddings = embed_images(self._networks[0], images, infer, self._device)
+        # Rounding to int8 alone moves an embedding farther than the threshold allows.
+        if outliers is None or "int8" in self._predictor.identity["precision"]:
+            return [None] * len(embeddings)
         return outliers.is_unusual(embeddings).tolist()
 
     def _class_row(
@@ -236,6 +258,7 @@ class _Run:
             **about.as_json(),
             "task": "classify",
             "settings": self._options.stated(),
+            "options": self._key_options,
             "images": len(cases),
             "target": self._bundle.recipe.data.target,
             "coverage": self._bundle.judgement.coverage,

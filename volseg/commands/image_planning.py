@@ -19,6 +19,9 @@ from volseg.store.outputs import OutputFolder
 if TYPE_CHECKING:  # torch takes seconds to import
     from volseg.image_bundle import ImageBundle
 
+NOT_PLANNED = ("memory",)  # options that the plan of a classifier does not take into account
+NOT_PLANNED_WHY = "the plan of a classifier of images does not depend on it"
+
 
 def image_dataset(options: PlanOptions | PreprocessOptions, **callbacks: Any) -> ImageDataset:
     """Return the dataset that options name."""
@@ -29,6 +32,7 @@ def image_dataset(options: PlanOptions | PreprocessOptions, **callbacks: Any) ->
 
 def plan_images(options: PlanOptions) -> PlanReport:
     """Plan the training of a classifier, with a reason for each decision."""
+    options.refuse_stated((*NOT_PLANNED, "time_budget_seconds"), NOT_PLANNED_WHY)
     from volseg.commands.planning import plan_text
     from volseg.training.check import check_image_recipe
 
@@ -54,6 +58,7 @@ def plan_images(options: PlanOptions) -> PlanReport:
 
 def preprocess_images(options: PreprocessOptions) -> PreprocessReport:
     """Prepare images: one array of network inputs, and a JSON file of their cases."""
+    options.refuse_stated(NOT_PLANNED, NOT_PLANNED_WHY)
     from volseg.training.check import check_image_recipe
 
     dataset = image_dataset(options, progress=options.progress, announce=options.announce)
@@ -115,23 +120,26 @@ def check_image_model(path: Path) -> Iterator[Problem]:
 def _reference_problems(path: Path, bundle: ImageBundle) -> Iterator[VolsegError]:
     """Yield how the outputs for the reference image differ from those of training."""
     import numpy as np
-    import torch
 
     from volseg.image_bundle import REFERENCE_TOLERANCE
-    from volseg.inference.images import predict_outputs
+    from volseg.inference.choose import choose_backend
+    from volseg.inference.image_predictor import load_predictor
+    from volseg.inference.openvino_backend import openvino_is_installed
 
-    networks, reference = bundle.networks(), bundle.reference
+    reference = bundle.reference
     if reference is None:
         return
-    device, infer = torch.device("cpu"), bundle.recipe.infer
-    outputs = [
-        predict_outputs(network, reference.image[None], infer, device)[0] for network in networks
-    ]
-    difference = float(np.abs(np.mean(outputs, axis=0) - reference.outputs).max())
-    if difference > REFERENCE_TOLERANCE * max(1.0, float(np.abs(reference.outputs).max())):
-        yield VolsegError(
-            f"{path}: the output for its reference image {reference.case_id!r} differs by "
-            f"{difference:.3g} from that of training",
-            fix="copy the model again; if that does not help, report this machine and its torch",
-            code="E_REFERENCE",
-        )
+    for backend in ("torch", *(["openvino"] if openvino_is_installed() else [])):
+        choice = choose_backend(backend, "cpu", "fp32")
+        predictor = load_predictor(bundle, choice, folder=path, n_images=1)
+        (outputs,) = predictor.predict(reference.image[None]).outputs
+        difference = float(np.abs(outputs - reference.outputs).max())
+        if difference > REFERENCE_TOLERANCE * max(1.0, float(np.abs(reference.outputs).max())):
+            yield VolsegError(
+                f"{path}: the output for its reference image {reference.case_id!r} differs by "
+                f"{difference:.3g} from that of training (backend {backend})",
+                fix="copy the model again; if that does not help, report this machine and the "
+                f"version of {backend}",
+                code="E_REFERENCE",
+            )
+            return

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,9 @@ from volseg.commands.image_data import (
     LoadedImages,
     fold_of_groups,
     load_images,
+    refuse_other_target,
 )
+from volseg.commands.image_planning import NOT_PLANNED, NOT_PLANNED_WHY
 from volseg.commands.image_start import Start
 from volseg.commands.image_time import ImageTime
 from volseg.commands.training_call import PREPARED_FOLDER, WORK_FOLDER, Call, history_name
@@ -81,6 +84,7 @@ class _ImageTraining:
     def __init__(self, call: Call) -> None:
         self._call, self._options, self._time = call, call.options, ImageTime(call)
         init, teacher = call.options.init, call.options.teacher
+        call.options.refuse_stated(NOT_PLANNED, NOT_PLANNED_WHY)
         if call.options.prune is not None and init is None:
             raise VolsegError(
                 "--prune removes channels of a trained network, and --init names none",
@@ -154,26 +158,49 @@ class _ImageTraining:
     def _data(self) -> LoadedImages:
         """Prepare the dataset in the work folder, or load prepared images."""
         options, folder = self._options, self._options.dataset
+        recipe = None if options.recipe is None else as_any_recipe(options.recipe)
+        assert recipe is None or isinstance(recipe, ClassifyRecipe)
         if not has_prepared_images(folder):
             folder = self._call.prepared
             if not (options.resume and has_prepared_images(folder)):
-                make_folder(folder)
-                recipe = None if options.recipe is None else as_any_recipe(options.recipe)
-                assert recipe is None or isinstance(recipe, ClassifyRecipe)
-                dataset = ImageDataset(
-                    options.dataset,
-                    recipe,
-                    options.target,
-                    seed=options.seed,
-                    start=self._start,
-                    teacher=None if self._teacher is None else self._teacher.recipe,
-                    progress=self._time.guarded(),
-                    announce=options.announce,
-                )
-                dataset.prepare(dataset.plan(), folder)
+                self._prepare(recipe, folder)
         data = load_images(folder)
+        refuse_other_target(options.target, data.recipe)
+        if recipe is not None:
+            is_trained = self._start is not None
+            data = data.with_training_of(recipe, folder, starts_trained=is_trained)
         self._call.warn(*data.warnings)
-        return data
+        return replace(data, recipe=self._pruned(data.recipe))
+
+    def _prepare(self, recipe: ClassifyRecipe | None, folder: Path) -> None:
+        options = self._options
+        make_folder(folder)
+        dataset = ImageDataset(
+            options.dataset,
+            recipe,
+            options.target,
+            seed=options.seed,
+            start=self._start,
+            teacher=None if self._teacher is None else self._teacher.recipe,
+            progress=self._time.guarded(),
+            announce=options.announce,
+        )
+        dataset.prepare(dataset.plan(), folder)
+
+    def _pruned(self, recipe: ClassifyRecipe) -> ClassifyRecipe:
+        """Return the recipe with the smaller network that --prune leaves."""
+        if not self._options.prune:
+            return recipe
+        assert self._start is not None and self._start.network is not None
+        network = self._start.network
+        if recipe.network.name != network.name:
+            raise VolsegError(
+                f"--prune leaves a smaller {network.name}, and the recipe has the network "
+                f"{recipe.network.name!r}",
+                fix=f'set name = "{network.name}" under [network], or give no recipe',
+                code="E_USAGE",
+            )
+        return recipe.model_copy(update={"network": network})
 
     def _splits(self, data: LoadedImages) -> list[tuple[int, ImageSet, ImageSet]]:
         """Return number, training and validation images of each network."""

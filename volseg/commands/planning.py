@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from volseg.commands.automatic_recipe import recipe_for
-from volseg.commands.image_data import is_of_images
+from volseg.commands.image_data import OF_IMAGES, is_of_images
 from volseg.commands.image_planning import plan_images
 from volseg.commands.training_cases import (
     TrainingSet,
@@ -63,6 +63,7 @@ def plan(options: PlanOptions) -> PlanReport:
         raise VolsegError(problem, fix="give a name that ends in .toml", code="E_USAGE")
     if is_of_images(dataset, options.recipe, options.target):
         return plan_images(options)
+    options.refuse_stated(("target",), OF_IMAGES)
     if out is not None:
         refuse_unsealed(out)
         make_folder(out.parent)

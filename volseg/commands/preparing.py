@@ -13,7 +13,7 @@ import numpy as np
 
 from volseg.commands.automatic_recipe import recipe_for
 from volseg.commands.batch import Inputs, case_files, failure_reason, input_key, input_paths
-from volseg.commands.image_data import is_of_images
+from volseg.commands.image_data import OF_IMAGES, is_of_images
 from volseg.commands.image_planning import preprocess_images
 from volseg.commands.planning import budget_of
 from volseg.commands.training_cases import (
@@ -71,6 +71,7 @@ def preprocess(options: PreprocessOptions) -> PreprocessReport:
     """
     if is_of_images(options.dataset, options.recipe, options.target):
         return preprocess_images(options)
+    options.refuse_stated(("target",), OF_IMAGES)
     return prepare_dataset(options, budget=budget_of(options.device, options.memory))
 
 

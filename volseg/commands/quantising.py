@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib import metadata
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,12 +28,12 @@ if TYPE_CHECKING:  # torch takes seconds to import; only a command that needs it
 
 WORK_FOLDER = ".quantising"  # inside the model folder while it is being quantised
 PATCHES_PER_CASE = 2  # one on a label, one anywhere
-TIMED_RUNS = 10
+MOST_CASES = 30  # that calibrate, unless another number is requested
 
 
 @command(QuantiseOptions)
 def quantise(options: QuantiseOptions) -> QuantiseReport:
-    """Add int8 copies of the segmentation networks to a model folder; compare Dice with fp32.
+    """Add int8 copies of the networks to a model folder; compare Dice or AUC with fp32.
 
     Half precision is measured too where the processor supports it, as it may be as fast and more
     accurate. Inference uses int8 only on request. `model.json` and the model's hash do not change.
@@ -49,18 +48,28 @@ def quantise(options: QuantiseOptions) -> QuantiseReport:
     Example:
         >>> import volseg
         >>> result = volseg.quantise("model", "dataset", cases=2)
-        >>> sorted(result.seconds_per_patch)
+        >>> sorted(result.seconds)
         ['fp32', 'int8']
     """
     keep_freed_memory()
     from volseg.bundle import exported_files, load_bundle
-    from volseg.inference.export import batch_shape_of, convert, write_exported
+    from volseg.image_bundle import is_image_model
+    from volseg.inference.export import batch_shape_of, convert
     from volseg.inference.openvino_backend import import_openvino
-    from volseg.inference.quantise import backends_by_precision, import_nncf, quantise_network
+    from volseg.inference.quantise import (
+        backends_by_precision,
+        import_nncf,
+        library_versions,
+        quantise_network,
+    )
     from volseg.training.validator import spread
 
     import_openvino()
     import_nncf()
+    if is_image_model(options.model):
+        from volseg.commands.image_quantising import quantise_images
+
+        return quantise_images(options)
     model, dataset, seed = options.model, options.dataset, options.seed
     bundle = load_bundle(model)
     _refuse_regions(bundle, model)
@@ -69,7 +78,7 @@ def quantise(options: QuantiseOptions) -> QuantiseReport:
         outputs.check_overwrites(exported_files(bundle.segmentation_names, "int8"))
         outputs.work_folder(WORK_FOLDER)
         training, validation = _prepared_cases(bundle, work / "prepared", options)
-        calibration = spread(training, options.cases)
+        calibration = spread(training, options.cases or MOST_CASES)
         n = len(calibration)
         options.progress("Quantising", 0.0, f"calibrating on {format_count(n, 'training case')}")
         patches = _calibration_patches(calibration, bundle, seed)
@@ -81,17 +90,26 @@ def quantise(options: QuantiseOptions) -> QuantiseReport:
         facts = {
             "calibration": {"cases": n, "patches": len(patches), "seed": seed},
             "validation": {"cases": len(validation), "dice": _mean_dice(scores, bundle)},
-            "seconds_per_patch": _seconds_per_patch(backends, patches[0]),
-            "versions": {name: metadata.version(name) for name in ("openvino", "nncf")},
+            "seconds": _seconds_per_patch(backends, patches[0]),
+            "versions": library_versions(),
         }
-        with outputs.staged() as commit:
-            record = {"model_sha256": bundle.sha256} | facts
-            for name, network in zip(names, networks, strict=True):
-                write_exported(network, commit.folder, f"{name}.int8", record)
-            commit.finish()
+        record = {"model_sha256": bundle.sha256} | facts
+        write_int8(outputs, dict(zip(names, networks, strict=True)), record)
         delete_written(work / "prepared")
         delete_written(work)
     return QuantiseReport(out=model, done=[bundle.recipe.name], **facts)
+
+
+def write_int8(
+    outputs: OutputFolder, networks: Mapping[str, Any], facts: Mapping[str, Any]
+) -> None:
+    """Write int8 networks (OpenVINO's), by name, and what is known of them into a model folder."""
+    from volseg.inference.export import write_exported
+
+    with outputs.staged() as commit:
+        for name, network in networks.items():
+            write_exported(network, commit.folder, f"{name}.int8", facts)
+        commit.finish()
 
 
 def _refuse_regions(bundle: ModelBundle, model: Path) -> None:
@@ -198,10 +216,9 @@ def _mean_dice(
 
 def _seconds_per_patch(backends: Mapping[str, Backend], patch: np.ndarray) -> dict[str, float]:
     """Return the median seconds of each backend over alternating runs."""
-    seconds: dict[str, list[float]] = {name: [] for name in backends}
-    for _ in range(TIMED_RUNS):
-        for name, backend in backends.items():
-            started = time.perf_counter()
-            backend.logits(patch)
-            seconds[name].append(time.perf_counter() - started)
-    return {name: round(float(np.median(values)), 5) for name, values in seconds.items()}
+    from volseg.inference.quantise import median_seconds
+
+    seconds = median_seconds(
+        {name: partial(backend.logits, patch) for name, backend in backends.items()}
+    )
+    return {name: round(value, 5) for name, value in seconds.items()}

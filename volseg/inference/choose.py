@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,7 +15,7 @@ from volseg.errors import EnvironmentProblem, VolsegError
 from volseg.execution.cpu import drop_mapped_pages
 from volseg.inference.backend import Backend, mean_of
 from volseg.inference.export import batch_shape_of, convert, example_patch, read_exported
-from volseg.inference.head import cut_openvino_head, cut_torch_head
+from volseg.inference.head import Head, cut_openvino_head, cut_torch_head
 from volseg.inference.openvino_backend import (
     OpenVINOBackend,
     half_type,
@@ -21,6 +23,9 @@ from volseg.inference.openvino_backend import (
     openvino_is_installed,
 )
 from volseg.inference.torch_backend import TorchBackend
+
+if TYPE_CHECKING:
+    import openvino
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,27 +130,63 @@ def _torch_member(bundle: ModelBundle, name: str, choice: BackendChoice) -> Torc
 def _openvino_member(
     bundle: ModelBundle, name: str, choice: BackendChoice, folder: Path | None
 ) -> OpenVINOBackend:
-    shape, is_int8 = batch_shape_of(bundle), choice.precision == "int8"
-    stem = f"{name}.{'int8' if is_int8 else 'fp32'}"
-    model, facts = (None, {}) if folder is None else read_exported(folder, stem, bundle.sha256)
-    if model is None and is_int8:
-        raise VolsegError(
-            f"{folder or 'the model'}: has no int8 network made from its weights",
-            fix=_how_to_quantise(folder),
-            code="E_PRECISION",
-        )
-    if model is None:
-        model = convert(bundle.segmentation_network(name), shape)
-    backend = OpenVINOBackend(
-        model,
-        shape,
-        precision=choice.precision,
-        identity={"network_sha256": facts["files"][f"{stem}.bin"]} if is_int8 else None,
-        head=cut_openvino_head(model) if _may_defer_head(bundle) else None,
+    shape = batch_shape_of(bundle)
+    source = NetworkSource(
+        folder=folder,
+        name=name,
+        model_sha256=bundle.sha256,
+        convert=lambda: convert(bundle.segmentation_network(name), shape),
+        cut_head=cut_openvino_head if _may_defer_head(bundle) else None,
     )
-    if folder is not None:  # the compiled network has its own copy of the weights
-        drop_mapped_pages(folder / EXPORTED / f"{stem}.bin")
-    return backend
+    return source.backend(shape, choice.precision)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class NetworkSource:
+    """Where a network of a model comes from when it runs with OpenVINO.
+
+    Args:
+        folder: of the model; its OpenVINO files are used if they were made from this model.
+        name: of the network. model_sha256: hash of the model.
+        convert: converts the trained network; called where there is no file.
+        cut_head: cuts off the head to defer; None to keep it.
+    """
+
+    folder: Path | None
+    name: str
+    model_sha256: str
+    convert: Callable[[], openvino.Model]
+    cut_head: Callable[[openvino.Model], Head | None] | None = None
+
+    def backend(self, batch_shape: Sequence[int], precision: str) -> OpenVINOBackend:
+        """Return the network, compiled for a shape of batch.
+
+        Raises:
+            VolsegError: the folder has no quantised network for int8, or OpenVINO does not support
+                the network.
+        """
+        is_int8, folder = precision == "int8", self.folder
+        stem = f"{self.name}.{'int8' if is_int8 else 'fp32'}"
+        model, facts = None, {}
+        if folder is not None:
+            model, facts = read_exported(folder, stem, self.model_sha256)
+        if model is None and is_int8:
+            raise VolsegError(
+                f"{folder or 'the model'}: has no int8 network made from its weights",
+                fix=_how_to_quantise(folder),
+                code="E_PRECISION",
+            )
+        model = self.convert() if model is None else model
+        backend = OpenVINOBackend(
+            model,
+            batch_shape,
+            precision=precision,
+            identity={"network_sha256": facts["files"][f"{stem}.bin"]} if is_int8 else None,
+            head=None if self.cut_head is None else self.cut_head(model),
+        )
+        if folder is not None:  # the compiled network has its own copy of the weights
+            drop_mapped_pages(folder / EXPORTED / f"{stem}.bin")
+        return backend
 
 
 def _how_to_quantise(folder: Path | None) -> str:

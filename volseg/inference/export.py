@@ -111,33 +111,40 @@ def read_exported(
         return None, {}
 
 
-def convert(network: nn.Module, batch_shape: Sequence[int]) -> openvino.Model:
+def convert(
+    network: nn.Module, batch_shape: Sequence[int], example: torch.Tensor | None = None
+) -> openvino.Model:
     """Convert a torch module to an OpenVINO model in fp32 with a free shape, and compare the two.
 
     Args:
-        batch_shape: (N, channels, R, A, S) of its batches.
+        batch_shape: (N, channels, R, A, S) of its batches, or (N, channels, H, W).
+        example: batch to trace and compare; None takes a random patch, as small as the network
+            accepts, so all that the network derives from the size must be traced as an operation.
 
     Raises:
-        VolsegError: OpenVINO does not support the network, or its logits differ.
+        VolsegError: OpenVINO does not support the network, or its output differs.
     """
     openvino = import_openvino()
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
     network = network.cpu().eval()
-    example, expected = _example(network, batch_shape)
+    if example is None:
+        example, expected = _example(network, batch_shape)
+    else:
+        expected = _run(network, example)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             # The tracer warns of its deprecation and of shape checks that hold for all our shapes.
             warnings.simplefilter("ignore")
             frontend = FrontEndManager().load_by_framework("pytorch")
-            unchecked = {"check_trace": False}  # the logits are compared below
+            unchecked = {"check_trace": False}  # the output is compared below
             traced = TorchScriptPythonDecoder(
                 network, example_input=example, shared_memory=False, trace_kwargs=unchecked
             )
             model = frontend.convert(frontend.load(traced))
         split_joined_convolutions(model)
-        logits = OpenVINOBackend(model, example.shape).logits(example.numpy())
+        output = OpenVINOBackend(model, example.shape).logits(example.numpy())
         model.reshape(openvino.PartialShape([-1, batch_shape[1], *[-1] * (len(batch_shape) - 2)]))
     except RuntimeError as error:
         raise VolsegError(
@@ -145,10 +152,10 @@ def convert(network: nn.Module, batch_shape: Sequence[int]) -> openvino.Model:
             fix="use --backend torch",
             code="E_BACKEND",
         ) from error
-    off = float(np.abs(logits - expected).max() / max(1.0, float(np.abs(expected).max())))
+    off = float(np.abs(output - expected).max() / max(1.0, float(np.abs(expected).max())))
     if not off <= TRACE_TOLERANCE:
         raise VolsegError(
-            f"OpenVINO's logits of this network are off by {off:.2g} relative to the largest "
+            f"OpenVINO's output of this network is off by {off:.2g} relative to the largest "
             f"(limit {TRACE_TOLERANCE:g})",
             fix="use --backend torch",
             code="E_BACKEND",
@@ -173,10 +180,14 @@ def _example(network: nn.Module, batch_shape: Sequence[int]) -> tuple[torch.Tens
         shape = (1, batch_shape[1], *(min(voxels, n) for n in patch))
         example = torch.from_numpy(np.random.default_rng(0).normal(size=shape).astype(np.float32))
         try:
-            with torch.inference_mode():
-                return example, network(example).numpy()
+            return example, _run(network, example)
         # too small or not divisible: the deepest level would have no voxels
         except (RuntimeError, ValueError):
             if shape[2:] == patch:
                 raise
     raise AssertionError("the last example is a whole patch")
+
+
+def _run(network: nn.Module, batch: torch.Tensor) -> np.ndarray:
+    with torch.inference_mode():
+        return network(batch).numpy()

@@ -24,7 +24,7 @@ def predict_outputs(
     outputs = []
     with torch.inference_mode():
         for batch in _batches(images, settings.batch_size, device):
-            copies = _copies(batch, settings.tta_axes)
+            copies = flipped_copies(batch, settings.tta_axes)
             outputs.append(torch.stack([network(copy).float() for copy in copies]).mean(0).cpu())
     return torch.cat(outputs).numpy()
 
@@ -68,7 +68,8 @@ def _batches(images: np.ndarray, size: int, device: torch.device) -> Iterator[to
         yield send(torch.from_numpy(np.array(images[start : start + size])), device)
 
 
-def _copies(batch: torch.Tensor, axes: Sequence[str]) -> list[torch.Tensor]:
+def flipped_copies(batch: torch.Tensor, axes: Sequence[str]) -> list[torch.Tensor]:
+    """Return images (…, H, W) as they are, and flipped along each combination of the axes."""
     copies = [batch]
     for axis in axes:
         copies += [copy.flip(FLIPS[axis]) for copy in copies]

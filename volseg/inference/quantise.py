@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import logging
+import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
+from importlib import metadata
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 
@@ -22,13 +24,26 @@ if TYPE_CHECKING:
 
     from volseg.bundle import ModelBundle
 
+TIMED_RUNS = 10
+
+
+class Identified(Protocol):
+    """What runs networks, and says with which backend and precision."""
+
+    @property
+    def identity(self) -> Mapping[str, str]: ...
+
+
+T = TypeVar("T", bound=Identified)
+
 
 def quantise_network(model: openvino.Model, patches: Sequence[np.ndarray]) -> openvino.Model:
     """Quantise the convolutions to int8; normalisation and all else stay in fp32.
 
     Args:
         model: from `convert`; only its shape is changed, to that of the patches.
-        patches: (1, channels, R, A, S) float32, all of one shape, prepared as for training.
+        patches: (1, channels, R, A, S) or (1, channels, H, W) float32, all of one shape, prepared
+            as for training.
 
     Raises:
         EnvironmentProblem: nncf is not installed.
@@ -48,17 +63,38 @@ def backends_by_precision(
     """Return the bundle's backend in fp32, int8 and, if the CPU supports it, half precision."""
     shape = batch_shape_of(bundle)
 
-    def converted(precision: str) -> Backend:
+    def member(precision: str) -> Backend:
         names = bundle.segmentation_names
-        models = (convert(bundle.segmentation_network(name), shape) for name in names)
+        converted = (convert(bundle.segmentation_network(name), shape) for name in names)
+        models = quantised if precision == "int8" else converted
         return mean_of([OpenVINOBackend(model, shape, precision=precision) for model in models])
 
-    int8 = mean_of([OpenVINOBackend(network, shape, precision="int8") for network in quantised])
-    backends = {"fp32": converted("fp32"), "int8": int8}
+    return by_precision(member)
+
+
+def by_precision(make: Callable[[str], T]) -> dict[str, T]:
+    """Return what `make` gives for fp32, int8 and, if the CPU supports it, half precision."""
+    made = {"fp32": make("fp32"), "int8": make("int8")}
     with suppress(EnvironmentProblem):
-        half = converted("fp16")
-        backends[half.identity["precision"]] = half
-    return backends
+        half = make("fp16")
+        made[half.identity["precision"]] = half
+    return made
+
+
+def median_seconds(runs: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Return the median seconds of each function over alternating runs."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(TIMED_RUNS):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: float(np.median(values)) for name, values in seconds.items()}
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of the packages that make an int8 network."""
+    return {name: metadata.version(name) for name in ("openvino", "nncf")}
 
 
 def import_nncf() -> ModuleType:

@@ -195,6 +195,21 @@ class Options:
                     if given is not None and not os.path.exists(given):
                         raise missing_path(given)
 
+    def refuse_stated(self, names: Iterable[str], reason: str) -> None:
+        """Refuse options that a request cannot honour, if they differ from their defaults.
+
+        Raises:
+            VolsegError: one does; `reason` follows its spelling in the message.
+        """
+        settings, stated = dict(settings_of(type(self))), self.stated()
+        flags = [settings[name].flag_of(name) for name in names if name in stated]
+        if flags:
+            raise VolsegError(
+                f"{', '.join(flags)}: {reason}",
+                fix="leave it out" if len(flags) == 1 else "leave them out",
+                code="E_USAGE",
+            )
+
     def stated(self) -> dict[str, Any]:
         """Return the settings that differ from their defaults, as JSON."""
         settings = dict(settings_of(type(self)))

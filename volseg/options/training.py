@@ -237,7 +237,8 @@ class QuantiseOptions(Progressing):
     """Add an int8 network to a model, for faster CPU inference.
 
     Use it with `volseg infer --precision int8`; it is slightly less accurate. Prints the change in
-    Dice on the validation cases and stores it with the network. Needs volseg[cpu].
+    Dice on the validation cases (of a classifier: in AUC, or what training monitored) and stores it
+    with the network. Needs volseg[cpu].
     """
 
     model: Path = argument(
@@ -247,8 +248,10 @@ class QuantiseOptions(Progressing):
         "Dataset that the model was trained on, or its `volseg preprocess` folder.",
         converter=input_path,
     )
-    cases: int = option(
-        "Calibrate with at most this many training cases.", default=30, values=COUNT
+    cases: int | None = option(
+        "Calibrate with at most this many training cases; default: 30 scans or 300 images.",
+        default=None,
+        values=COUNT,
     )
     seed: int = option(
         "Seed of training, which selected the validation cases.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from volseg.networks import build_segmentation, copy_weights
 from volseg.recipe import Recipe
 from volseg.training.validate import ScanPredictor, tiling_of, validate
 
+T = TypeVar("T")
 SUBSET_OVERLAP = 0.25  # cheap and close enough: the final metrics use the recipe's own overlap
 # Fractions of a time budget
 VALIDATION_FRACTION = 0.15  # for all intermediate validations together
@@ -147,7 +149,7 @@ class Validator:
         return max(time.monotonic() - began, 1e-6) / tiling.batch_size
 
 
-def spread(cases: Sequence[PreparedCase], n: int) -> list[PreparedCase]:
+def spread(cases: Sequence[T], n: int) -> list[T]:
     """Return up to `n` cases, at least one, evenly spread over the list."""
     places = np.linspace(0, len(cases) - 1, max(1, min(n, len(cases))))
     return [cases[round(place)] for place in places]
