@@ -22,6 +22,9 @@ def cells(*texts):
         (["0.5", "1", "2"], "number", ()),
         ([str(n) for n in range(30)], "number", ()),
         (["x|y", "y", "x | z"], "labels", ("x", "y", "z")),
+        (["61.5", "nan", "58.5", "unknown", "70.5"], "number", ()),
+        (["0", "1", "nan", "N/A", "1"], "classes", ("0", "1")),
+        ([str(n // 2) for n in range(40)], "classes", tuple(map(str, range(20)))),
     ],
 )
 def test_the_cells_say_what_a_column_is(texts, kind, names):
@@ -34,6 +37,7 @@ def test_the_cells_say_what_a_column_is(texts, kind, names):
     [
         (["", " "], "is blank"),
         (["007", "7"], "holds only '7'"),
+        (["nan", "nan"], "is blank"),
         ([f"note {n}" for n in range(150)], "150 different texts"),
     ],
 )
@@ -61,6 +65,31 @@ def test_a_recipe_decides_kind_order_and_ranges():
     labels = Target(target="t", kind="labels", classes=("a", "b", "c"))
     assert value_of("c|a", labels) == (0, 2)
     assert count_classes([(0, 2), (0,)], labels) == {"a": 2, "b": 0, "c": 1}
+
+
+def test_an_unknown_value_is_a_mistake_and_no_class():
+    for texts in (("0", "1", "nan", "1"), ("61.5", "58.5", "nan", "70.5"), ("a", "b", "NaN", "a")):
+        described = cells(*texts).describe(Target(target="t"))
+        values, (mistake,) = cells(*texts).values(described)
+        assert mistake.startswith("2: column t: ")
+        assert mistake.endswith(": leave the cell empty where the value is unknown")
+        assert sorted(values) == ["0", "1", "3"]
+
+
+def test_a_class_whose_name_holds_the_separator_of_labels_is_refused():
+    with pytest.raises(
+        VolsegError, match=r"holds the class 'a\|b', and \| separates several labels"
+    ):
+        cells("a|b", "c", "c").describe(Target(target="t", kind="classes"))
+    with pytest.raises(ValueError, match=r"contains '\|', which separates labels"):
+        Target(target="t", kind="classes", classes=("a|b", "c"))
+    labels = Target(target="t", kind="labels", classes=("a", "b"))
+    assert value_of("|", labels) == () and value_of("", labels) is None
+
+
+def test_a_number_that_never_differs_is_refused():
+    with pytest.raises(VolsegError, match="holds only '5'; to fix: add images with other numbers"):
+        cells("5", "5", "5").describe(Target(target="t", kind="number"))
 
 
 def test_mistakes_name_the_case_and_the_column():

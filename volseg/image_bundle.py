@@ -61,6 +61,12 @@ class Judgement:
     coverage: float = 0.9
     outliers: OutlierModel | None = None
 
+    @property
+    def stated_coverage(self) -> float | None:
+        """Coverage of the sets or intervals; None if there were too few images for them."""
+        has_none = self.sets is None and self.half_width is None
+        return None if has_none else self.coverage
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reference:

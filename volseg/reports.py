@@ -247,7 +247,7 @@ class ImagesReport(CasesReport):
     """What `infer` did with images; there are no lesions and no masks.
 
     Args:
-        coverage: of the confidence sets or intervals in the table.
+        coverage: of the confidence sets or intervals in the table; None if it has none.
     """
 
     files: ClassVar[tuple[str, ...]] = (
@@ -255,7 +255,7 @@ class ImagesReport(CasesReport):
     )
 
     objects: str = "components"
-    coverage: float
+    coverage: float | None
 
     @property
     def _more_counts(self) -> dict[str, int | float]:

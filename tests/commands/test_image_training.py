@@ -179,6 +179,38 @@ def test_a_bad_image_is_a_failed_row_and_a_second_call_does_only_what_is_missing
     assert after["000"]["status"] == "done" and after["001"] == before["001"]
 
 
+def test_predictions_of_another_target_are_not_replaced_and_those_of_another_model_are_named(
+    model, table, tmp_path
+):
+    images = sorted((table / "images").glob("*.png"))
+    volseg.infer(images[:4], model=model, out=tmp_path / "r", pages=False)
+    other = shutil.copytree(model, tmp_path / "other")
+    content = json.loads((other / "model.json").read_text(encoding="utf-8"))
+    content["recipe"]["name"] = "second"
+    (other / "model.json").write_text(json.dumps(content), encoding="utf-8")
+    result = volseg.infer(images[2:6], model=other, out=tmp_path / "r", pages=False)
+    assert [text for text in result.warnings if text.startswith("W_STALE")] == [
+        "W_STALE: the table also holds 2 images that an earlier call predicted with another model "
+        "or other options (000, 001); give another --out for a table without them"
+    ]
+    assert len(rows_of(tmp_path / "r" / "classes.csv")) == 6
+    content["recipe"]["data"]["target"] = "outline"
+    (other / "model.json").write_text(json.dumps(content), encoding="utf-8")
+    before = (tmp_path / "r" / "classes.csv").read_bytes()
+    with pytest.raises(
+        VolsegError, match=r"predictions of shape .*, and second@\w+ predicts outline"
+    ):
+        volseg.infer(images, model=other, out=tmp_path / "r")
+    assert (tmp_path / "r" / "classes.csv").read_bytes() == before
+
+
+def test_masks_and_classes_do_not_share_a_results_folder(model, table, tmp_path):
+    scan, mask = (f"sample_data/{kind}/phantom_15.nii.gz" for kind in ("images", "labels"))
+    volseg.measure(image=scan, mask=mask, out=tmp_path / "r", pages=False)
+    with pytest.raises(VolsegError, match="holds the results of measure"):
+        volseg.infer(table, model=model, out=tmp_path / "r")
+
+
 def test_baselines_predict_the_same_images_and_a_second_call_computes_none_of_them_again(
     model, table, tmp_path, monkeypatch
 ):
@@ -399,6 +431,47 @@ def test_report_rebuilds_the_page_of_classified_images_and_keeps_it_without_them
         with pytest.raises(VolsegError, match=r"run\.json: cannot be read"):
             volseg.report(results)
         assert page.read_text() == before
+
+
+def test_the_plan_normalises_intensities_as_the_files_allow(tmp_path):
+    rng = np.random.default_rng(0)
+    data = folder_of_classes(tmp_path / "png", n=6)
+    volumes = {"ct": rng.normal(-400, 300, (6, 24, 24)), "mr": rng.gamma(2, 200, (6, 24, 24))}
+    planned = {"png": volseg.plan(data)}
+    for name, arrays in volumes.items():
+        folder = tmp_path / name
+        for number, array in enumerate(arrays):
+            path = folder / ("ab"[number % 2]) / f"{number}.tif"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array.astype(np.float32)).save(path)
+        planned[name] = volseg.plan(folder)
+    methods = {n: report.recipe["images"]["normalise"]["method"] for n, report in planned.items()}
+    assert methods == {"png": "scale", "ct": "window", "mr": "percentile"}
+    (line,) = (one for one in planned["ct"].reasons if one["key"] == "images.normalise")
+    assert "0.5 to the 99.5 percentile" in line["reason"]
+
+
+def test_an_image_that_the_recipe_cannot_scale_is_left_out_by_name(tmp_path):
+    data = folder_of_classes(tmp_path / "data", n=8)
+    Image.fromarray(np.ones((32, 32), np.float32)).save(data / "disc" / "float.tif")
+    scaled = recipe("class", {"epochs": 1}, images={"normalise": {"method": "scale"}})
+    report = volseg.train(data, recipe=scaled, out=tmp_path / "m")
+    assert report.metrics["training_images"] + report.metrics["validation_images"] == 16
+    assert any("W_LEFT_OUT: images" in text and "float" in text for text in report.warnings)
+
+
+def test_a_class_that_validation_lacks_is_a_warning(tmp_path):
+    data = folder_of_classes(tmp_path / "data", n=6)
+    for split, shapes in (("train", SHAPES), ("val", SHAPES[:1])):
+        for shape in shapes:
+            (data / split).mkdir(exist_ok=True)
+            shutil.copytree(data / shape, data / split / shape)
+    for shape in SHAPES:
+        shutil.rmtree(data / shape)
+    for path in (data / "val").rglob("*.png"):
+        path.rename(path.with_name(f"v{path.name}"))
+    (remark,) = (r for r in volseg.plan(data).warnings if r.startswith("W_CLASS_SPLIT"))
+    assert f"no validation image is of {SHAPES[1]}, so nothing says how well" in remark
 
 
 def test_an_image_that_cannot_be_read_is_named_and_the_others_are_trained_on(tmp_path):

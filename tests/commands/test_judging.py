@@ -279,6 +279,46 @@ def test_several_labels_at_once(tmp_path, monkeypatch):
     assert by_case(tmp_path)["c0"]["reference"] == cases[0]["findings"]
 
 
+def state(folder, **data):
+    """Write the run.json of results, which describes what the model predicts."""
+    content = {"target": data["target"], "data": data}
+    (folder / "run.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def test_the_truth_is_read_as_training_reads_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(Judgement, "pictures", lambda judgement: {})
+    numbers = ["3", "61", "40.5", "99"]
+    write_cases(
+        tmp_path / "data" / "cases.csv",
+        [
+            {"subject": f"c{n}", "grade": text, "size": numbers[n], "findings": labels}
+            for n, (text, labels) in enumerate(
+                zip(["LOW", "High ", "high", ""], ["a|b", "|", "A", ""])
+            )
+        ],
+    )
+    rows = [
+        ClassRow(case_id=f"c{n}", probabilities={"low": 0.9 - 0.2 * n, "high": 0.1 + 0.2 * n})
+        for n in range(4)
+    ]
+    write(tmp_path / "one" / "classes.csv", class_table(("low", "high"), rows))
+    state(tmp_path / "one", target="grade", kind="classes", classes=["low", "high"])
+    assert judge(tmp_path).summary["left_out"] == {"c3": "the cell of the truth is empty"}
+    assert [row["reference"] for row in by_case(tmp_path).values()] == ["low", "high", "high"]
+
+    ranges = {"low": [0, 50], "high": [55, 70]}
+    state(tmp_path / "one", target="size", kind="classes", classes=ranges)
+    left_out = judge(tmp_path).summary["left_out"]
+    assert left_out == {"c3": "the truth lies outside the ranges of all classes"}
+    assert [row["reference"] for row in by_case(tmp_path).values()] == ["low", "high", "low"]
+
+    labels = [ClassRow(case_id=f"c{n}", probabilities={"a": 0.5, "b": 0.2 * n}) for n in range(4)]
+    write(tmp_path / "one" / "classes.csv", class_table(("a", "b"), labels))
+    state(tmp_path / "one", target="findings", kind="labels", classes=["a", "b"])
+    assert judge(tmp_path).summary["left_out"] == {"c3": "the cell of the truth is empty"}
+    assert [row["reference"] for row in by_case(tmp_path).values()] == ["a|b", "", "a"]
+
+
 def test_numbers(tmp_path):
     rng = np.random.default_rng(0)
     ages = rng.uniform(60, 90, 50).round(1)
@@ -331,6 +371,8 @@ def test_a_folder_per_class_and_a_medmnist_file_are_references(tmp_path, monkeyp
             for n, line in enumerate(p)
         ]
         write(tmp_path / reference[:4] / "classes.csv", class_table(names, rows))
+        # The model may have learned a column of another name.
+        state(tmp_path / reference[:4], target="diagnosis", kind="classes", classes=list(names))
         given = {"reference": tmp_path / reference, "predicted": tmp_path / reference[:4]}
         summary = judge(tmp_path, **given).summary
         assert summary["n_cases"] == 24 and not summary["not_predicted"]
@@ -349,7 +391,7 @@ def test_what_puts_the_numbers_in_doubt_is_a_warning(folder):
     report = judge(folder, target="diagnosis")
     codes = [text.partition(":")[0] for text in report.warnings]
     assert codes == ["W_LEFT_OUT", "W_TRAINING", "W_PATIENT"]
-    assert "the model does not know the class 'cyst'" in report.warnings[0]
+    assert "'cyst' is not one of the classes benign" in report.warnings[0]
     assert report.summary["n_cases"] == 59
 
 
@@ -360,7 +402,7 @@ def test_what_puts_the_numbers_in_doubt_is_a_warning(folder):
         ({"by": "site"}, "has no column 'site'"),
         ({"min_iou": 0.5}, "--min-iou is for masks"),
         ({"target": "sex"}, "no case can be judged by column 'sex'"),
-        ({"target": "patient"}, "does not know the class 'p0'"),
+        ({"target": "patient"}, "'p0' is not one of the classes benign"),
     ],
 )
 def test_a_request_that_cannot_be_met_names_the_problem(folder, options, problem):

@@ -28,10 +28,10 @@ FILES = {  # name → what it holds
     "cases.csv": "a row per scan",
     "response.csv": "a row per patient",
     "comparison.csv": "a row per pair of lesions",
-    "evaluation.csv": "a row per case and label",
+    "evaluation.csv": "a row per case, of masks also per label",
     "detections.csv": "a row per lesion of either mask",
     "summary.json": "every mean, interval and limit of agreement",
-    "agreement.png": "Bland-Altman and correlation of volumes",
+    "agreement.png": "Bland-Altman plot, and predicted against true numbers",
     "froc.png": "sensitivity against false positives per scan",
     "metrics.csv": "every metric with its interval",
 }
@@ -70,7 +70,8 @@ def _print_backend(report: reports.CasesReport) -> None:
 def _(report: reports.ImagesReport) -> None:
     _print_backend(report)
     kind = "confidence sets" if "classes" in report.paths else "intervals"
-    typer.echo(f"{kind} with {report.coverage:.0%} coverage on validation images")
+    if report.coverage is not None:
+        typer.echo(f"{kind} with {report.coverage:.0%} coverage on validation images")
 
 
 @show_details.register

@@ -43,7 +43,7 @@ def report_images(options: ReportOptions) -> PagesReport:
     run = _run_of(out)
     rows = read_class_table(out / (CLASSES if (out / CLASSES).is_file() else VALUES))
     names = [row.case_id for row in rows if row.status == "done"]
-    with OutputFolder(out, "infer", inputs=[]) as outputs:
+    with OutputFolder(out, "infer-images", inputs=[]) as outputs:
         outputs.check_overwrites([PAGE])
         options.progress("Pages", 0.0, str(out / PAGE))
         pictures, reason = _pictures(run, rows)
@@ -78,7 +78,7 @@ def _run_of(out: Path) -> dict[str, Any]:
     """
     try:
         run = read_json(out / RUN)
-        if not isinstance(run["target"], str) or not isinstance(run["coverage"], float):
+        if not isinstance(run["target"], str) or not isinstance(run["coverage"], float | None):
             raise ValueError("target or coverage is missing")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise VolsegError(

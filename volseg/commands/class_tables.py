@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,7 @@ import numpy as np
 
 from volseg.errors import VolsegError
 from volseg.evaluation.class_intervals import Judged
-from volseg.evaluation.class_rows import CLASSES, VALUES, ClassRow, ValueRow, split_names
+from volseg.evaluation.class_rows import CLASSES, VALUES, ClassRow, ValueRow
 from volseg.evaluation.classes import SUM_TOLERANCE, ClassPredictions
 from volseg.evaluation.operating import OperatingPoint
 from volseg.evaluation.regression import NumberPredictions
@@ -24,6 +24,9 @@ from volseg.io.formats import is_scan, stem_of
 from volseg.io.image_cases import survey_images
 from volseg.io.image_tables import HEADS, SLICE, is_arrays
 from volseg.io.tables import read_table
+from volseg.planning.targets import value_of
+from volseg.recipe.classification import CLASSES as EXCLUSIVE
+from volseg.recipe.classification import LABELS, NUMBER, SEPARATOR, Target
 from volseg.store.tables import read_class_rows, read_value_rows
 from volseg.words import format_count, format_list
 
@@ -63,7 +66,7 @@ class Reference:
     remarks: Sequence[str]
 
     @classmethod
-    def of(cls, path: Path, target: str | None = None) -> Reference:
+    def of(cls, path: Path, target: str | None = None, usual: str | None = None) -> Reference:
         """Read a table of cases, the cases.csv of a folder, or a data set of images.
 
         A table is read as it is, so that the images need not be there. Where it lists slices, and
@@ -71,25 +74,28 @@ class Reference:
 
         Args:
             target: column of the truth, if it is stated; masks in it become classes of slices.
+            usual: that of the model, which is taken where the data set has it.
 
         Raises:
             VolsegError: there is none, it names no cases, or one of them twice.
         """
         file = path / "cases.csv" if path.is_dir() else path
         if not file.is_file() or is_arrays(file):
-            return cls._of_images(path, target)
+            return cls._of_images(path, target, usual)
         table = read_table(file, HEADS)
         if SLICE in table.columns:
-            return cls._of_images(path, target)
+            return cls._of_images(path, target, usual)
         rows = [dict(zip(table.columns, texts)) for _, texts in table.lines]
         ids = _case_ids(rows, file)
         remarks = [text for text in table.remarks if "W_COLUMN" not in text]
         return cls(path=file, columns=table.columns, cells=dict(zip(ids, rows)), remarks=remarks)
 
     @classmethod
-    def _of_images(cls, path: Path, target: str | None) -> Reference:
+    def _of_images(cls, path: Path, target: str | None, usual: str | None) -> Reference:
         """Read a folder per class, a MedMNIST file or slices of volumes."""
         survey = survey_images(path, target=target)
+        if target is None and usual in [column.name for column in survey.target_columns]:
+            survey = survey_images(path, target=usual)  # reads masks that say the classes
         if survey.mistakes or not survey.cases:
             raise dataset_error(survey.mistakes or ["no images found"], str(path))
         cells = {
@@ -99,8 +105,11 @@ class Reference:
         columns = list(dict.fromkeys(name for row in cells.values() for name in row))
         return cls(path=path, columns=columns, cells=cells, remarks=survey.remarks)
 
-    def target(self, name: str | None, classes: Sequence[str]) -> str:
+    def target(self, name: str | None, data: Target) -> str:
         """Return the column of the truth: the given, the usual, or the one that fits the classes.
+
+        Args:
+            data: what the model predicts.
 
         Raises:
             VolsegError: there is no such column, or several might be it.
@@ -108,9 +117,8 @@ class Reference:
         if name is not None:
             self.check_column(name, "--target")
             return name
-        fitting = [name for name in self._free_columns if self._fits(name, classes)]
-        usual = [name for name in USUAL_TARGETS if name in (fitting if classes else self.columns)]
-        fitting = usual[:1] or fitting
+        fitting = [name for name in self._free_columns if self._fits(name, data)]
+        fitting = [name for name in USUAL_TARGETS if name in fitting][:1] or fitting
         if len(fitting) != 1:
             columns_text = f"columns {', '.join(fitting)} all fit" if fitting else "no column fits"
             raise VolsegError(
@@ -134,10 +142,13 @@ class Reference:
         """Columns that are not those of every cases.csv."""
         return [name for name in self.columns if name not in HEADS and not is_image_column(name)]
 
-    def _fits(self, column: str, classes: Sequence[str]) -> bool:
-        """Check whether the cells of a column are classes, at least two different ones."""
-        cells = {name for row in self.cells.values() for name in split_names(row.get(column, ""))}
-        return len(cells) > 1 and all(_index_of(cell, classes) is not None for cell in cells)
+    def _fits(self, column: str, data: Target) -> bool:
+        """Check whether the cells of a column are what a model predicts, and not all the same."""
+        cells = {row.get(column, "") for row in self.cells.values()}
+        try:
+            return len({value_of(cell, data) for cell in cells} - {None}) > 1
+        except ValueError:
+            return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -148,7 +159,8 @@ class Predicted:
         path: of the table. classes: names in order; empty for numbers.
         rows: case id → row of each case that was predicted. failed: case id → reason.
         points: the operating points of the model, if run.json states them (`operating_points`).
-        target: what it predicts, if run.json states it (`target`).
+        target: name of what it predicts, if run.json states it (`target`).
+        data: kind, classes and ranges of that, if run.json states them (`data`).
     """
 
     path: Path
@@ -158,6 +170,7 @@ class Predicted:
     failed: Mapping[str, str]
     points: Sequence[OperatingPoint] = ()
     target: str | None = None
+    data: Target | None = None
 
     @classmethod
     def of(cls, path: Path) -> Predicted:
@@ -188,7 +201,24 @@ class Predicted:
             failed=failed,
             points=_points(run),
             target=stated if isinstance(stated := run.get("target"), str) else None,
+            data=_data_of(run, classes),
         )
+
+    def described(self, cells: Iterable[str] = ()) -> Target:
+        """Return what the model predicts: as run.json states, else as the tables suggest.
+
+        Args:
+            cells: of the truth; several labels in one show that a case can have several.
+        """
+        if self.data is not None:
+            return self.data
+        if self.kind == "numbers":
+            return Target(target="value", kind=NUMBER, classes=())
+        sums = [sum(row.probabilities.values()) for row in self.rows.values()]
+        several = len(self.classes) < 2 or any(SEPARATOR in cell for cell in cells)
+        several |= any(abs(total - 1) > SUM_TOLERANCE for total in sums)
+        kind = LABELS if several else EXCLUSIVE
+        return Target(target="class", kind=kind, classes=tuple(self.classes))
 
     @property
     def model(self) -> str:
@@ -224,17 +254,16 @@ class TruthTable:
         """
         if target is None and predicted.target in reference.columns:
             target = predicted.target
-        column = reference.target(target, predicted.classes)
+        column = reference.target(target, predicted.described())
         common = [name for name in reference.cells if name in predicted.rows]
         cells = {name: reference.cells[name].get(column, "") for name in common}
-        parse = _parser(cells, predicted)
+        data = predicted.described(cells.values())
         truths, left_out = {}, {}
         for name, text in cells.items():
-            value = parse(text)
-            if isinstance(value, str):
-                left_out[name] = value
-            else:
-                truths[name] = value
+            try:
+                truths[name] = _truth(text, data)
+            except ValueError as error:
+                left_out[name] = str(error)
         if not truths:
             reason = next(iter(left_out.values()), "no case of the reference was predicted")
             raise VolsegError(
@@ -397,48 +426,33 @@ def _failure(row: ClassRow | ValueRow, n_classes: int) -> str:
     return ""
 
 
-def _parser(
-    cells: Mapping[str, str], predicted: Predicted
-) -> Callable[[str], float | int | np.ndarray | str]:
-    """Return the function from the cell of a case to its truth, or to why it has none."""
-    if predicted.kind == "numbers":
-        return _number
-    classes = list(predicted.classes)
-    sums = [sum(row.probabilities.values()) for row in predicted.rows.values()]
-    several = any(len(split_names(text)) > 1 for text in cells.values())
-    several |= any(abs(total - 1) > SUM_TOLERANCE for total in sums)
+def _truth(cell: str, data: Target) -> float | int | np.ndarray:
+    """Return the index of the class, (k,) bool labels, or the number.
 
-    def parse(text: str) -> int | np.ndarray | str:
-        labels = split_names(text)
-        if not labels:
-            return "the cell of the truth is empty"
-        numbers = list[int]()
-        for label in labels:
-            number = _index_of(label, classes)
-            if number is None:
-                return f"the model does not know the class {label!r}"
-            numbers.append(number)
-        return np.isin(np.arange(len(classes)), numbers) if several else numbers[0]
-
-    return parse
+    Raises:
+        ValueError: the cell is none of them.
+    """
+    value = value_of(cell, data)
+    if value is None:
+        is_blank = not cell.strip()
+        raise ValueError(
+            "the cell of the truth is empty"
+            if is_blank
+            else "the truth lies outside the ranges of all classes"
+        )
+    if isinstance(value, tuple):
+        return np.isin(np.arange(len(data.names)), value)
+    return value
 
 
-def _number(text: str) -> float | str:
+def _data_of(run: Mapping[str, Any], classes: Sequence[str]) -> Target | None:
+    """Return what run.json says of the target; None if it does not fit the table."""
     try:
-        value = float(text)
-    except ValueError:
-        return "the cell of the truth is no number" if text else "the cell of the truth is empty"
-    return value if math.isfinite(value) else "the cell of the truth is no number"
-
-
-def _index_of(text: str, classes: Sequence[str]) -> int | None:
-    """Return the number of a class; `1` and `1.0` are the same."""
-    if text in classes:
-        return list(classes).index(text)
-    number = _number(text)
-    if isinstance(number, str):
+        data = Target.model_validate(run["data"])
+    except (ValueError, KeyError):
         return None
-    return next((n for n, name in enumerate(classes) if _number(name) == number), None)
+    names = [] if data.kind == NUMBER else list(data.names)
+    return data if names == list(classes) else None
 
 
 def _run_of(folder: Path) -> Mapping[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from volseg.commands.batch import reason_of
-from volseg.commands.image_sources import LESION, source_of, survey_lesions
+from volseg.commands.image_sources import LESION, named, source_of, survey_lesions
 from volseg.commands.image_start import Start
 from volseg.errors import ScanError, VolsegError
 from volseg.evaluation.duplicates import ImagePrint, groups_of, print_of
@@ -31,7 +32,7 @@ from volseg.options.shared import failure_line
 from volseg.recipe import AnyRecipe, ClassifyRecipe, as_any_recipe, parse_image_recipe
 from volseg.recipe.classification import NUMBER, Target
 from volseg.recipe.images import ZScoreImage
-from volseg.recipe.section import AUTO
+from volseg.recipe.section import AUTO, closed
 from volseg.words import format_list
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a command that needs it pays
@@ -138,7 +139,9 @@ class ImageDataset:
         if mistakes:
             self._refuse(mistakes)
         cases = [case for case in used if values[case.id] is not None]
-        return self._planned(cases, recipe, values, remarks)
+        planned = self._planned(cases, recipe, values, remarks)
+        one_sided = _one_sided(planned.cases, values, planned.splits, recipe.data)
+        return replace(planned, remarks=[*planned.remarks, *one_sided])
 
     def _plan_unlabelled(self) -> PlannedImages:
         assert self.recipe is not None
@@ -164,7 +167,7 @@ class ImageDataset:
         cases = [case for case in cases if case.id in images]
         if failed:
             remarks.append(
-                f"W_LEFT_OUT: images that cannot be read, and are left out: "
+                f"W_LEFT_OUT: images that cannot be used, and are left out: "
                 f"{format_list(list(failed), 5)}"
             )
         groups = _groups(cases, [images[case.id].print for case in cases])
@@ -172,7 +175,12 @@ class ImageDataset:
         splits = assign_image_splits(cases, groups, values, fraction, self.seed)
         remarks += _leaks(groups, splits)
         fingerprint = _fingerprint(cases, images, values, splits, recipe)
-        closed = close_images(recipe, fingerprint, starts_trained=self.start is not None)
+        closed = close_images(
+            recipe,
+            fingerprint,
+            starts_trained=self.start is not None,
+            trained_on=None if self.start is None else self.start.trained_on,
+        )
         return PlannedImages(
             closed=closed,
             fingerprint=fingerprint,
@@ -192,9 +200,12 @@ class ImageDataset:
         for count, case in enumerate(cases, start=1):
             try:
                 image = source.picture(case)
+                if recipe.images.normalise != AUTO:
+                    with named(case.path):
+                        closed(recipe.images.normalise).check(image.largest)
                 prints = print_of(image.array, image.largest)
                 pixels = image.array.ravel()[:: max(1, image.array.size // INTENSITIES)]
-                facts[case.id] = _Facts(image.array.shape, prints, pixels.copy())
+                facts[case.id] = _Facts(image.array.shape, image.largest, prints, pixels.copy())
             except ScanError as error:
                 failed[case.id] = reason_of(error)
                 self.announce(failure_line(case.id, failed[case.id]))
@@ -230,9 +241,14 @@ class ImageDataset:
 
 @dataclass(frozen=True, slots=True)
 class _Facts:
-    """Shape (C, H, W) of an image, what tells whether it is a duplicate, and some intensities."""
+    """Shape (C, H, W) of an image, what tells whether it is a duplicate, and some intensities.
+
+    Args:
+        white: the intensity that is white, if the file says so.
+    """
 
     shape: tuple[int, ...]
+    white: float | None
     print: ImagePrint
     intensities: np.ndarray
 
@@ -244,7 +260,7 @@ class PlannedImages:
     Args:
         values: case id → target. groups: case id → those that stay in one fold share it.
         splits: case id → train or val.
-        failed: case id → why it cannot be read.
+        failed: case id → why it cannot be used.
     """
 
     closed: ClosedImages
@@ -289,7 +305,10 @@ class LoadedImages:
         from volseg.planning.images import close_images
 
         stored = self.recipe.data
-        stated = recipe.model_copy(update={"data": stored})
+        images = recipe.images
+        if images.normalise == AUTO:
+            images = images.model_copy(update={"normalise": self.recipe.images.normalise})
+        stated = recipe.model_copy(update={"data": stored, "images": images})
         closed = close_images(stated, self.fingerprint, starts_trained=starts_trained)
         stated_data = {key: v for key, v in recipe.data.model_dump().items() if v != AUTO}
         is_other = stored.model_dump() | stated_data != stored.model_dump()
@@ -373,9 +392,17 @@ def _only_target(dataset: Path, survey: ImageSurvey) -> str:
     if survey.likely_target is not None:
         return survey.likely_target
     names = [column.name for column in survey.target_columns]
-    listed = format_list(names, 10) or "none"
+    if not names:
+        raise VolsegError(
+            f"{dataset}: says nothing of its images that could be learned: no class or number "
+            "with at least two different values",
+            fix="put the images of each class into a folder of its own, or give a table with a "
+            "column of classes or numbers",
+            code="E_TARGET",
+        )
     raise VolsegError(
-        f"{dataset}: which column to predict is not stated; those that could be are {listed}",
+        f"{dataset}: which column to predict is not stated; those that could be are "
+        f"{format_list(names, 10)}",
         fix="name it: --target COLUMN, or data.target in a recipe",
         code="E_TARGET",
     )
@@ -406,6 +433,32 @@ def _leaks(groups: Mapping[str, str], splits: Mapping[str, str]) -> list[str]:
     ]
 
 
+def _one_sided(
+    cases: Sequence[ImageCase],
+    values: Mapping[str, Value],
+    splits: Mapping[str, str],
+    data: Target,
+) -> list[str]:
+    """Return a warning for each class that training or validation lacks."""
+    from volseg.planning.targets import count_classes
+
+    if data.kind == NUMBER:
+        return []
+    remarks = []
+    for split, effect in (
+        ("train", "so the model cannot learn it"),
+        ("val", "so nothing says how well the model knows it"),
+    ):
+        counts = count_classes([values[c.id] for c in cases if splits[c.id] == split], data)
+        absent = [name for name, n in counts.items() if not n]
+        if absent:
+            title = {"train": "training", "val": "validation"}[split]
+            remarks.append(
+                f"W_CLASS_SPLIT: no {title} image is of {format_list(absent, 5)}, {effect}"
+            )
+    return remarks
+
+
 def assign_image_splits(
     cases: Sequence[ImageCase],
     groups: Mapping[str, str],
@@ -429,8 +482,9 @@ def fold_of_groups(
 ) -> dict[str, int]:
     """Return case id → fold; the cases of a group share it, and classes are spread evenly.
 
-    Groups are dealt like cards, class after class (of the group's largest class or, for a number,
-    from its lowest value to its highest), each class in an order drawn with the seed.
+    Groups are dealt like cards, each class in an order drawn with the seed, from the most frequent
+    class to the rarest. A group counts as of the rarest class in it, so that each fold has its
+    share of that. Of numbers, groups are ordered by their largest.
     """
     members: dict[str, list[str]] = {}
     for name, group in groups.items():
@@ -439,23 +493,28 @@ def fold_of_groups(
         raise VolsegError(
             f"{len(members)} patients or groups of near duplicates cannot be divided into "
             f"{folds} parts",
-            fix="add images of other patients, or lower --folds",
+            fix="add images of other patients, or ask for fewer folds or a larger "
+            "train.validation_fraction",
             code="E_DATASET",
         )
     names = sorted(members)
     order = np.random.default_rng(seed).permutation(len(names))
     shuffled = [names[index] for index in order]
-    ranked = sorted(shuffled, key=lambda group: _rank(values[name] for name in members[group]))
+    n_images = Counter(value for value in values.values() if isinstance(value, int))
+    rarity = {value: place for place, (value, _) in enumerate(n_images.most_common())}
+
+    def rank(group: str) -> float:
+        return max(_rank(values[name], rarity) for name in members[group])
+
+    ranked = sorted(shuffled, key=rank)
     return {name: place % folds for place, group in enumerate(ranked) for name in members[group]}
 
 
-def _rank(values: Iterator[Value]) -> float:
-    """Return a number by which groups of like targets are neighbours."""
-    numbers = [
-        float(sum(2.0**index for index in value)) if isinstance(value, tuple) else float(value or 0)
-        for value in values
-    ]
-    return max(numbers)
+def _rank(value: Value, rarity: Mapping[int, int]) -> float:
+    """Return a number by which like targets are neighbours."""
+    if isinstance(value, tuple):
+        return float(sum(2.0**index for index in value))
+    return float(rarity[value]) if isinstance(value, int) else float(value or 0)
 
 
 def _fingerprint(
@@ -473,6 +532,7 @@ def _fingerprint(
     sizes = [facts[case.id].shape[1:] for case in training[:: -(-len(training) // SAMPLE)]]
     pixels = np.concatenate([facts[case.id].intensities for case in training])
     low, high = np.percentile(pixels, (0.5, 99.5)).tolist()
+    whites = {facts[case.id].white for case in training}
     statistics: dict[str, Any] = {"counts": count_classes(targets, recipe.data)}
     if recipe.data.kind == NUMBER:
         numbers = np.array(targets, float)
@@ -486,6 +546,7 @@ def _fingerprint(
         kind=str(recipe.data.kind),
         low=low,
         high=high if high > low else low + 1,
+        white=whites.pop() if len(whites) == 1 else None,
         **statistics,
     )
 

@@ -35,12 +35,15 @@ from volseg.options import InferOptions
 from volseg.pages.about import About
 from volseg.pages.class_page import class_page
 from volseg.recipe.classification import CLASSES as EXCLUSIVE
-from volseg.recipe.classification import NUMBER
+from volseg.recipe.classification import NUMBER, Target
 from volseg.reports import ImagesReport
 from volseg.store.outputs import OutputFolder
+from volseg.store.records import STALE
 from volseg.store.tables import class_table, table
+from volseg.words import format_count, format_list
 
 STAGE = "Classifying"
+MOST_LISTED = 3  # names in a message
 BATCH = 64  # images that are read before the networks run
 OF_SCANS = (  # options that mean nothing for images
     *("volume", "max_ram", "figures", "overlap", "inside", "max_vram", "fast", "probabilities"),
@@ -66,7 +69,8 @@ def infer_images(options: InferOptions) -> ImagesReport:
     remarks = [text for text in remarks if not text.startswith("W_FOLDERS")]
     options.warn(*remarks)
     inputs = [*options.scans, options.model, *{case.path for case in cases}]
-    with OutputFolder(options.out, "infer", inputs=inputs) as outputs:
+    with OutputFolder(options.out, "infer-images", inputs=inputs) as outputs:
+        _refuse_other_target(options.out, bundle)
         outputs.check_overwrites([_table_name(bundle), BASELINES, RUN, PAGE])
         beside = Beside.of(options.model, bundle.recipe.data)
         run = _Run(options, bundle, outputs, beside, n_images=len(cases))
@@ -127,6 +131,7 @@ class _Run:
 
     def run(self, cases: Sequence[ImageCase], remarks: Sequence[str]) -> ImagesReport:
         done, kept, failed = list[str](), list[str](), dict[str, str]()
+        remarks = [*remarks, *self._stale(cases)]
         batch: list[tuple[ImageCase, np.ndarray]] = []
         try:
             for count, case in enumerate(cases, start=1):
@@ -156,14 +161,37 @@ class _Run:
             failed=failed,
             warnings=list(remarks),
             pages=self._options.pages,
-            coverage=self._bundle.judgement.coverage,
+            coverage=self._bundle.judgement.stated_coverage,
             computed_with=self._predictor.identity,
         )
 
     def _key(self, case: ImageCase) -> str:
         place = "" if case.index is None else f"#{case.index}"
         mask = "" if self._bundle.recipe.data.input != LESION else f"+{self._digest(case.mask)}"
-        return f"{self._digest(case.path)}{mask}{place}@{self._made_with}{self._beside.key}"
+        return f"{self._digest(case.path)}{mask}{place}{self._end_of_keys}"
+
+    @property
+    def _end_of_keys(self) -> str:
+        """What the keys of all images of this call end with."""
+        return f"@{self._made_with}{self._beside.key}"
+
+    def _stale(self, cases: Sequence[ImageCase]) -> list[str]:
+        """Return a warning if rows of another model, or made with other options, stay."""
+        now = {case.id for case in cases}
+        others = [
+            name
+            for name, key in sorted(self._keys.items())
+            if name not in now and not key.endswith(self._end_of_keys)
+        ]
+        if not others:
+            return []
+        text = (
+            f"{STALE}: the table also holds {format_count(len(others), 'image')} that an earlier "
+            f"call predicted with another model or other options "
+            f"({format_list(others, MOST_LISTED)}); give another --out for a table without them"
+        )
+        self._options.warn(text)
+        return [text]
 
     def _digest(self, path: Path | None) -> str:
         if path is None:
@@ -261,7 +289,8 @@ class _Run:
             "options": self._key_options,
             "images": len(cases),
             "target": self._bundle.recipe.data.target,
-            "coverage": self._bundle.judgement.coverage,
+            "data": self._bundle.recipe.data.model_dump(mode="json"),
+            "coverage": self._bundle.judgement.stated_coverage,
             "baselines": list(self._beside.names),
             "operating_points": list(map(asdict, self._bundle.judgement.points)),
             "keys": {name: self._keys[name] for name in sorted(self._keys)},
@@ -282,7 +311,7 @@ class _Run:
             about,
             rows,
             target=self._bundle.recipe.data.target,
-            coverage=self._bundle.judgement.coverage,
+            coverage=self._bundle.judgement.stated_coverage,
             pictures=doubtful_pictures(rows, cases, self._source),
         ).html()
 
@@ -297,8 +326,33 @@ def _table(rows: Sequence[Any], bundle: ImageBundle) -> Any:
     return class_table(bundle.recipe.data.names, rows)
 
 
+def _refuse_other_target(out: Path, bundle: ImageBundle) -> None:
+    """Refuse a folder whose tables hold predictions of something else: they would be lost.
+
+    Raises:
+        VolsegError: a model with another target or other classes wrote it.
+    """
+    try:
+        earlier = Target.model_validate(read_json(out / RUN)["data"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    data = bundle.recipe.data
+    if (earlier.target, earlier.kind, earlier.names) != (data.target, data.kind, data.names):
+        raise VolsegError(
+            f"{out}: holds predictions of {_target_text(earlier)}, and {bundle.name} predicts "
+            f"{_target_text(data)}",
+            fix="give another folder to --out",
+            code="E_EXISTS",
+        )
+
+
+def _target_text(data: Target) -> str:
+    named = "" if data.kind == NUMBER else f" ({format_list(list(data.names), MOST_LISTED)})"
+    return f"{data.target}{named}"
+
+
 def _earlier(out: Path, bundle: ImageBundle, beside: Beside) -> _Earlier:
-    """Return the rows of an earlier call with the same model; nothing if there are none."""
+    """Return the rows of earlier calls; nothing if there are none."""
     try:
         keys = read_json(out / RUN)["keys"]
         rows = {row.case_id: row for row in read_class_table(out / _table_name(bundle))}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -20,7 +21,7 @@ from volseg.io.layouts import find_scans, survey_cases
 from volseg.io.volumes import read_mask, read_volume
 from volseg.postprocessing.lesions import label_lesions
 from volseg.preprocessing.images import to_input
-from volseg.preprocessing.lesion_images import LesionView, cut_lesion, lesion_input
+from volseg.preprocessing.lesion_images import LesionView, cut_lesion, lesion_input, white_of
 from volseg.recipe import ClassifyRecipe
 from volseg.recipe.images import Images
 from volseg.volume import BoundingBox, Volume
@@ -63,7 +64,9 @@ class FileSource:
         return self._reader.read(case.path, case.index)
 
     def network_input(self, case: ImageCase, settings: Images) -> np.ndarray:
-        return to_input(self.picture(case), settings)
+        image = self.picture(case)
+        with named(case.path):
+            return to_input(image, settings)
 
 
 class LesionSource:
@@ -79,11 +82,12 @@ class LesionSource:
         image, inside = self._lesion(case, GLANCE)
         intensities, _ = cut_lesion(image, inside, GLANCE)
         axial = intensities[0, :1].transpose(0, 2, 1)[:, ::-1, ::-1]  # right at the left, front up
-        return Image2D(np.ascontiguousarray(axial), None)
+        return Image2D(np.ascontiguousarray(axial), white_of(image))
 
     def network_input(self, case: ImageCase, settings: Images) -> np.ndarray:
         image, inside = self._lesion(case, LesionView.of(settings))
-        return lesion_input(image, inside, settings)
+        with named(case.path):
+            return lesion_input(image, inside, settings)
 
     def _lesion(self, case: ImageCase, view: LesionView) -> tuple[Volume, np.ndarray]:
         """Return the part of the scan that a view of a lesion shows, and the lesion's voxels."""
@@ -99,6 +103,15 @@ class LesionSource:
         self._scan, self._ids = read_lesions(case.path, case.mask)
         self._boxes = ndimage.find_objects(self._ids)
         self._paths = (case.path, case.mask)
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Name the file in errors about its intensities."""
+    try:
+        yield
+    except VolsegError as error:
+        raise ScanError(f"{path}: {error.problem}", fix=error.fix, code=error.code) from error
 
 
 def read_lesions(path: Path, mask_path: Path | None) -> tuple[Volume, np.ndarray]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from volseg.errors import VolsegError
 from volseg.inputs import read_json
 from volseg.recipe import ClassifyRecipe, parse_image_recipe
-from volseg.recipe.images import Images, ScaleImage
+from volseg.recipe.images import Images, ScaleImage, UnitNormaliser
 from volseg.recipe.train import Network
 from volseg.words import format_count
 
@@ -86,14 +86,19 @@ class Start:
         images = recipe.images
         if self.images is not None:
             normalise = self.images.normalise
-        elif self.scaling is not None:
-            # One number for all channels, as how many there are is not known yet.
-            one = self.scaling.of_channels(1)
-            normalise = ScaleImage(mean=one.mean, sd=one.sd)
-        else:
-            normalise = images.normalise
-        images = images.model_copy(update={"normalise": normalise})
+            images = images.model_copy(update={"normalise": normalise})
         return recipe.model_copy(update={"network": network, "images": images})
+
+    @property
+    def trained_on(self) -> UnitNormaliser | None:
+        """Mean and standard deviation of the images that the weights saw, if known.
+
+        One number for all channels, as how many there are is not known yet.
+        """
+        if self.scaling is None:
+            return None
+        one = self.scaling.of_channels(1)
+        return ScaleImage(mean=one.mean, sd=one.sd)
 
     def _recognised(self) -> Network:
         """Return the network that has the names and shapes of these weights."""

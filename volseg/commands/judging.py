@@ -47,7 +47,7 @@ def evaluate_tables(options: EvaluateOptions) -> EvaluateReport:
     _refuse_mask_options(options)
     about = About.now("evaluate")
     predicted = Predicted.of(options.predicted)
-    reference = Reference.of(options.reference, options.target or predicted.target)
+    reference = Reference.of(options.reference, options.target, predicted.target)
     truth = TruthTable.of(reference, predicted, options.target)
     for name in options.by:
         truth.reference.check_column(name, "--by")
@@ -125,7 +125,7 @@ def _differences(truth: TruthTable, other: Predicted) -> list[MetricRow]:
             fix="give results of a model with the same classes to --against",
             code="E_DATASET",
         )
-    theirs = TruthTable.of(truth.reference, replace(other, classes=ours.classes), truth.target)
+    theirs = TruthTable.of(truth.reference, _renamed(other, ours), truth.target)
     common = set(theirs.names)
     shared = [name for name in truth.names if name in common]
     if not shared:
@@ -139,6 +139,11 @@ def _differences(truth: TruthTable, other: Predicted) -> list[MetricRow]:
         first = replace(first, model=str(ours.path.parent))
         second = replace(second, model=str(other.path.parent))
     return difference_rows(first, replace(second, patients=first.patients))
+
+
+def _renamed(other: Predicted, ours: Predicted) -> Predicted:
+    """Return predictions with the classes in the order of ours."""
+    return replace(other, classes=ours.classes, data=ours.data)
 
 
 def _page(

@@ -7,7 +7,6 @@ from pathlib import Path
 from volseg.commands.batch import damaged_warnings
 from volseg.commands.pages import REPORT, has_page, read_run, remake_page, write_report
 from volseg.errors import VolsegError
-from volseg.evaluation.class_rows import CLASSES, VALUES
 from volseg.io.csv_text import iterate_csv
 from volseg.measurement.rows import CaseRow
 from volseg.options import ReportOptions, command
@@ -38,16 +37,17 @@ def report(options: ReportOptions) -> PagesReport:
         ['phantom_15']
     """
     out, progress = options.results, options.progress
-    if folder_content(out) not in (SAME_KIND["infer"], SAME_KIND["measure"]):
+    content = folder_content(out)
+    if content == SAME_KIND["infer-images"]:
+        from volseg.commands.class_reporting import report_images  # torch takes seconds to import
+
+        return report_images(options)
+    if content not in (SAME_KIND["infer"], SAME_KIND["measure"]):
         raise VolsegError(
             f"{out}: is not a results folder",
             fix="give the --out folder of volseg infer or volseg measure",
             code="E_USAGE",
         )
-    if (out / CLASSES).is_file() or (out / VALUES).is_file():
-        from volseg.commands.class_reporting import report_images  # torch takes seconds to import
-
-        return report_images(options)
     reviews = _reviews(options)
     remade, kept, edited = [], {}, []
     with ResultsFolder(out, None) as folder:

@@ -8,11 +8,11 @@ from typing import Any
 
 from volseg.columns import column, columns_of, optional
 from volseg.errors import VolsegError
+from volseg.recipe.classification import SEPARATOR
 
 CLASSES, VALUES = "classes.csv", "values.csv"
 BASELINES = "baselines.csv"  # beside either
 PROBABILITY = "probability_"  # followed by the name of a class
-SEPARATOR = "|"  # between the names of several classes in a cell
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

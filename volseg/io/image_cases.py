@@ -5,7 +5,6 @@ Nothing is read but tables, headers of volumes, and masks where the target is in
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -34,7 +33,9 @@ from volseg.io.image_tables import (
 from volseg.io.images import is_image, through_axis
 from volseg.io.layouts import survey_cases
 from volseg.io.tables import read_table
+from volseg.io.target_cells import is_missing, is_number, kind_of
 from volseg.io.volumes import read_header, read_mask
+from volseg.recipe.classification import NUMBER
 
 __all__ = [
     "ImageCase",
@@ -50,8 +51,6 @@ LIKELY = (CLASS, LABEL, "target", "diagnosis")  # names of a column to learn
 TABLE_SUFFIXES = (".csv", ".tsv", ".txt")
 WITH_LABEL, WITHOUT_LABEL = "with label", "without label"  # classes of slices, from their masks
 MOST_CLASSES = 100
-# Of a column of numbers: with more distinct ones it is a quantity, such as an age.
-MOST_NUMBERED_CLASSES = 10
 MOST_DEPTHS = 4  # folders in folders that are searched
 SAMPLE = 2000  # entries of a folder, and rows of a table, from which its kind is told
 
@@ -274,11 +273,12 @@ def _target_columns(cases: Sequence[ImageCase], masks: Collection[str]) -> list[
     """Return the columns that could be the target."""
     columns = [TargetColumn(name, "mask", (), _n_without_mask(cases)) for name in masks]
     for name in dict.fromkeys(name for case in cases for name in case.cells if name != SLICE):
-        texts = [case.cells.get(name, "") for case in cases]
-        values = sorted(set(filter(None, texts)), key=_numbers_first)
-        kind = _kind_of(values, sum(map(bool, texts)))
+        cells = [case.cells.get(name, "") for case in cases]
+        texts = [text for text in cells if text and not is_missing(text)]
+        values = sorted(set(texts), key=_numbers_first)
+        kind = _kind_of(values, texts)
         if kind is not None:
-            columns.append(TargetColumn(name, kind, tuple(values), texts.count("")))
+            columns.append(TargetColumn(name, kind, tuple(values), len(cells) - len(texts)))
     return columns
 
 
@@ -286,29 +286,20 @@ def _n_without_mask(cases: Sequence[ImageCase]) -> int:
     return sum(case.mask is None for case in cases)
 
 
-def _kind_of(values: Sequence[str], n: int) -> Kind | None:
-    """Tell what a column with these distinct values in `n` cells is; None for names and remarks."""
+def _kind_of(values: Sequence[str], texts: Sequence[str]) -> Kind | None:
+    """Tell what a column of these texts and distinct values is; None for names and remarks."""
     if len(values) < 2:
         return None
-    numbers = [_number(value) for value in values]
-    if not any(map(math.isnan, numbers)):
-        return "classes" if len(values) <= min(MOST_NUMBERED_CLASSES, n // 2) else "number"
+    if kind_of(texts) == NUMBER:
+        return "number"
+    if all(map(is_number, values)):
+        return "classes"
     # At least two images of a class on average: else the column is a name.
-    return "classes" if len(values) <= min(MOST_CLASSES, n // 2) else None
-
-
-def _number(text: str) -> float:
-    """Return the number in a cell; NaN if it holds another text."""
-    try:
-        number = float(text)
-    except ValueError:
-        return math.nan
-    return number if math.isfinite(number) else math.nan
+    return "classes" if len(values) <= min(MOST_CLASSES, len(texts) // 2) else None
 
 
 def _numbers_first(text: str) -> tuple[bool, float, str]:
-    number = _number(text)
-    return (True, 0.0, text) if math.isnan(number) else (False, number, text)
+    return (False, float(text), text) if is_number(text) else (True, 0.0, text)
 
 
 def _labelled_by_masks(

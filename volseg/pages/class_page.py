@@ -35,7 +35,7 @@ def class_page(
     rows: Sequence[Row],
     *,
     target: str,
-    coverage: float,
+    coverage: float | None,
     pictures: Mapping[str, bytes],
     remarks: Sequence[str] = (),
 ) -> RunPage:
@@ -43,7 +43,7 @@ def class_page(
 
     Args:
         target: what is predicted.
-        coverage: of confidence sets and intervals.
+        coverage: of confidence sets and intervals; None if there are none.
         pictures: case id → JPEG of the image, as high as the page shows it.
     """
     rows = sorted(rows, key=_doubt, reverse=True)
@@ -105,7 +105,7 @@ def _has_values(rows: Sequence[Row]) -> bool:
     return bool(rows) and isinstance(rows[0], ValueRow)
 
 
-def _sentence(rows: Sequence[Row], done: Sequence[Row], target: str, coverage: float) -> str:
+def _sentence(rows: Sequence[Row], done: Sequence[Row], target: str, coverage: float | None) -> str:
     """Say in one sentence what was predicted, and how sure that is."""
     n = format_count(len(done), "image")
     of_all = f"{len(done)} of {format_count(len(rows), 'image')}" if len(done) < len(rows) else n
@@ -116,16 +116,20 @@ def _sentence(rows: Sequence[Row], done: Sequence[Row], target: str, coverage: f
     return f"volseg classified {of_all} by {target}: {_named(done, coverage)}{unusual}."
 
 
-def _span(done: Sequence[Row], coverage: float) -> str:
+def _span(done: Sequence[Row], coverage: float | None) -> str:
     """Say between which numbers the predictions lie."""
     values = [row.value for row in done if isinstance(row, ValueRow) and row.value is not None]
     span = f", from {min(values):.4g} to {max(values):.4g}" if values else ""
+    if coverage is None:
+        return span
     return f"{span}, each with an interval of {coverage:.0%} coverage on validation images"
 
 
-def _named(done: Sequence[Row], coverage: float) -> str:
+def _named(done: Sequence[Row], coverage: float | None) -> str:
     """Say how many images are of each class, and how many might be of several."""
     named = format_list([f"{n} {name}" for name, n in _counts(done).items()], MAX_CLASSES)
+    if coverage is None:
+        return named or "none"
     rows = [row for row in done if isinstance(row, ClassRow)]
     states_sets = any(row.confidence_set for row in rows)
     # Of one class of several the set holds the predicted one; of labels it may differ either way.

@@ -11,8 +11,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from volseg.planning.close import Reason
-from volseg.planning.targets import MOST_VALUES
 from volseg.recipe.classification import CLASSES, LABELS, NUMBER, ClassifyRecipe
+from volseg.recipe.images import PercentileImage, ScaleImage, UnitNormaliser, WindowImage
 from volseg.recipe.section import AUTO
 from volseg.words import format_list
 
@@ -24,6 +24,7 @@ USUAL_STEPS = 3000  # of a training from random weights
 FINE_TUNING_STEPS = 1000
 LEAST_EPOCHS, MOST_EPOCHS = 15, 200
 LEARNING_RATE, FINE_TUNING_RATE = 2e-3, 3e-4
+BELOW_FAT_HU = -150.0  # darker intensities are of air or lung in CT, and of nothing elsewhere
 IMBALANCED = 1.5  # images of the most frequent class per one of the rarest
 
 
@@ -35,6 +36,7 @@ class ImageFingerprint(BaseModel):
         kind: of the target. counts: class or label → training images, in the order of the outputs.
         mean, sd: of a number.
         low, high: 0.5 and 99.5 percentile of the intensities of the training images.
+        white: the intensity that is white in all of them; None if one does not say, or they differ.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -49,6 +51,7 @@ class ImageFingerprint(BaseModel):
     sd: float | None = None
     low: float
     high: float
+    white: float | None = None
 
     @property
     def median_edge(self) -> int:
@@ -71,14 +74,20 @@ class ClosedImages:
 
 
 def close_images(
-    recipe: ClassifyRecipe, fingerprint: ImageFingerprint, *, starts_trained: bool = False
+    recipe: ClassifyRecipe,
+    fingerprint: ImageFingerprint,
+    *,
+    starts_trained: bool = False,
+    trained_on: UnitNormaliser | None = None,
 ) -> ClosedImages:
     """Return the recipe with a value, derived from the fingerprint, in place of each "auto".
 
     Args:
         starts_trained: the network starts from given weights.
+        trained_on: mean and standard deviation of the images that these weights saw, if known.
     """
     decisions = _decisions(recipe, fingerprint, starts_trained)
+    decisions["images.normalise"] = _normalise(fingerprint, trained_on)
     content = recipe.model_dump()
     reasons = []
     for key in recipe.open_keys:
@@ -124,6 +133,26 @@ def _decisions(
     return decisions | _target(facts)
 
 
+def _normalise(
+    facts: ImageFingerprint, trained_on: UnitNormaliser | None
+) -> tuple[dict[str, Any], str]:
+    """Return how intensities are normalised: the same way for all images where they compare."""
+    # A file of 16 bits that uses a small part of them does not mean their largest value by white.
+    is_white = facts.white is not None and (facts.white <= 255 or facts.high >= facts.white / 4)
+    method: UnitNormaliser
+    if is_white:
+        method, reason = ScaleImage(), "every file says which intensity is white"
+    elif facts.low < BELOW_FAT_HU:
+        method = WindowImage(low=facts.low, high=facts.high)
+        reason = "HU, from the 0.5 to the 99.5 percentile of the training images"
+    else:
+        method, reason = PercentileImage(), "no file says which intensity is white"
+    if trained_on is not None:
+        method = method.model_copy(update={"mean": trained_on.mean, "sd": trained_on.sd})
+        reason += "; then mean and standard deviation as in the training of the weights"
+    return method.model_dump(), reason
+
+
 def _target(facts: ImageFingerprint) -> dict[str, tuple[Any, str]]:
     counts = format_list([f"{name} {n}" for name, n in facts.counts.items()], 10)
     decisions: dict[str, tuple[Any, str]] = {"data.kind": (facts.kind, _why_kind(facts))}
@@ -140,7 +169,7 @@ def _target(facts: ImageFingerprint) -> dict[str, tuple[Any, str]]:
 
 def _why_kind(facts: ImageFingerprint) -> str:
     if facts.kind == NUMBER:
-        return f"more than {MOST_VALUES} different numbers in the column"
+        return "numbers that are no classes: fractions, or too many different ones"
     if facts.kind == LABELS:
         return "several values per image, separated by |"
     return "one of a few values per image"

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from volseg.errors import VolsegError
 from volseg.inputs import shorten
-from volseg.recipe.classification import CLASSES, LABELS, MAX_CLASSES, NUMBER, Target
+from volseg.io.target_cells import is_missing, is_number, kind_of
+from volseg.recipe.classification import CLASSES, LABELS, MAX_CLASSES, NUMBER, SEPARATOR, Target
 from volseg.recipe.section import AUTO
 from volseg.words import format_list
 
-SEPARATOR = "|"  # of several labels in a cell
-MOST_VALUES = 20  # different numbers in a column that count as classes
 MOST_TEXTS = 100  # different texts in a column that count as classes
 Value = int | float | tuple[int, ...] | None
 
@@ -41,15 +39,20 @@ class TargetCells:
         Raises:
             VolsegError: the column is blank, or holds neither classes nor numbers.
         """
-        texts = self.texts
+        # Unknown values are mistakes of single cells, not classes.
+        texts = [text for text in self.texts if not is_missing(text)]
         if not texts:
             raise self._unusable("is blank for every training image", "fill it in")
         classes = data.classes
-        kind = _kind_of(texts) if data.kind == AUTO else data.kind
+        kind = kind_of(texts) if data.kind == AUTO else data.kind
         if data.kind == AUTO and kind == NUMBER and classes != AUTO and classes:
             kind = CLASSES  # numbers are put into the stated classes, such as ranges
         if kind == NUMBER:
             classes = ()
+            if len(set(texts)) == 1:
+                raise self._unusable(
+                    f"holds only {shorten(texts[0])!r}", "add images with other numbers"
+                )
         elif classes == AUTO:
             classes = self._classes(texts, kind)
         return Target.model_validate(data.model_dump() | {"kind": kind, "classes": classes})
@@ -59,6 +62,12 @@ class TargetCells:
         names = _names(texts, several=kind == LABELS)
         if len(names) == 1 and kind == CLASSES:
             raise self._unusable(f"holds only {shorten(names[0])!r}", "add images of another class")
+        joined = [name for name in names if SEPARATOR in name]
+        if joined:
+            raise self._unusable(
+                f"holds the class {shorten(joined[0])!r}, and {SEPARATOR} separates several labels",
+                f'rename the class, or write kind = "{LABELS}" under [data] of the recipe',
+            )
         if len(names) > (MOST_TEXTS if kind == CLASSES else MAX_CLASSES):
             shown = format_list([shorten(name) for name in names], 3)
             raise self._unusable(
@@ -108,7 +117,8 @@ def _indices(text: str, data: Target) -> tuple[int, ...]:
     unknown = [part for part in parts if part and _plain(part) not in names]
     if unknown:
         listed = format_list(list(data.names), 10)
-        raise ValueError(f"{shorten(unknown[0])!r} is not one of the classes {listed}")
+        problem = f"{shorten(unknown[0])!r} is not one of the classes {listed}"
+        raise ValueError(problem + _hint(unknown[0]))
     return tuple(sorted({names[_plain(part)] for part in parts if part}))
 
 
@@ -123,42 +133,33 @@ def count_classes(values: Sequence[Value], data: Target) -> dict[str, int]:
     return {name: counts[index] for index, name in enumerate(data.names)}
 
 
-def _kind_of(texts: Sequence[str]) -> str:
-    if all(_is_number(text) for text in texts):
-        whole = all(float(text).is_integer() for text in texts)
-        few = len({float(text) for text in texts}) <= MOST_VALUES
-        return CLASSES if few and whole else NUMBER
-    return LABELS if any(SEPARATOR in text for text in texts) else CLASSES
-
-
 def _names(texts: Sequence[str], *, several: bool) -> tuple[str, ...]:
     """Return the distinct names, numbers in ascending order, else in alphabetical order."""
     parts = [
         part.strip() for text in texts for part in (text.split(SEPARATOR) if several else [text])
     ]
     by_plain = {_plain(part): part for part in reversed(parts) if part}
-    names = [_plain(name) if _is_number(name) else name for name in by_plain.values()]
-    if all(map(_is_number, names)):
+    names = [_plain(name) if is_number(name) else name for name in by_plain.values()]
+    if all(map(is_number, names)):
         return tuple(sorted(names, key=float))
     return tuple(sorted(names, key=str.casefold))
 
 
 def _plain(text: str) -> str:
     """Return one spelling for a name: 1.0 is 1, and case does not matter."""
-    if _is_number(text) and float(text).is_integer():
+    if is_number(text) and float(text).is_integer():
         return str(int(float(text)))
     return text.casefold()
 
 
+def _hint(text: str) -> str:
+    """Return what to do about a cell that is no value."""
+    if is_missing(text):
+        return ": leave the cell empty where the value is unknown"
+    return ": write a decimal point" if is_number(text.replace(",", ".")) else ""
+
+
 def _number(text: str) -> float:
-    if not _is_number(text):
-        hint = ": write a decimal point" if _is_number(text.replace(",", ".")) else ""
-        raise ValueError(f"{shorten(text)!r} is not a number{hint}")
+    if not is_number(text):
+        raise ValueError(f"{shorten(text)!r} is not a number{_hint(text)}")
     return float(text)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text)) and "_" not in text
-    except ValueError:
-        return False

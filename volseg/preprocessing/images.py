@@ -27,7 +27,7 @@ def to_input(image: Image2D, settings: Images) -> np.ndarray:
     Raises:
         VolsegError: `normalise` needs to know what white is, and the file does not say.
     """
-    n_channels, normaliser = closed(settings.channels), settings.normalise
+    n_channels, normaliser = closed(settings.channels), closed(settings.normalise)
     # Grey is repeated at the end: three equal channels need not be resized.
     array = to_channels(image.array, min(len(image.array), n_channels))
     fitted = fit_square(array, closed(settings.pixels), settings.fit)

@@ -66,12 +66,17 @@ def lesion_input(image: Volume, inside: np.ndarray, settings: Images) -> np.ndar
         VolsegError: `normalise` needs to know what white is, and the scan does not say.
     """
     intensities, covered = cut_lesion(image, inside, LesionView.of(settings))
-    white = None if image.is_scaled else largest_of(image.array.dtype)
-    scaled = settings.normalise.fit(intensities, white)(intensities)
-    channels = np.stack([settings.normalise.standardise(plane) for plane in scaled])
+    normaliser = closed(settings.normalise)
+    scaled = normaliser.fit(intensities, white_of(image))(intensities)
+    channels = np.stack([normaliser.standardise(plane) for plane in scaled])
     if not settings.mask_channel:
         return channels
     return np.concatenate([channels, covered[:, None]], axis=1)
+
+
+def white_of(scan: Volume) -> float | None:
+    """Return the intensity that is white; None if the scan does not say, as for HU."""
+    return None if scan.is_scaled else largest_of(scan.array.dtype)
 
 
 def cut_lesion(

@@ -33,6 +33,7 @@ from volseg.recipe.section import (
 from volseg.recipe.train import Network
 
 CLASSES, LABELS, NUMBER = "classes", "labels", "number"
+SEPARATOR = "|"  # between the names of several labels in a cell
 Kind = Literal["classes", "labels", "number"]
 MAX_CLASSES = 1000
 Range = tuple[Intensity, Intensity]
@@ -44,7 +45,8 @@ class Target(Section):
     # A 2D file, an axial slice of a volume, or the slices through a lesion.
     input: Literal["image", "slice", "lesion"] = "image"
     target: Name  # column of the table of cases
-    # One class of several; several labels at once, separated by |; or a number.
+    # One class of several; several labels at once, separated by |, which alone is none of them;
+    # or a number.
     kind: Kind | Auto = AUTO
     # Names in the order of the outputs, or name = [lowest, highest] number.
     classes: (
@@ -71,8 +73,11 @@ class Target(Section):
             yield 'kind = "classes" needs two or more classes'
         if self.kind == LABELS and (isinstance(self.classes, Mapping) or not self.classes):
             yield 'kind = "labels" needs a list of one or more names'
-        if len(set(self.classes)) < len(self.classes):
+        if len({name.casefold() for name in self.classes}) < len(self.classes):
             yield "two classes have one name"
+        for name in self.classes:
+            if SEPARATOR in name:
+                yield f"the class name {name!r} contains {SEPARATOR!r}, which separates labels"
         if isinstance(self.classes, Mapping):
             for name, (low, high) in self.classes.items():
                 if low > high:

@@ -37,6 +37,13 @@ class ImageNormaliser(Section, ABC):
             largest: what white is in the file; None if the file does not say.
 
         Raises:
+            VolsegError: as `check`.
+        """
+
+    def check(self, largest: float | None) -> None:
+        """Check that what an image says of itself suffices.
+
+        Raises:
             VolsegError: it needs to know what white is.
         """
 
@@ -90,7 +97,13 @@ class ScaleImage(UnitNormaliser):
     method: Literal["scale"] = "scale"
     divide_by: Positive | Literal["white"] = "white"  # white: largest value of the file's type
 
+    def check(self, largest: float | None) -> None:
+        self._divisor(largest)
+
     def fit(self, values: np.ndarray, largest: float | None) -> Scaling:
+        return Scaling(shift=0.0, factor=1 / self._divisor(largest))
+
+    def _divisor(self, largest: float | None) -> float:
         divisor = largest if self.divide_by == "white" else self.divide_by
         if divisor is None:
             raise VolsegError(
@@ -98,7 +111,7 @@ class ScaleImage(UnitNormaliser):
                 fix='give divide_by a number, or choose method = "percentile" or "window"',
                 code="E_SCALE",
             )
-        return Scaling(shift=0.0, factor=1 / divisor)
+        return divisor
 
 
 class WindowImage(UnitNormaliser):
@@ -177,7 +190,7 @@ class Images(Section):
     channels: Literal[1, 3] | Auto = AUTO
     # pad: the whole image, with margins; crop: the middle, without; stretch: the aspect is lost
     fit: Literal["pad", "crop", "stretch"] = "pad"
-    normalise: ImageNormalise = Field(default=ScaleImage())
+    normalise: ImageNormalise | Auto = AUTO
     slice_axis: Literal["axial"] = "axial"  # of the slices of volumes
 
     # ---- lesions only
@@ -196,7 +209,9 @@ class Images(Section):
 
     @model_validator(mode="after")
     def _normaliser_fits_the_channels(self) -> Images:
-        n = self.normalise.n_channels
+        if self.normalise == AUTO:
+            return self
+        n = closed(self.normalise).n_channels
         if n is not None and self.channels not in (n, AUTO):
             raise ValueError(
                 f"normalise.mean holds {n} numbers for {self.channels} channels: give one per "

@@ -49,6 +49,7 @@ LEDGER, LOCK = "ledger.jsonl", "lock"
 MANIFEST = "manifest.json"
 SAME_KIND = {  # command → content of its folder; commands with the same content may share a folder
     "infer": "the results of infer",
+    "infer-images": "predictions of images",
     "measure": "the results of measure",
     "compare": "a comparison",
     "evaluate": "an evaluation",
