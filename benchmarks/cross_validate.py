@@ -3,7 +3,7 @@
     python benchmarks/cross_validate.py busi_ultrasound --target class --positive malignant
         --out FOLDER [--init WEIGHTS] [--recipe RECIPE] [--time-budget 4m] [--seeds 3]
     python benchmarks/cross_validate.py ct_ich_slices --target hemorrhage --positive 1 --out FOLDER
-    python benchmarks/cross_validate.py oasis1_midslices --target age --out FOLDER
+    python benchmarks/cross_validate.py oasis1_midslices --target age --mean-of-patient --out FOLDER
 
 Five folds keep the images of a patient, and near duplicates, together. For each fold `volseg train`
 sees the other four, of which it holds out a part itself to choose the epoch, the temperature and
@@ -38,6 +38,11 @@ def main() -> None:
     parser.add_argument("--target", required=True)
     parser.add_argument("--positive", help="class against the rest; without it, a regression")
     parser.add_argument("--where", help="COLUMN=VALUE of the images to use, such as plane=axial")
+    parser.add_argument(
+        "--mean-of-patient",
+        action="store_true",
+        help="judge the mean of the numbers predicted from all images of a patient",
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--init", type=Path)
     parser.add_argument("--recipe")
@@ -88,8 +93,12 @@ def judged(
     truths = np.array([case.cells[arguments.target] for case in cases])
     if not arguments.positive:
         numbers, values = truths.astype(float), table["value"].to_numpy(float)
-        errors, variance = values - numbers, float(np.var(numbers))
         inside = (table["value_low"] <= numbers) & (numbers <= table["value_high"])
+        if arguments.mean_of_patient:
+            patients = [case.patient or case.id for case in cases]
+            means = pd.DataFrame({"true": numbers, "value": values}).groupby(patients).mean()
+            numbers, values = means["true"].to_numpy(), means["value"].to_numpy()
+        errors, variance = values - numbers, float(np.var(numbers))
         return {
             "MAE": float(np.abs(errors).mean()),
             "R²": 1 - float(np.square(errors).mean()) / variance,

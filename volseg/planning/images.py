@@ -237,6 +237,8 @@ def _loss(facts: ImageFingerprint) -> tuple[str, str]:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, Mapping) and "method" in value:
+        return str(value["method"])
     if isinstance(value, Mapping | Sequence) and not isinstance(value, str):
         return ", ".join(map(str, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
