@@ -123,7 +123,7 @@ def test_a_path_stands_once_in_a_line_and_what_needs_no_change_has_no_advice(dat
     scans = [f"{dataset}/{kind}/scan_0.nii.gz" for kind in ("images", "labels")]
     table.write_text(f"Image,Mask\n{','.join(scans)}\n")
     line = CliRunner().invoke(app, ["check", str(table)]).output.splitlines()[0]
-    assert line == f"warning: W_HEAD: {table}: column 'Mask' is read as 'label'"
+    assert line == f"note: N_HEAD: {table}: column 'Mask' is read as 'label'"
 
 
 def test_a_recipe_that_leaves_its_network_to_the_plan_has_no_problem(tmp_path, tiny_recipe):

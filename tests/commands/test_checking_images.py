@@ -35,9 +35,9 @@ def images(tmp_path) -> Path:
 
 def findings(dataset: Path) -> list[tuple[str, str]]:
     problems = volseg.check(dataset)
-    assert all(problem["fix"] or problem["code"].startswith("W_") for problem in problems)
+    assert all(problem["fix"] or problem["code"][0] in "WN" for problem in problems)
     assert not any("\n" in problem["problem"] for problem in problems)
-    return [(p["code"], p["where"]) for p in problems if p["code"] != "W_FOLDERS"]
+    return [(p["code"], p["where"]) for p in problems if p["code"] != "N_FOLDERS"]
 
 
 def test_a_good_data_set_of_images_has_no_problem(images):
@@ -86,7 +86,7 @@ def test_a_planted_copy_is_named_if_it_is_in_another_split_or_class(
         save(picture, images / home / "copy.png")
     problems = {problem["code"]: problem for problem in volseg.check(images)}
     expected = {code, "W_SIMILAR", *(["W_SIZES"] if copy == "resized" else [])} - {None}
-    assert problems.keys() - {"W_FOLDERS"} == expected
+    assert problems.keys() - {"N_FOLDERS"} == expected
     assert (
         "1 group of equal or nearly equal images hold 2 of 17 images"
         in (problems["W_SIMILAR"]["problem"])

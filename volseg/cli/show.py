@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import singledispatch
 from typing import Any
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from volseg import reports
+from volseg.errors import kind_of
 from volseg.terminal import one_line, takes_unicode
 from volseg.words import NOUNS, format_count, format_sizes
 
@@ -284,21 +286,21 @@ def _reasons_without_interval(
     return sorted({mean["no_mean_95"] for mean in means if mean["mean"] is not None} - {""})
 
 
-def show_problems(path: Any, problems: list[dict[str, str]], n_errors: int) -> None:
+def show_problems(path: Any, problems: list[dict[str, str]]) -> None:
+    """Print each problem on a line, then their number; notes do not count."""
     for problem in problems:
         fix = f"; to fix: {problem['fix']}" if problem["fix"] else ""
-        kind = "warning" if problem["code"].startswith("W_") else "error"
         text = problem["problem"]
         if not text.startswith((f"{problem['where']}:", f"{problem['where']}{os.sep}")):
             text = f"{problem['where']}: {text}"  # else it names the place already
-        line = f"{kind}: {problem['code']}: {text}{fix}"
+        line = f"{kind_of(problem['code'])}: {problem['code']}: {text}{fix}"
         typer.echo(one_line(line))
-    n_warnings = len(problems) - n_errors
-    counts = [format_count(n_errors, "problem")]
-    if n_warnings:
-        counts.append(format_count(n_warnings, "warning"))
-    summary = ", ".join(counts) if problems else "no problem found"
-    typer.echo(one_line(f"{path}: {summary}"))
+    kinds = Counter(kind_of(problem["code"]) for problem in problems)
+    counts = [format_count(kinds["error"], "problem")]
+    if kinds["warning"]:
+        counts.append(format_count(kinds["warning"], "warning"))
+    is_sound = not kinds["error"] and not kinds["warning"]
+    typer.echo(one_line(f"{path}: {'no problem found' if is_sound else ', '.join(counts)}"))
 
 
 def show_columns(tables: Mapping[str, Iterable[Any]]) -> None:

@@ -37,7 +37,7 @@ from volseg.store.tables import TABLES, VARIANTS
 from volseg.volume import Volume
 
 # Advice on a remark, where it is not to edit a table: a head that was understood needs none.
-ADVICE = {"W_HEAD": "", "W_LIST": "add them to the list, or delete the list"}
+ADVICE = {"N_HEAD": "", "W_LIST": "add them to the list, or delete the list"}
 
 
 def check(path: Path | str, recipe: Path | str | AnyRecipe | None = None) -> list[Problem]:

@@ -149,7 +149,7 @@ class ImageDataset:
         if survey.mistakes:
             self._refuse(survey.mistakes)
         cases = [case for case in survey.cases if case.split != "test"]
-        remarks = [text for text in survey.remarks if not text.startswith("W_FOLDERS")]
+        remarks = [text for text in survey.remarks if not text.startswith("N_FOLDERS")]
         recipe = self.recipe.model_copy(update={"data": unlabelled_recipe(self.dataset).data})
         return self._planned(cases, recipe, {case.id: 0 for case in cases}, remarks)
 

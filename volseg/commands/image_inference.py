@@ -66,7 +66,7 @@ def infer_images(options: InferOptions) -> ImagesReport:
     else:
         cases = find_images(options.scans, remark=remarks.append)
     # Which folders are classes is of no importance here.
-    remarks = [text for text in remarks if not text.startswith("W_FOLDERS")]
+    remarks = [text for text in remarks if not text.startswith("N_FOLDERS")]
     options.warn(*remarks)
     inputs = [*options.scans, options.model, *{case.path for case in cases}]
     with OutputFolder(options.out, "infer-images", inputs=inputs) as outputs:

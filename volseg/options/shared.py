@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from volseg.errors import is_note
 from volseg.options.declare import (
     Announce,
     Options,
@@ -38,23 +39,23 @@ class Announcing(Progressing):
     """Also announces what it expects, such as memory and duration, and what goes wrong."""
 
     announce: Announce = callback(
-        "Called with sentences such as the expected peak memory, and with each warning and failure "
-        "when it occurs.",
+        "Called with sentences such as the expected peak memory, and with each warning, note and "
+        "failure when it occurs.",
         default=ignore_text,
     )
 
-    def warn(self, *warnings: str) -> None:
-        """Announce warnings when they occur."""
-        for text in warnings:
-            self.announce(warning_line(text))
+    def warn(self, *remarks: str) -> None:
+        """Announce warnings and notes when they occur."""
+        for text in remarks:
+            self.announce(remark_line(text))
 
     def report_failure(self, name: str, reason: str) -> None:
         """Announce that an item failed."""
         self.announce(failure_line(name, reason))
 
 
-def warning_line(text: str) -> str:
-    return f"warning: {text}"
+def remark_line(text: str) -> str:
+    return f"{'note' if is_note(text) else 'warning'}: {text}"
 
 
 def failure_line(name: str, reason: str) -> str:
