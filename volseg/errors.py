@@ -11,16 +11,16 @@ from os import PathLike
 from pathlib import Path
 
 MAX_MESSAGE = 200  # characters of an unexpected exception's text in a row
-KINDS = {"E": "error", "W": "warning", "N": "note"}  # first letter of a code → what it marks
+SEVERITIES = {"E": "error", "W": "warning", "N": "note"}  # first letter of a code → what it marks
 
 
-def kind_of(code: str) -> str:
+def severity_of(code: str) -> str:
     """Return what a code marks: an error, a warning, or a note that needs no action.
 
-    >>> [kind_of(code) for code in ("E_GRID", "W_NAN", "N_HEAD")]
+    >>> [severity_of(code) for code in ("E_GRID", "W_NAN", "N_HEAD")]
     ['error', 'warning', 'note']
     """
-    return KINDS[code[0]]
+    return SEVERITIES[code[0]]
 
 
 def is_note(text: str) -> bool:

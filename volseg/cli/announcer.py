@@ -6,7 +6,7 @@ import re
 from collections import Counter
 
 from volseg.cli.show import announce
-from volseg.errors import kind_of
+from volseg.errors import severity_of
 from volseg.options.shared import failure_line, remark_line
 from volseg.reports import RunReport
 from volseg.words import format_count
@@ -43,7 +43,7 @@ class Announcer:
         for kind, count in self._counts.items():
             more = count - _most(kind)
             if kind and more > 0:
-                noun = "" if kind == FAILED else kind_of(kind)
+                noun = "" if kind == FAILED else severity_of(kind)
                 what = format_count(more, f"more {noun}") if noun else f"{more} more"
                 announce(f"{kind}: {what}{_where(report)}")
 
