@@ -155,8 +155,8 @@ def _page(
     n = format_count(len(truth.names), "case")
     patients = format_count(len(set(truth.patients)), "patient")
     sentence = (
-        f"volseg judged the {truth.predicted.kind} that {judgement.judged.model} predicted for {n} "
-        f"of {patients}: {judgement.headline or 'no metric is defined'}."
+        f"volseg evaluated the {truth.predicted.kind} that {judgement.judged.model} predicted for "
+        f"{n} of {patients}: {judgement.headline or 'no metric is defined'}."
     )
     content = Content(
         sentence=sentence,
