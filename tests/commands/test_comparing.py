@@ -685,7 +685,7 @@ def test_models_and_grids_that_differ_are_warned_of(baseline, tmp_path):
     change_record(thick, "stays", lambda record: record["case"].update(model="other@12"))
     report = volseg.compare(baseline, thick, out=tmp_path / "out", registration=False)
     origin, grid = sorted(report.warnings, reverse=True)
-    assert "W_MODEL: stays: the masks are of different origin (none; other@12)" in origin
+    assert "W_MODEL: stays: the masks come from different sources (no model; other@12)" in origin
     assert "W_GRID: stays: voxels of 1.5 × 1.5 × 2 mm and 1.5 × 1.5 × 5 mm" in grid
 
 

@@ -44,7 +44,7 @@ READING, PREPARING = "Reading the images", "Preparing the images"
 SAMPLE = 1000  # images whose size the fingerprint holds
 INTENSITIES = 500  # pixels of an image from which percentiles are computed
 DEFAULT_NETWORK = "cnn_small"
-OF_IMAGES = "for a model that classifies images, and this one segments"  # refuses an option
+OF_IMAGES = "only for models that classify images, but this one segments"  # refuses an option
 
 
 def is_of_images(
