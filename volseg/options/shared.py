@@ -19,7 +19,8 @@ from volseg.options.declare import (
 SEED, COUNT = Range(0, 2**32 - 1), Range(1, 1_000_000)
 DATASET = (
     "Dataset: CSV table, folder with cases.csv, folder of scans and masks (images/ and labels/, a "
-    "folder per patient, BIDS, names such as P1_t1 and P1_seg), nnU-Net raw or Decathlon folder."
+    "folder per patient, BIDS, names such as P1_t1 and P1_seg), nnU-Net raw or Decathlon folder; "
+    "for a classifier also a folder of images per class or a MedMNIST file."
 )
 RESULTS = "Folder for the results; created if missing."
 
