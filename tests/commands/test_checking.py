@@ -115,6 +115,14 @@ def test_warnings_are_not_counted_as_problems(dataset, tiny_recipe, tmp_path):
     assert result.output.rstrip().endswith("data: 0 problems, 2 warnings")
 
 
+def test_results_are_named_as_such_and_not_read_as_a_dataset(dataset, tmp_path):
+    scans, masks = dataset / "images", dataset / "labels"
+    volseg.measure(image=scans, mask=masks, out=tmp_path / "r", pages=False)
+    (problem,) = volseg.check(tmp_path / "r")
+    assert problem["code"] == "E_USAGE"
+    assert "holds the results of measure" in problem["problem"]
+
+
 def test_a_path_stands_once_in_a_line_and_what_needs_no_change_has_no_advice(dataset, tmp_path):
     missing = tmp_path / "missing"
     line = CliRunner().invoke(app, ["check", str(missing)]).output.splitlines()[0]

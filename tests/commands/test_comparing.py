@@ -538,6 +538,10 @@ def test_folders_that_cannot_be_compared_are_a_wrong_request(baseline, tmp_path)
     (tmp_path / "other" / ".volseg").mkdir(parents=True)
     with pytest.raises(VolsegError, match="has the name of one in"):
         volseg.compare(baseline, tmp_path / "other", out=tmp_path / "out")
+    ledger = tmp_path / "other" / ".volseg" / "ledger.jsonl"
+    ledger.write_text('{"run": "1", "command": "infer-images"}\n')
+    with pytest.raises(VolsegError, match="holds predictions of images, not lesions"):
+        volseg.compare(baseline, tmp_path / "other", out=tmp_path / "out")
     for options in (
         {"max_distance_mm": -1},
         {"max_distance_mm": float("nan")},
