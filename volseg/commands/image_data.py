@@ -364,9 +364,9 @@ def automatic_image_recipe(dataset: Path, target: str) -> ClassifyRecipe:
     content: dict[str, Any] = {
         "task": "classify",
         "name": name or "images",
-        "description": f"Predicts {target} of images; everything that is not in the data follows "
-        "from the plan.",
-        "intended_use": f"{target} of images like the training images.",
+        "description": f"Predicts {target!r} from images; the plan derives all settings "
+        "from the data.",
+        "intended_use": f"Predicting {target!r} from images like the training images.",
         "limits": "Not tested on images from elsewhere.",
         "data_source": f"The dataset named {dataset.absolute().name!r}; it was trained without a "
         "recipe, so nothing else is known of its origin.",
