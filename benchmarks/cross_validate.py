@@ -70,11 +70,16 @@ def chosen_cases(arguments: Any) -> list[ImageCase]:
     ]
 
 
-def folds_of(cases: list[ImageCase], arguments: Any) -> np.ndarray:
-    """Return the fold (n,) of each image."""
+def groups_of_cases(cases: list[ImageCase]) -> np.ndarray:
+    """Return the group (n,) of each image: of one patient, or near duplicates."""
     reader = ImageReader()
     prints = [print_of(reader.read(case.path, case.index).array, 255.0) for case in cases]
-    numbers = groups_of(prints, [case.patient for case in cases])
+    return np.array(groups_of(prints, [case.patient for case in cases]))
+
+
+def folds_of(cases: list[ImageCase], arguments: Any) -> np.ndarray:
+    """Return the fold (n,) of each image."""
+    numbers = groups_of_cases(cases)
     groups = {case.id: str(number) for case, number in zip(cases, numbers, strict=True)}
     cells = [case.cells[arguments.target] for case in cases]
     values: Any = {
@@ -89,7 +94,22 @@ def judged(
     cases: list[ImageCase], folds: np.ndarray, seed: int, arguments: Any
 ) -> dict[str, float]:
     tables = [predicted(cases, folds, fold, seed, arguments) for fold in range(FOLDS)]
-    table = pd.concat(tables).set_index("case_id").loc[[case.id for case in cases]]
+    scores = fold_scores(cases, np.ones(len(cases), bool), pd.concat(tables), arguments)
+    if arguments.positive:
+        areas = [
+            fold_scores(cases, folds == fold, tables[fold], arguments)["AUC, pooled"]
+            for fold in range(FOLDS)
+        ]
+        scores["AUC, mean of folds"] = float(np.mean(areas))
+    return scores
+
+
+def fold_scores(
+    cases: list[ImageCase], is_in: np.ndarray, table: pd.DataFrame, arguments: Any
+) -> dict[str, float]:
+    """Return the scores of the predictions of some of the images."""
+    cases = [case for case, inside in zip(cases, is_in, strict=True) if inside]
+    table = table.set_index("case_id").loc[[case.id for case in cases]]
     truths = np.array([case.cells[arguments.target] for case in cases])
     if not arguments.positive:
         numbers, values = truths.astype(float), table["value"].to_numpy(float)
@@ -108,18 +128,30 @@ def judged(
     positive = table[f"probability_{arguments.positive}"].to_numpy(float)
     probabilities = np.column_stack([1 - positive, positive])
     targets = (truths == arguments.positive).astype(int)
-    areas = [
-        SCORES["auc"](probabilities[folds == fold], targets[folds == fold]) for fold in range(FOLDS)
-    ]
     inside = [truth in names.split("|") for truth, names in zip(truths, table["confidence_set"])]
     return {
         "AUC, pooled": SCORES["auc"](probabilities, targets) or np.nan,
-        "AUC, mean of folds": float(np.mean([area or np.nan for area in areas])),
         "ACC": SCORES["accuracy"](probabilities, targets) or np.nan,
         "ECE": calibration_error(probabilities, targets),
         "log loss": SCORES["log_loss"](probabilities, targets) or np.nan,
         "coverage of the 90 % sets": float(np.mean(inside)),
     }
+
+
+def write_cases(folder: Path, cases: list[ImageCase], is_in: np.ndarray, target: str) -> None:
+    """Write a cases.csv of some of the images."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {
+            "subject": case.id,
+            "image": str(case.path.resolve()),
+            "patient": case.patient or case.id,
+            target: case.cells[target],
+        }
+        for case, inside in zip(cases, is_in, strict=True)
+        if inside
+    ]
+    pd.DataFrame(rows).to_csv(folder / "cases.csv", index=False)
 
 
 def predicted(
@@ -128,19 +160,8 @@ def predicted(
     """Train without a fold, and return the predictions of its images."""
     folder = arguments.out / f"seed_{seed}_fold_{fold}"
     model, results = folder / "model", folder / "results"
-    for name, numbers in (("train", folds != fold), ("test", folds == fold)):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        rows = [
-            {
-                "subject": case.id,
-                "image": str(case.path.resolve()),
-                "patient": case.patient or case.id,
-                arguments.target: case.cells[arguments.target],
-            }
-            for case, is_in in zip(cases, numbers, strict=True)
-            if is_in
-        ]
-        pd.DataFrame(rows).to_csv(folder / name / "cases.csv", index=False)
+    for name, is_in in (("train", folds != fold), ("test", folds == fold)):
+        write_cases(folder / name, cases, is_in, arguments.target)
     if not (model / "model.json").exists():
         volseg.train(
             folder / "train",

@@ -82,6 +82,8 @@ def test_shapes_are_learned_and_the_test_split_is_not_touched(model, table, tmp_
         assert sum(probabilities) == pytest.approx(1, abs=1e-5)
         assert row["class_name"] == SHAPES[int(np.argmax(probabilities))]
         assert row["class_name"] in row["confidence_set"].split("|")
+        ranked = [SHAPES[k] for k in np.argsort(probabilities)[::-1]]
+        assert row["top_classes"] == "|".join(ranked)
 
 
 @pytest.mark.parametrize(("target", "score"), [("area", "mae"), ("labels", "auc")])

@@ -446,7 +446,8 @@ def test_masks_and_classes_may_share_an_output_folder(folder):
 def test_the_header_is_the_contract():
     assert class_columns(["a", "b"]) == [
         *("case_id", "patient", "class_name", "class_probability"),
-        *("probability_a", "probability_b", "confidence_set", "out_of_distribution"),
+        *("probability_a", "probability_b", "top_classes", "confidence_set"),
+        "out_of_distribution",
         *("model", "status", "error"),
     ]
     with pytest.raises(VolsegError, match="separates classes"):

@@ -61,7 +61,20 @@ def test_points_are_the_best_of_all_thresholds_by_brute_force(seed):
     youden, accurate = points["youden"], points["accuracy"]
     assert youden.sensitivity + youden.specificity == pytest.approx(max(map(sum, tried)))
     best = max(accuracy(*pair) for pair in tried)
-    assert accuracy(accurate.sensitivity, accurate.specificity) == pytest.approx(best)
+    rate = (best * n + 1) / (n + 2)
+    error = (rate * (1 - rate) / n) ** 0.5
+    reached = accuracy(accurate.sensitivity, accurate.specificity)
+    assert best + 1e-12 >= reached >= best - error - 1e-12
+    nearer = [t for t in every_threshold(scores) if abs(t - 0.5) < abs(accurate.threshold - 0.5)]
+    gap = np.ptp(
+        [
+            scores[scores < accurate.threshold].max(initial=0.0),
+            scores[scores >= accurate.threshold].min(initial=1.0),
+        ]
+    )
+    for threshold in nearer:  # each is less accurate, or within the same gap
+        is_less = accuracy(*rates(scores, positive, threshold)) < best - error + 1e-12
+        assert is_less or abs(threshold - accurate.threshold) <= gap
     for at_least, point in ((0.9, points["sensitivity_0.9"]), (1.0, points["sensitivity_1"])):
         assert point.sensitivity >= at_least - 1e-12
         assert point.specificity == pytest.approx(max(b for a, b in tried if a >= at_least - 1e-9))
@@ -84,14 +97,41 @@ def test_no_threshold_is_a_score_so_rounding_moves_no_case(seed):
 def test_ties_take_the_widest_gap_then_the_lowest_threshold():
     scores, positive = np.array([0.1, 0.2, 0.8, 0.9]), np.array([False, False, True, True])
     assert youden_point(scores, positive, "c").threshold == pytest.approx(0.5)
-    scores, positive = np.array([0.2, 0.4, 0.6]), np.array([False, True, False])
-    point = most_accurate_point(scores, positive, "c")  # below 0.4 and above 0.6 are as good
-    assert point.threshold == pytest.approx((1 + 0.6) / 2)
+    scores, positive = np.array([0.2, 0.3, 0.7]), np.array([False, True, False])
+    point = sensitive_point(scores, positive, "c", at_least=0.5)
+    assert point.threshold == pytest.approx(0.25)
 
 
-def test_of_equal_gaps_the_lowest_threshold_is_chosen():
-    scores, positive = np.array([0.25, 0.5, 0.75]), np.array([False, True, False])
-    assert most_accurate_point(scores, positive, "c").threshold == 0.375
+def test_the_most_accurate_point_is_near_one_half_unless_the_cases_speak_against_it():
+    scores = np.linspace(0.005, 0.995, 100)
+    near, far = (most_accurate_point(scores, scores > cut, "c").threshold for cut in (0.45, 0.2))
+    assert near == pytest.approx(0.47, abs=0.03) and far == pytest.approx(0.2, abs=0.05)
+    perfect = np.array([0.1, 0.2, 0.8, 0.9])
+    assert most_accurate_point(perfect, perfect > 0.5, "c").threshold == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("prior", [0.5, 0.3])
+@pytest.mark.parametrize("n", [30, 120])
+def test_on_new_cases_it_is_more_accurate_than_the_best_threshold_of_few_cases(n, prior):
+    """Scores calibrated at even odds; the new cases may be of another mixture."""
+    rng = np.random.default_rng(0)
+
+    def draw(size, odds):
+        positive = rng.random(size) < odds
+        return 1 / (1 + np.exp(2 - 2 * (rng.normal(0, 1, size) + 2 * positive))), positive
+
+    gains = []
+    for _ in range(100):
+        (scores, positive), (new, truth) = draw(n, 0.5), draw(2000, prior)
+        cuts = Cuts.of(scores, positive)
+        right = cuts.sensitivity * cuts.n_positive + cuts.specificity * cuts.n_negative
+        plain = cuts.point(cuts.best(right), "accuracy", "c")
+        rates_of_both = [
+            (point.decide(new) == truth).mean()
+            for point in (most_accurate_point(scores, positive, "c"), plain)
+        ]
+        gains.append(rates_of_both[0] - rates_of_both[1])
+    assert np.mean(gains) > 0
 
 
 def test_neighbouring_numbers_are_still_separated():

@@ -245,9 +245,10 @@ class _Run:
     def _class_row(
         self, case: ImageCase, probabilities: np.ndarray, is_unusual: bool | None
     ) -> ClassRow:
-        data, judgement = self._bundle.recipe.data, self._bundle.judgement
-        names, best = data.names, int(probabilities.argmax())
-        is_exclusive = data.kind == EXCLUSIVE
+        recipe, judgement = self._bundle.recipe, self._bundle.judgement
+        names, is_exclusive = recipe.data.names, recipe.data.kind == EXCLUSIVE
+        ranked = np.argsort(-probabilities, kind="stable").tolist()
+        best = ranked[0]
         present = [name for name, p in zip(names, probabilities, strict=True) if p >= 0.5]
         left_open = None
         if judgement.sets is not None:
@@ -259,6 +260,7 @@ class _Run:
             class_name=names[best] if is_exclusive else joined(present),
             class_probability=float(probabilities[best]) if is_exclusive else None,
             probabilities=dict(zip(names, probabilities.tolist(), strict=True)),
+            top_classes=joined([names[index] for index in ranked[: recipe.infer.top_k]]),
             confidence_set=left_open,
             out_of_distribution=is_unusual,
             model=self._bundle.name,

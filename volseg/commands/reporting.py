@@ -36,18 +36,22 @@ def report(options: ReportOptions) -> PagesReport:
         >>> volseg.report("measured").done
         ['phantom_15']
     """
-    out, progress = options.results, options.progress
-    content = folder_content(out)
+    content = folder_content(options.results)
     if content == SAME_KIND["infer-images"]:
         from volseg.commands.class_reporting import report_images  # torch takes seconds to import
 
         return report_images(options)
     if content not in (SAME_KIND["infer"], SAME_KIND["measure"]):
         raise VolsegError(
-            f"{out}: is not a results folder",
+            f"{options.results}: is not a results folder",
             fix="give the --out folder of volseg infer or volseg measure",
             code="E_USAGE",
         )
+    return _report_scans(options)
+
+
+def _report_scans(options: ReportOptions) -> PagesReport:
+    out, progress = options.results, options.progress
     reviews = _reviews(options)
     remade, kept, edited = [], {}, []
     with ResultsFolder(out, None) as folder:

@@ -31,6 +31,11 @@ class ClassRow:
     class_probability: float | None = optional(
         "0 to 1", "its probability; empty with several labels at once"
     )
+    top_classes: str | None = optional(
+        "",
+        "the most probable classes, most probable first, joined by |; at most as many as "
+        "`infer.top_k` of the model's recipe (3)",
+    )
     confidence_set: str | None = optional(
         "",
         "classes that remain possible, joined by |; the true one is among them at the "

@@ -54,10 +54,23 @@ def youden_point(scores: np.ndarray, positive: np.ndarray, class_name: str) -> O
 def most_accurate_point(
     scores: np.ndarray, positive: np.ndarray, class_name: str
 ) -> OperatingPoint:
-    """Return the point with most cases on the right side."""
+    """Return a point with most cases on the right side, up to chance.
+
+    Of all thresholds whose accuracy is within one standard error of the best, it is the nearest to
+    0.5, where calibrated probabilities are most accurate. The best of few cases itself is a matter
+    of chance, and less accurate on new cases.
+
+    Source: the rule of one standard error of Breiman et al., Classification and Regression Trees
+    (1984), §3.4.3.
+    """
     cuts = Cuts.of(scores, positive)
     right = cuts.sensitivity * cuts.n_positive + cuts.specificity * cuts.n_negative
-    return cuts.point(cuts.best(right), MOST_ACCURATE, class_name)
+    n = cuts.n_positive + cuts.n_negative
+    rate = (right.max() + 1) / (n + 2)  # never 1, so that the standard error is never 0
+    error = np.sqrt(rate * (1 - rate) * n)  # in cases
+    allowed = right >= right.max() - error
+    merit = np.where(allowed, -cuts.distances(0.5), -np.inf)
+    return cuts.point(cuts.best(merit), MOST_ACCURATE, class_name)
 
 
 def sensitive_point(
@@ -130,6 +143,10 @@ class Cuts:
             n_positive=n_positive,
             n_negative=n_negative,
         )
+
+    def distances(self, score: float) -> np.ndarray:
+        """Return (T,) how far the gap of each threshold is from a score; 0 if it lies inside."""
+        return np.maximum(np.abs(self.thresholds - score) - self.gaps / 2, 0.0)
 
     def best(self, merit: np.ndarray) -> int:
         """Return the number of the best threshold; ties as the class says."""

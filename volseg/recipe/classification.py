@@ -155,6 +155,7 @@ class ImageInfer(Section):
     tta_axes: tuple[Literal["horizontal", "vertical"], ...] = ()
     batch_size: BatchSize = 32
     coverage: Annotated[float, Field(gt=0, lt=1)] = 0.9  # of confidence sets and intervals
+    top_k: Annotated[int, Field(ge=1, le=MAX_CLASSES)] = 3  # classes that a row lists by rank
 
 
 class ClassifyRecipe(Section):
