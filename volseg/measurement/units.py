@@ -194,7 +194,9 @@ def _constant(values: np.ndarray) -> str:
 
 def _offset(values: np.ndarray) -> str:
     """Return a hint at the likely cause, if there is one."""
-    return "; is the rescale intercept missing?" if np.median(values) > DENSE_ABOVE_HU else ""
+    return (
+        "; perhaps the rescale intercept is missing" if np.median(values) > DENSE_ABOVE_HU else ""
+    )
 
 
 def _content(sample: np.ndarray) -> _Content:
