@@ -49,6 +49,12 @@ def test_a_command_loads_only_the_libraries_that_it_uses():
     assert done.stdout.strip() == "set()"
 
 
+def test_the_list_of_commands_cuts_no_sentence_off():
+    lines = run("--help").stdout.partition("Commands:\n")[2].splitlines()
+    assert {line.split()[0] for line in lines} == set(COMMANDS)
+    assert all(line.endswith(".") and not line.endswith("...") for line in lines)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_a_help_page_with_every_option_explained(command):
     done = run(command, "--help", COLUMNS="200")

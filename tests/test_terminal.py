@@ -12,15 +12,17 @@ import nibabel as nib
 import numpy as np
 import pytest
 from command_line import run
+from typer.testing import CliRunner
 
 from volseg import commands
 from volseg.bundle import load_bundle, model_card
-from volseg.cli.announcer import MAX_FAILURES, MAX_WARNINGS, Announcer
+from volseg.cli.announcer import MAX_FAILURES, MAX_REMARKS, Announcer
+from volseg.cli.app import app
 from volseg.cli.show import show_details
 from volseg.errors import VolsegError
 from volseg.options import COMMANDS, declare
 from volseg.options.declare import settings_of
-from volseg.options.shared import failure_line, warning_line
+from volseg.options.shared import failure_line, remark_line
 from volseg.reports import RunReport, TrainReport
 
 
@@ -108,7 +110,7 @@ def test_warnings_and_failures_are_announced_when_they_occur_and_once(tmp_path):
     assert [event.partition(": ")[0] for event in of_cases] == [
         "warning", "a", "failed", "b", "warning", "c"
     ]  # fmt: skip
-    assert {warning_line(text) for text in report.warnings} <= set(events)
+    assert {remark_line(text) for text in report.warnings} <= set(events)
     done = measured(data, tmp_path / "cli", unit=())
     for text in ("W_UNIT: a:", "W_UNIT: c:", "failed: b:"):
         assert done.stderr.count(text) == 1
@@ -117,22 +119,55 @@ def test_warnings_and_failures_are_announced_when_they_occur_and_once(tmp_path):
 
 def test_many_lines_of_one_kind_are_counted(capsys, tmp_path):
     announcer = Announcer()
-    warnings = [f"W_UNIT: case_{n}: a guess" for n in range(MAX_WARNINGS + 3)]
+    warnings = [f"W_UNIT: case_{n}: a guess" for n in range(MAX_REMARKS + 3)]
     failed = {f"case_{n}": "E_SHAPE: too small" for n in range(MAX_FAILURES + 2)}
     for text in warnings[:2]:
-        announcer(warning_line(text))
+        announcer(remark_line(text))
     announcer(failure_line("case_0", failed["case_0"]))
     announcer("memory: 1 GB")
     report = RunReport(out=tmp_path, warnings=warnings, failed=failed)
     announcer.finish(report)
     lines = capsys.readouterr().err.splitlines()
-    assert sum("a guess" in line for line in lines) == MAX_WARNINGS
+    assert sum("a guess" in line for line in lines) == MAX_REMARKS
     assert sum(line.startswith("failed: case_") for line in lines) == MAX_FAILURES
     assert len(set(lines)) == len(lines)
     assert lines[-2:] == [
         "W_UNIT: 3 more warnings; --json lists all of them",
         "failed: 2 more; --json lists all of them",
     ]
+
+
+def test_a_note_is_announced_but_is_no_warning(capsys, tmp_path):
+    note = "N_HEAD: t.csv: column 'Mask' is read as 'label'"
+    report = RunReport(out=tmp_path, done=["a"], warnings=[note, "W_NAN: a: …"])
+    report = replace(report, done=["a", "b"])  # sets the notes apart only once
+    assert (report.notes, report.warnings) == ([note], ["W_NAN: a: …"])
+    assert report.headline == f"2 cases, 1 warning → {tmp_path}"
+    assert report.counts["warnings"] == 1 and report.as_json()["notes"] == [note]
+    announcer = Announcer()
+    announcer(remark_line(note))
+    announcer.finish(report)
+    assert capsys.readouterr().err.splitlines() == [f"note: {note}", "warning: W_NAN: a: …"]
+
+
+@pytest.mark.parametrize("name", ["plan", "preprocess", "measure", "evaluate", "check"])
+def test_a_head_in_other_words_is_a_note_of_every_command(name, tmp_path):
+    data = two_cubes(tmp_path / "d", ["a", "b", "c", "e", "f"])
+    table = tmp_path / "t.csv"
+    rows = [f"{data}/images/{x}.nii.gz,{data}/labels/{x}.nii.gz" for x in "abcef"]
+    table.write_text("\n".join(["Image,Mask", *rows]))
+    inputs = {
+        "plan": [str(table)],
+        "preprocess": [str(table), "--out", str(tmp_path / "out")],
+        "measure": ["--cases", str(table), "--unit", "a.u.", "--out", str(tmp_path / "out")],
+        "evaluate": [f"--reference={table}", f"--predicted={table}", f"--out={tmp_path / 'out'}"],
+        "check": [str(table)],
+    }
+    done = CliRunner().invoke(app, [name, *inputs[name]])
+    lines = [line for line in done.output.splitlines() if "N_HEAD" in line]
+    assert done.exit_code == 0
+    assert lines == [f"note: N_HEAD: {table}: column 'Mask' is read as 'label'"]
+    assert "warning" not in done.output
 
 
 @pytest.mark.parametrize("name", COMMANDS)

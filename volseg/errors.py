@@ -1,12 +1,35 @@
-"""Errors that the user can fix. The command line prints them in one line, without a traceback."""
+"""Errors that the user can fix, and what their codes mean.
+
+The command line prints an error in one line, without a traceback.
+"""
 
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
 
 MAX_MESSAGE = 200  # characters of an unexpected exception's text in a row
+SEVERITIES = {"E": "error", "W": "warning", "N": "note"}  # first letter of a code → what it marks
+
+
+def severity_of(code: str) -> str:
+    """Return what a code marks: an error, a warning, or a note that needs no action.
+
+    >>> [severity_of(code) for code in ("E_GRID", "W_NAN", "N_HEAD")]
+    ['error', 'warning', 'note']
+    """
+    return SEVERITIES[code[0]]
+
+
+def is_note(text: str) -> bool:
+    """Check whether a sentence begins with the code of a note, such as `N_HEAD`."""
+    return text.startswith("N_")
+
+
+def without_notes(texts: Iterable[str]) -> list[str]:
+    return [text for text in texts if not is_note(text)]
 
 
 class VolsegError(Exception):

@@ -93,7 +93,7 @@ def list_checks(recipe: Recipe, fingerprint: DatasetFingerprint) -> list[str]:
         checks.append("modality: none, as the model does not state its intensities")
     sizes = _sizes(fingerprint)
     checks += [
-        f"{size.quantity}: {size.span} in training; {size.code} if over {TOLERANCE} × outside"
+        f"{size.quantity}: {size.span} in training; {size.code} if more than {TOLERANCE} × beyond"
         for size in sizes
     ]
     if not sizes:

@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from volseg.errors import VolsegError
+from volseg.errors import VolsegError, is_note, without_notes
 from volseg.words import NOUNS, format_count, format_list, format_number
 
 if TYPE_CHECKING:
@@ -34,6 +34,13 @@ class RunReport:
     kept: Sequence[str] = ()  # complete from an earlier call
     failed: Mapping[str, str] = field(default_factory=dict)  # case → code and reason
     warnings: Sequence[str] = ()
+    notes: Sequence[str] = ()  # how the input was read, which is no problem
+
+    def __post_init__(self) -> None:
+        """Set apart the notes among the warnings: a command reports both as they occur."""
+        notes = [text for text in self.warnings if is_note(text)]
+        object.__setattr__(self, "notes", [*self.notes, *notes])
+        object.__setattr__(self, "warnings", without_notes(self.warnings))
 
     @property
     def exit_code(self) -> int:

@@ -115,6 +115,14 @@ def test_warnings_are_not_counted_as_problems(dataset, tiny_recipe, tmp_path):
     assert result.output.rstrip().endswith("data: 0 problems, 2 warnings")
 
 
+def test_results_are_named_as_such_and_not_read_as_a_dataset(dataset, tmp_path):
+    scans, masks = dataset / "images", dataset / "labels"
+    volseg.measure(image=scans, mask=masks, out=tmp_path / "r", pages=False)
+    (problem,) = volseg.check(tmp_path / "r")
+    assert problem["code"] == "E_USAGE"
+    assert "holds the results of measure" in problem["problem"]
+
+
 def test_a_path_stands_once_in_a_line_and_what_needs_no_change_has_no_advice(dataset, tmp_path):
     missing = tmp_path / "missing"
     line = CliRunner().invoke(app, ["check", str(missing)]).output.splitlines()[0]
@@ -123,7 +131,7 @@ def test_a_path_stands_once_in_a_line_and_what_needs_no_change_has_no_advice(dat
     scans = [f"{dataset}/{kind}/scan_0.nii.gz" for kind in ("images", "labels")]
     table.write_text(f"Image,Mask\n{','.join(scans)}\n")
     line = CliRunner().invoke(app, ["check", str(table)]).output.splitlines()[0]
-    assert line == f"warning: W_HEAD: {table}: column 'Mask' is read as 'label'"
+    assert line == f"note: N_HEAD: {table}: column 'Mask' is read as 'label'"
 
 
 def test_a_recipe_that_leaves_its_network_to_the_plan_has_no_problem(tmp_path, tiny_recipe):

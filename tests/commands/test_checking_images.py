@@ -35,9 +35,9 @@ def images(tmp_path) -> Path:
 
 def findings(dataset: Path) -> list[tuple[str, str]]:
     problems = volseg.check(dataset)
-    assert all(problem["fix"] or problem["code"].startswith("W_") for problem in problems)
+    assert all(problem["fix"] or problem["code"][0] in "WN" for problem in problems)
     assert not any("\n" in problem["problem"] for problem in problems)
-    return [(p["code"], p["where"]) for p in problems if p["code"] != "W_FOLDERS"]
+    return [(p["code"], p["where"]) for p in problems if p["code"] != "N_FOLDERS"]
 
 
 def test_a_good_data_set_of_images_has_no_problem(images):
@@ -85,11 +85,11 @@ def test_a_planted_copy_is_named_if_it_is_in_another_split_or_class(
     with Image.open(images / "train/benign/train_benign_1.png") as picture:
         save(picture, images / home / "copy.png")
     problems = {problem["code"]: problem for problem in volseg.check(images)}
-    expected = {code, "W_SIMILAR", *(["W_SIZES"] if copy == "resized" else [])} - {None}
-    assert problems.keys() - {"W_FOLDERS"} == expected
+    expected = {code, "N_SIMILAR", *(["N_SIZES"] if copy == "resized" else [])} - {None}
+    assert problems.keys() - {"N_FOLDERS"} == expected
     assert (
         "1 group of equal or nearly equal images hold 2 of 17 images"
-        in (problems["W_SIMILAR"]["problem"])
+        in (problems["N_SIMILAR"]["problem"])
     )
     if code is not None:
         assert words in problems[code]["problem"]
@@ -118,8 +118,8 @@ def test_blank_damaged_and_unlike_images_are_named_and_the_others_still_checked(
     places = findings(images)
     assert {("E_DAMAGED", "corrupt"), ("W_BLANK", "blank"), ("W_BLANK", "blank2")} <= {*places}
     assert sorted(code for code, _ in places) == [
-        *("E_DAMAGED", "W_BLANK", "W_BLANK", "W_CHANNELS", "W_DUPLICATE", "W_LEAK"),
-        *("W_SIMILAR", "W_SIZES"),
+        *("E_DAMAGED", "N_SIMILAR", "N_SIZES"),
+        *("W_BLANK", "W_BLANK", "W_CHANNELS", "W_DUPLICATE", "W_LEAK"),
     ]
     assert CliRunner().invoke(app, ["check", str(images)]).exit_code == 2
 
@@ -154,6 +154,6 @@ def test_neighbouring_slices_of_a_patient_may_differ_in_class(tmp_path):
         Image.fromarray(speckle(0) - np.uint8(number)).save(tmp_path / name)
         lines.append(f"{name},P1,{('a', 'b')[number // 5]}")
     (tmp_path / "cases.csv").write_text("\n".join(lines))
-    assert [code for code, _ in findings(tmp_path)] == ["W_SIMILAR"]
+    assert [code for code, _ in findings(tmp_path)] == ["N_SIMILAR"]
     (tmp_path / "cases.csv").write_text("\n".join(lines).replace("5.png,P1", "5.png,P2"))
-    assert [code for code, _ in findings(tmp_path)] == ["W_DUPLICATE", "W_SIMILAR"]
+    assert [code for code, _ in findings(tmp_path)] == ["W_DUPLICATE", "N_SIMILAR"]

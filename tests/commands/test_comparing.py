@@ -538,6 +538,10 @@ def test_folders_that_cannot_be_compared_are_a_wrong_request(baseline, tmp_path)
     (tmp_path / "other" / ".volseg").mkdir(parents=True)
     with pytest.raises(VolsegError, match="has the name of one in"):
         volseg.compare(baseline, tmp_path / "other", out=tmp_path / "out")
+    ledger = tmp_path / "other" / ".volseg" / "ledger.jsonl"
+    ledger.write_text('{"run": "1", "command": "infer-images"}\n')
+    with pytest.raises(VolsegError, match="holds predictions of images, not lesions"):
+        volseg.compare(baseline, tmp_path / "other", out=tmp_path / "out")
     for options in (
         {"max_distance_mm": -1},
         {"max_distance_mm": float("nan")},
@@ -685,7 +689,7 @@ def test_models_and_grids_that_differ_are_warned_of(baseline, tmp_path):
     change_record(thick, "stays", lambda record: record["case"].update(model="other@12"))
     report = volseg.compare(baseline, thick, out=tmp_path / "out", registration=False)
     origin, grid = sorted(report.warnings, reverse=True)
-    assert "W_MODEL: stays: the masks are of different origin (none; other@12)" in origin
+    assert "W_MODEL: stays: the masks come from different sources (no model; other@12)" in origin
     assert "W_GRID: stays: voxels of 1.5 × 1.5 × 2 mm and 1.5 × 1.5 × 5 mm" in grid
 
 

@@ -377,7 +377,7 @@ def test_options_that_a_classifier_cannot_honour_are_refused(model, table, tmp_p
     assert INFER.keys() == {name for name, _ in settings_of(COMMANDS["infer"])}
     for name, value in INFER.items():
         if value is not None:
-            with pytest.raises(VolsegError, match="classifies images, and this is of scans"):
+            with pytest.raises(VolsegError, match="only for scans, but"):
                 volseg.infer(table, model=model, out=tmp_path / "r", **{name: value})
     assert not (tmp_path / "r").exists()
     assert TRAIN.keys() == {name for name, _ in settings_of(COMMANDS["train"])}
@@ -392,7 +392,7 @@ def test_options_that_a_classifier_cannot_honour_are_refused(model, table, tmp_p
 
 def test_options_of_classifiers_are_refused_by_what_segments(dataset, model, tmp_path):
     for given in ({"prune": 0.5}, {"teacher": model}, {"target": "grade", "recipe": "smoke"}):
-        with pytest.raises(VolsegError, match="classifies images, and this one segments"):
+        with pytest.raises(VolsegError, match="only for models that classify images"):
             volseg.train(dataset, out=tmp_path / "m", **given)
     assert not (tmp_path / "m" / "model.json").exists()
 

@@ -277,6 +277,9 @@ def test_no_scans_and_no_model_are_wrong_requests(dataset, model, tmp_path):
         volseg.infer(tmp_path / "nothing", model=model, out=tmp_path / "out")
     with pytest.raises(VolsegError, match="not a model folder"):
         volseg.infer(dataset / "images", model=dataset, out=tmp_path / "out")
+    (tmp_path / "nothing" / "1.png").touch()
+    with pytest.raises(VolsegError, match="holds 2D images, but the model segments scans"):
+        volseg.infer(tmp_path / "nothing", model=model, out=tmp_path / "out")
 
 
 def test_a_scan_over_the_budget_is_a_failed_row_and_the_others_are_done(dataset, model, tmp_path):

@@ -150,7 +150,7 @@ def test_figures_and_page_are_written_and_the_page_loads_nothing(judged):
     for name in ("roc", "precision_recall", "calibration", "confusion", "decision"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     page = (out / "report.html").read_text(encoding="utf-8")
-    assert "volseg judged the classes that net predicted for 60 cases of 30 patients" in page
+    assert "volseg evaluated the classes that net predicted for 60 cases of 30 patients" in page
     assert page.count("data:image/png;base64,") == 5
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert 'src="data:' in page and "default-src &#39;none&#39;" in page
@@ -348,7 +348,7 @@ def test_numbers(tmp_path):
     assert f"MAE {error:.3f}" in report.headline
     assert (tmp_path / "out" / "agreement.png").is_file()
     assert not (tmp_path / "out" / "roc.png").exists()
-    assert "volseg judged the numbers" in (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert "volseg evaluated the numbers" in (tmp_path / "out" / "report.html").read_text("utf-8")
 
 
 def test_a_folder_per_class_and_a_medmnist_file_are_references(tmp_path, monkeypatch):

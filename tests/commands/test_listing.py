@@ -97,7 +97,7 @@ def test_check_plan_and_training_read_a_layout_alike(layout, dataset, tmp_path):
     problems = [p for p in volseg.check(folder) if p["code"].startswith("E_")]
     assert problems == []
     plan = volseg.plan(folder, memory="2G", device="cpu")
-    assert plan.cases == 3 and plan.warnings[0].startswith("W_NAMES: ")  # one validates
+    assert plan.cases == 3 and plan.notes[0].startswith("N_NAMES: ")  # one validates
     prepared = volseg.preprocess(folder, out=tmp_path / "p")
     assert len(prepared.done) == 4 and not prepared.failed
 

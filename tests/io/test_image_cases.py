@@ -68,7 +68,7 @@ def test_folders_give_the_class_and_the_split(layout, tmp_path):
     survey = survey_images(tmp_path, target="class")
     assert summary(survey) == CONTENT
     assert (survey.mistakes, survey.unlabelled) == ([], [])
-    assert survey.remarks[0].startswith("W_FOLDERS: ")
+    assert survey.remarks[0].startswith("N_FOLDERS: ")
     assert "benign (2), malignant (2)" in survey.remarks[0]
     assert [(c.name, c.kind) for c in survey.target_columns] == [("class", "classes")]
 
@@ -116,7 +116,7 @@ def test_a_mask_beside_its_image_is_no_image(tmp_path):
     survey = survey_images(tmp_path)
     assert [case.path.name for case in survey.cases] == ["benign (1).png", "lone_mask.png"]
     assert survey.cases[0].mask == tmp_path / "benign" / "benign (1)_mask.png"
-    assert survey.remarks[0].startswith("W_MASKS: ") and "2 files" in survey.remarks[0]
+    assert survey.remarks[0].startswith("N_MASKS: ") and "2 files" in survey.remarks[0]
 
 
 def test_names_that_repeat_are_told_apart_by_folders_then_suffixes(tmp_path):
@@ -283,7 +283,7 @@ def test_files_volumes_and_data_sets_are_found_together(tmp_path):
         [tmp_path / "lone.png", tmp_path / "ct.nii.gz", tmp_path / "set"], remark=remarks.append
     )
     assert [case.id for case in cases] == ["lone", *(f"ct_s00{k}" for k in range(5)), "1", "2"]
-    assert len(remarks) == 1 and remarks[0].startswith("W_FOLDERS: ")
+    assert len(remarks) == 1 and remarks[0].startswith("N_FOLDERS: ")
     with pytest.raises(VolsegError, match=r"\(1\) .*lost.png.* does not exist; \(2\) .*also that"):
         find_images([tmp_path / "lost.png", tmp_path / "lone.png", tmp_path / "lone.png"])
 

@@ -91,7 +91,7 @@ def test_layouts_of_strangers_are_recognised(layout, n_cases, tmp_path):
     case = survey.cases[0]
     assert (case.id, set(case.images)) == (case_id, channels)
     assert case.reference == tmp_path / mask
-    assert len(survey.remarks) == 1 and survey.remarks[0].startswith("W_NAMES: ")
+    assert len(survey.remarks) == 1 and survey.remarks[0].startswith("N_NAMES: ")
     assert len({path for case in survey.cases for path in case.images.values()}) == n_cases * len(
         channels
     )
@@ -154,7 +154,7 @@ def test_a_model_of_one_channel_takes_scans_of_other_names_one_by_one(tmp_path):
         "is a case of its own"
     ]
     cases = find_scans([folder], ["t2"], remark=remarks.append)
-    assert [case.id for case in cases] == ["x1", "x2"] and "W_NAMES: " in remarks[1]
+    assert [case.id for case in cases] == ["x1", "x2"] and "N_NAMES: " in remarks[1]
 
 
 def test_scans_of_one_folder_are_of_one_patient(tmp_path):

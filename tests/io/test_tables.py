@@ -54,7 +54,7 @@ def test_other_columns_are_no_remark(tmp_path):
 
 def test_a_head_in_other_words_is_said(tmp_path):
     survey = survey_cases(table(tmp_path, "scan,PatientID\na.nii,P\n"))
-    assert all(text.startswith("W_HEAD: ") for text in survey.remarks)
+    assert all(text.startswith("N_HEAD: ") for text in survey.remarks)
     assert [text.split(": ")[2] for text in survey.remarks] == [
         "column 'scan' is read as 'image'",
         "column 'PatientID' is read as 'patient'",

@@ -56,7 +56,7 @@ def judged_page():
     ]
     failed = JudgedRow(case_id="x", patient="x", status="failed", reason="E_READ: <i>cut off</i>")
     content = Content(
-        sentence="volseg judged 30 cases.",
+        sentence="volseg evaluated 30 cases.",
         cases=[*cases, failed],
         metrics=metric_rows(judged, resampling=Resampling(n_resamples=50)),
         pictures={"confusion.png": confusion_png(judged.predictions)},

@@ -58,6 +58,17 @@ def test_every_figure_shows_the_curve_of_each_drawn_class(k):
         assert max(opened(png).shape) < 1200
 
 
+@pytest.mark.parametrize("n_lines", [0, 1, 4, 9])
+def test_title_and_legend_lie_within_the_figure(n_lines):
+    p = predictions(2)
+    beside = {f"model {number}": predictions(2, seed=number + 1) for number in range(n_lines)}
+    points = [youden_point(p.probabilities[:, 1], p.truth[:, 1], NAMES[1])] * 3
+    for png in (roc_png(p, {}, points, beside), precision_recall_png(p, {}), decision_png(p)):
+        dark = opened(png).min(axis=2) < 250
+        margins = [dark[:3], dark[-3:], dark[:, :3], dark[:, -3:]]
+        assert not any(margin.any() for margin in margins)
+
+
 def test_an_operating_point_is_drawn_on_the_curve_of_its_class():
     p = predictions()
     point = youden_point(p.probabilities[:, 1], p.truth[:, 1], NAMES[1])

@@ -1,4 +1,4 @@
-"""Lines on stderr while a command runs: each warning and failure once, when it occurs."""
+"""Lines on stderr while a command runs: each warning, note and failure once, when it occurs."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import re
 from collections import Counter
 
 from volseg.cli.show import announce
-from volseg.options.shared import failure_line, warning_line
+from volseg.errors import severity_of
+from volseg.options.shared import failure_line, remark_line
 from volseg.reports import RunReport
 from volseg.words import format_count
 
-MAX_WARNINGS, MAX_FAILURES = 5, 20  # warnings of one code, and failures, printed in full
+MAX_REMARKS, MAX_FAILURES = 5, 20  # warnings or notes of one code, and failures, printed in full
 FAILED = "failed"
-KIND = re.compile(rf"(?:warning: )?(W_[A-Z]+|{FAILED}): ")
+KIND = re.compile(rf"(?:warning: |note: )?([WN]_[A-Z_]+|{FAILED}): ")
 
 
 class Announcer:
@@ -35,19 +36,20 @@ class Announcer:
 
     def finish(self, report: RunReport) -> None:
         """Print what was returned but not announced, and how many lines were left out."""
-        for warning in report.warnings:
-            self(warning_line(warning))
+        for text in (*report.notes, *report.warnings):
+            self(remark_line(text))
         for name, reason in report.failed.items():
             self(failure_line(name, reason))
         for kind, count in self._counts.items():
             more = count - _most(kind)
             if kind and more > 0:
-                what = f"{more} more" if kind == FAILED else format_count(more, "more warning")
+                noun = "" if kind == FAILED else severity_of(kind)
+                what = format_count(more, f"more {noun}") if noun else f"{more} more"
                 announce(f"{kind}: {what}{_where(report)}")
 
 
 def _most(kind: str) -> int:
-    return MAX_FAILURES if kind == FAILED else MAX_WARNINGS
+    return MAX_FAILURES if kind == FAILED else MAX_REMARKS
 
 
 def _where(report: RunReport) -> str:

@@ -23,7 +23,7 @@ from volseg.cli.show import (
     show_columns,
     show_problems,
 )
-from volseg.errors import VolsegError
+from volseg.errors import VolsegError, severity_of
 from volseg.execution.time_budget import process_age
 from volseg.options import COMMANDS
 from volseg.options.declare import (
@@ -82,7 +82,7 @@ def _misuse(error: Any) -> VolsegError:
     text = " ".join(error.format_message().split()).rstrip(".")
     return VolsegError(
         f"{command}: {text[:1].lower()}{text[1:]}",
-        fix=f"`{command} --help` lists what it takes",
+        fix=f"see `{command} --help`",
         code="E_USAGE",
     )
 
@@ -205,12 +205,12 @@ def check(
     from volseg import commands
 
     problems = commands.check(path, recipe)
-    n_errors = sum(problem["code"].startswith("E_") for problem in problems)
+    is_wrong = any(severity_of(problem["code"]) == "error" for problem in problems)
     if as_json:
         print_json({"path": str(path), "problems": problems})
     else:
-        show_problems(path, problems, n_errors)
-    raise typer.Exit(2 if n_errors else 0)
+        show_problems(path, problems)
+    raise typer.Exit(2 if is_wrong else 0)
 
 
 @app.command()

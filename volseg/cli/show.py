@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import singledispatch
 from typing import Any
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from volseg import reports
+from volseg.errors import severity_of
 from volseg.terminal import one_line, takes_unicode
 from volseg.words import NOUNS, format_count, format_sizes
 
@@ -28,7 +30,7 @@ FILES = {  # name → what it holds
     "cases.csv": "a row per scan",
     "response.csv": "a row per patient",
     "comparison.csv": "a row per pair of lesions",
-    "evaluation.csv": "a row per case, of masks also per label",
+    "evaluation.csv": "a row per case; for masks, per case and label",
     "detections.csv": "a row per lesion of either mask",
     "summary.json": "every mean, interval and limit of agreement",
     "agreement.png": "Bland-Altman plot, and predicted against true numbers",
@@ -215,7 +217,7 @@ def _show_judgement(summary: Mapping[str, Any]) -> None:
             for title, average, metric in BESIDE[summary["task"]]
         }
         text = ", ".join(f"{title} {cell}" for title, cell in cells.items())
-        typer.echo(one_line(f"beside it, {baseline.replace('_', ' ')}: {text}"))
+        typer.echo(one_line(f"baseline {baseline.replace('_', ' ')}: {text}"))
     for models, groups in summary["difference"].items():
         for name, value in groups.get("overall", {}).items():
             p = "" if value.get("p_value") is None else f", p = {value['p_value']:.3g}"
@@ -236,8 +238,9 @@ def _judged_cell(entry: Mapping[str, Any] | None) -> str:
 
 
 def _judged_text(entry: Mapping[str, Any] | None) -> str:
-    """Return a metric with its interval on one line."""
-    return _judged_cell(entry).replace("\n", " ")
+    """Return a metric with its interval on one line: `0.890 (0.820 to 0.953)`."""
+    value, _, interval = _judged_cell(entry).partition("\n")
+    return f"{value} ({interval})" if interval else value
 
 
 @show_details.register
@@ -284,21 +287,21 @@ def _reasons_without_interval(
     return sorted({mean["no_mean_95"] for mean in means if mean["mean"] is not None} - {""})
 
 
-def show_problems(path: Any, problems: list[dict[str, str]], n_errors: int) -> None:
+def show_problems(path: Any, problems: list[dict[str, str]]) -> None:
+    """Print each problem on a line, then their number; notes do not count."""
     for problem in problems:
         fix = f"; to fix: {problem['fix']}" if problem["fix"] else ""
-        kind = "warning" if problem["code"].startswith("W_") else "error"
         text = problem["problem"]
         if not text.startswith((f"{problem['where']}:", f"{problem['where']}{os.sep}")):
             text = f"{problem['where']}: {text}"  # else it names the place already
-        line = f"{kind}: {problem['code']}: {text}{fix}"
+        line = f"{severity_of(problem['code'])}: {problem['code']}: {text}{fix}"
         typer.echo(one_line(line))
-    n_warnings = len(problems) - n_errors
-    counts = [format_count(n_errors, "problem")]
-    if n_warnings:
-        counts.append(format_count(n_warnings, "warning"))
-    summary = ", ".join(counts) if problems else "no problem found"
-    typer.echo(one_line(f"{path}: {summary}"))
+    kinds = Counter(severity_of(problem["code"]) for problem in problems)
+    counts = [format_count(kinds["error"], "problem")]
+    if kinds["warning"]:
+        counts.append(format_count(kinds["warning"], "warning"))
+    is_sound = not kinds["error"] and not kinds["warning"]
+    typer.echo(one_line(f"{path}: {'no problem found' if is_sound else ', '.join(counts)}"))
 
 
 def show_columns(tables: Mapping[str, Iterable[Any]]) -> None:
@@ -332,7 +335,10 @@ def _print_entry(head: str, text: str, margin: int = 0) -> None:
 
 
 def print_table(table: Table) -> None:
-    """Print a table of plain text, as a label may be named `[/b]` or `:x:`."""
+    """Print a table of plain text, as a label may be named `[/b]` or `:x:`; no word is cut off."""
+    for column in table.columns:
+        column.overflow = "fold"
+        column.min_width = max(map(len, str(column.header).split()), default=0)
     Console(markup=False, emoji=False).print(table)
 
 

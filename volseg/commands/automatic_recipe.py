@@ -70,7 +70,7 @@ def auto_recipe(
     content = {
         "name": _slug(dataset),
         "description": f"Segments {sought} in {modality} scans; "
-        "everything that is not in the data follows from the plan.",
+        "the plan derives all settings from the data.",
         "intended_use": f"{sought} in {modality} scans like the training scans.",
         "limits": "Not tested on scans from elsewhere.",
         "data_source": f"The dataset in a folder named {_folder(dataset).name!r}; it was trained "

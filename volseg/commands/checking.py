@@ -33,11 +33,12 @@ from volseg.recipe import (
     load_any_recipe,
     shipped_recipes,
 )
+from volseg.store.outputs import folder_content
 from volseg.store.tables import TABLES, VARIANTS
 from volseg.volume import Volume
 
 # Advice on a remark, where it is not to edit a table: a head that was understood needs none.
-ADVICE = {"W_HEAD": "", "W_LIST": "add them to the list, or delete the list"}
+ADVICE = {"N_HEAD": "", "W_LIST": "add them to the list, or delete the list"}
 
 
 def check(path: Path | str, recipe: Path | str | AnyRecipe | None = None) -> list[Problem]:
@@ -68,6 +69,12 @@ def _problems(path: Path, recipe: Path | str | AnyRecipe | None) -> Iterable[Pro
         raise VolsegError(
             f"{path}: is a prepared folder",
             fix="check the dataset that it was made from",
+            code="E_USAGE",
+        )
+    if (content := folder_content(path)) is not None:
+        raise VolsegError(
+            f"{path}: holds {content}, which volseg wrote",
+            fix="check the dataset or the scans that it was made from",
             code="E_USAGE",
         )
     given = None if recipe is None else as_any_recipe(recipe)

@@ -112,8 +112,8 @@ def _looks(images: Sequence[ReadImage], where: str) -> Iterator[Problem]:
         shown = [f"{format_sizes(size)} ({n})" for size, n in sizes.most_common(MAX_NAMES)]
         others = f" and {len(sizes) - MAX_NAMES} more" if len(sizes) > MAX_NAMES else ""
         text = f"images have {len(sizes)} sizes (height × width): {', '.join(shown)}{others}"
-        fix = "nothing to do: they are fitted to one; check that size does not tell the class"
-        yield problem_at(where, "W_SIZES", text, fix)
+        text += "; they are resized to one; check that the size does not give the class away"
+        yield problem_at(where, "N_SIZES", text)
     n_colour = sum(image.is_colour for image in images)
     if 0 < n_colour < len(images):
         colour = next(image.case.id for image in images if image.is_colour)
@@ -139,10 +139,10 @@ def _duplicates(images: Sequence[ReadImage], classes: str | None, where: str) ->
         n = sum(members[number] for number in groups)
         text = (
             f"{format_count(len(groups), 'group')} of equal or nearly equal images hold {n} of "
-            f"{format_count(len(images), 'image')}"
+            f"{format_count(len(images), 'image')}; folds keep a group together, and your own "
+            "splits should too"
         )
-        fix = "nothing to do: folds keep a group together; a split of your own should, too"
-        yield problem_at(where, "W_SIMILAR", text, fix)
+        yield problem_at(where, "N_SIMILAR", text)
 
 
 def _group_problems(

@@ -15,7 +15,7 @@ from volseg.commands.judging import REPORT, evaluate_tables
 from volseg.commands.label_values import pairing_warnings
 from volseg.commands.mask_pairs import MaskPairs
 from volseg.commands.remarks import remark
-from volseg.errors import VolsegError
+from volseg.errors import VolsegError, without_notes
 from volseg.evaluation.detection import DetectionRow, by_label, with_lesions
 from volseg.evaluation.overlap import ABSENT, METRICS, OverlapRow
 from volseg.evaluation.summary import (
@@ -84,7 +84,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateReport:
             "masks": {name: list(case.masks) for name, case in listed.items()},
             **pairs.unpaired,
             "failed": failed,
-            "warnings": warnings,
+            "warnings": without_notes(warnings),
         }
         with outputs.staged() as commit:
             commit.write(EVALUATION, table(OverlapRow, [*rows, *_failed_rows(failed, kept)]))

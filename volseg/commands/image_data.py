@@ -44,7 +44,7 @@ READING, PREPARING = "Reading the images", "Preparing the images"
 SAMPLE = 1000  # images whose size the fingerprint holds
 INTENSITIES = 500  # pixels of an image from which percentiles are computed
 DEFAULT_NETWORK = "cnn_small"
-OF_IMAGES = "for a model that classifies images, and this one segments"  # refuses an option
+OF_IMAGES = "only for models that classify images, but this one segments"  # refuses an option
 
 
 def is_of_images(
@@ -149,7 +149,7 @@ class ImageDataset:
         if survey.mistakes:
             self._refuse(survey.mistakes)
         cases = [case for case in survey.cases if case.split != "test"]
-        remarks = [text for text in survey.remarks if not text.startswith("W_FOLDERS")]
+        remarks = [text for text in survey.remarks if not text.startswith("N_FOLDERS")]
         recipe = self.recipe.model_copy(update={"data": unlabelled_recipe(self.dataset).data})
         return self._planned(cases, recipe, {case.id: 0 for case in cases}, remarks)
 
@@ -364,9 +364,9 @@ def automatic_image_recipe(dataset: Path, target: str) -> ClassifyRecipe:
     content: dict[str, Any] = {
         "task": "classify",
         "name": name or "images",
-        "description": f"Predicts {target} of images; everything that is not in the data follows "
-        "from the plan.",
-        "intended_use": f"{target} of images like the training images.",
+        "description": f"Predicts {target!r} from images; the plan derives all settings "
+        "from the data.",
+        "intended_use": f"Predicting {target!r} from images like the training images.",
         "limits": "Not tested on images from elsewhere.",
         "data_source": f"The dataset named {dataset.absolute().name!r}; it was trained without a "
         "recipe, so nothing else is known of its origin.",

@@ -58,7 +58,7 @@ def infer_images(options: InferOptions) -> ImagesReport:
         VolsegError: the request is wrong. An image that cannot be used becomes a failed row.
     """
     assert options.model is not None
-    options.refuse_stated(OF_SCANS, f"{options.model} classifies images, and this is of scans")
+    options.refuse_stated(OF_SCANS, f"only for scans, but {options.model} classifies images")
     bundle = _as_requested(load_image_bundle(options.model), options)
     remarks, failed = list[str](), dict[str, str]()
     if bundle.recipe.data.input == LESION:
@@ -66,7 +66,7 @@ def infer_images(options: InferOptions) -> ImagesReport:
     else:
         cases = find_images(options.scans, remark=remarks.append)
     # Which folders are classes is of no importance here.
-    remarks = [text for text in remarks if not text.startswith("W_FOLDERS")]
+    remarks = [text for text in remarks if not text.startswith("N_FOLDERS")]
     options.warn(*remarks)
     inputs = [*options.scans, options.model, *{case.path for case in cases}]
     with OutputFolder(options.out, "infer-images", inputs=inputs) as outputs:

@@ -25,7 +25,7 @@ from volseg.commands.image_planning import NOT_PLANNED, NOT_PLANNED_WHY
 from volseg.commands.image_start import Start
 from volseg.commands.image_time import ImageTime
 from volseg.commands.training_call import PREPARED_FOLDER, WORK_FOLDER, Call, history_name
-from volseg.errors import VolsegError
+from volseg.errors import VolsegError, without_notes
 from volseg.evaluation.classes import SCORES
 from volseg.evaluation.label_errors import doubtful_labels
 from volseg.image_bundle import (
@@ -355,8 +355,8 @@ class _ImageTraining:
         facts["training_images"] = data.fingerprint.n_images
         baselines, scores = self._baselines(data)
         facts |= scores | self._doubtful(folds, recipe, judgement.temperature)
-        if self._call.warnings:
-            facts["warnings"] = "; ".join(self._call.warnings)
+        if warnings := without_notes(self._call.warnings):
+            facts["warnings"] = "; ".join(warnings)
         bundle = replace(
             bundle,
             judgement=judgement,

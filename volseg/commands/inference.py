@@ -39,6 +39,7 @@ from volseg.execution.memory import announcement
 from volseg.io.cases import Case
 from volseg.io.formats import RESULT_SUFFIX
 from volseg.io.header import ScanHeader
+from volseg.io.image_cases import looks_like_images
 from volseg.io.layouts import find_scans
 from volseg.io.volumes import read_header, read_volume, write_streamed
 from volseg.options import InferOptions, command
@@ -46,7 +47,7 @@ from volseg.pages.about import About
 from volseg.pages.model_box import ModelBox, model_box
 from volseg.postprocessing.lesions import CONNECTIVITY
 from volseg.preprocessing.lattice import same_voxels
-from volseg.recipe import Recipe, parse_recipe
+from volseg.recipe import Data, Recipe, parse_recipe
 from volseg.reports import CasesReport
 from volseg.store.outputs import RECORDS, Commit
 from volseg.store.records import LESION_IDS, MASKS, PROBABILITIES, CaseRecord
@@ -96,10 +97,7 @@ def infer(options: InferOptions) -> CasesReport:
     changes = _changes(bundle.recipe, options)
     bundle = replace(bundle, recipe=_changed(bundle.recipe, changes))
     data, remarks = bundle.recipe.data, list[str]()
-    allow_missing = data.missing == "empty"
-    cases = find_scans(
-        options.scans, data.channels, allow_missing=allow_missing, remark=remarks.append
-    )
+    cases = _find_scans(options, data, remarks)
     options.warn(*remarks)
     if options.model is None:
         options.announce(shipped_model_text())
@@ -131,6 +129,28 @@ def infer(options: InferOptions) -> CasesReport:
         warnings=[*remarks, *report.warnings],
         computed_with=model.segmentation.identity,
     )
+
+
+def _find_scans(options: InferOptions, data: Data, remarks: list[str]) -> list[Case]:
+    """Return the cases to segment.
+
+    Raises:
+        VolsegError: the dataset is wrong, or one of images to classify.
+    """
+    allow_missing = data.missing == "empty"
+    try:
+        return find_scans(
+            options.scans, data.channels, allow_missing=allow_missing, remark=remarks.append
+        )
+    except VolsegError:
+        images = next((path for path in options.scans if looks_like_images(path)), None)
+        if images is None:
+            raise
+        raise VolsegError(
+            f"{images}: holds 2D images, but the model segments scans",
+            fix="give --model one that classifies images (`volseg train` makes it)",
+            code="E_USAGE",
+        ) from None
 
 
 def _load_run(

@@ -8,7 +8,7 @@ from dataclasses import replace
 from volseg.commands.baseline_judging import Baselines
 from volseg.commands.class_tables import Predicted, Reference, TruthTable
 from volseg.commands.judgement import Judgement
-from volseg.errors import VolsegError
+from volseg.errors import VolsegError, without_notes
 from volseg.evaluation.class_intervals import (
     Judged,
     MetricRow,
@@ -65,10 +65,10 @@ def evaluate_tables(options: EvaluateOptions) -> EvaluateReport:
         with outputs.staged() as commit:
             commit.write(EVALUATION, table(JudgedRow, judgement.case_rows))
             commit.write(METRICS, table(MetricRow, judgement.metrics))
-            summary = judgement.summary(options, warnings)
+            summary = judgement.summary(options, without_notes(warnings))
             commit.write(SUMMARY, json_text(summary))
             commit.write_all(pictures)
-            commit.write(REPORT, _page(about, judgement, pictures, warnings))
+            commit.write(REPORT, _page(about, judgement, pictures, without_notes(warnings)))
             commit.finish(removed=[*OF_MASKS, *(name for name in PICTURES if name not in pictures)])
     return EvaluateReport(
         out=options.out,
@@ -155,8 +155,8 @@ def _page(
     n = format_count(len(truth.names), "case")
     patients = format_count(len(set(truth.patients)), "patient")
     sentence = (
-        f"volseg judged the {truth.predicted.kind} that {judgement.judged.model} predicted for {n} "
-        f"of {patients}: {judgement.headline or 'no metric is defined'}."
+        f"volseg evaluated the {truth.predicted.kind} that {judgement.judged.model} predicted for "
+        f"{n} of {patients}: {judgement.headline or 'no metric is defined'}."
     )
     content = Content(
         sentence=sentence,

@@ -337,11 +337,11 @@ def _unit_warnings(*sides: CaseAtTime | None) -> list[str]:
 def _differences(before: CaseAtTime, after: CaseAtTime) -> list[str]:
     """Return warnings about differences in model and grid, which are no change of the patient."""
     warnings = []
-    models = (before.record.case.model or "none", after.record.case.model or "none")
+    models = [side.record.case.model or "no model" for side in (before, after)]
     if models[0] != models[1]:
         warnings.append(
-            f"W_MODEL: the masks are of different origin ({models[0]}; {models[1]}), "
-            "which is a difference too"
+            f"W_MODEL: the masks come from different sources ({models[0]}; {models[1]}), which "
+            "alone can cause a difference"
         )
     sizes = [sorted(side.ids.geometry.spacing_mm) for side in (before, after)]
     if any(max(a, b) > GRID_RATIO * min(a, b) for a, b in zip(*sizes, strict=True)):

@@ -1,4 +1,4 @@
-"""`volseg pretrain`: train the base of a 2D network on images without labels."""
+"""`volseg pretrain`: pretrain the backbone of a 2D network on images without labels."""
 
 from __future__ import annotations
 

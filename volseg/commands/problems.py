@@ -8,7 +8,7 @@ Problem = dict[str, str]  # where, code, problem, fix
 
 
 def problem_at(where: str, code: str, problem: str, fix: str = "") -> Problem:
-    """Return a problem; a code that begins with W_ is a warning."""
+    """Return a problem; its code tells error, warning and note apart."""
     return {"where": where, "code": code, "problem": problem, "fix": fix}
 
 

@@ -14,7 +14,7 @@ from volseg.commands.batch import digest_of
 from volseg.commands.placing import scan_in_order
 from volseg.comparison.label_names import named
 from volseg.comparison.pairs import MeasuredScan
-from volseg.errors import ScanError
+from volseg.errors import ScanError, VolsegError
 from volseg.inputs import read_json
 from volseg.io.files import sha256_of
 from volseg.io.series import split_volume, with_volume
@@ -23,6 +23,7 @@ from volseg.measurement.rows import LesionMeasurement
 from volseg.measurement.specks import SPECKS
 from volseg.measurement.units import unit_doubt_in
 from volseg.postprocessing.lesions import MANY
+from volseg.store.outputs import SAME_KIND, folder_content
 from volseg.store.records import (
     LESION_IDS,
     CaseRecord,
@@ -56,8 +57,15 @@ class TimePoint:
         """Ids of the cases of the folder.
 
         Raises:
-            VolsegError: it is not a results folder.
+            VolsegError: it is not a results folder of scans.
         """
+        content = folder_content(self.results)
+        if content not in (None, SAME_KIND["infer"], SAME_KIND["measure"]):
+            raise VolsegError(
+                f"{self.results}: holds {content}, not lesions of scans",
+                fix="give a folder that `volseg infer` or `volseg measure` wrote for scans",
+                code="E_USAGE",
+            )
         return case_ids(self.results)
 
     def measured_nodes(self) -> Iterator[str]:

@@ -13,7 +13,7 @@ from volseg.bundle import ROI, SEGMENTATION, segmentation_name
 from volseg.commands.prepared import Split
 from volseg.commands.time_plan import TimePlan
 from volseg.commands.training_call import HISTORY_ROI, ROI_FOLDER, history_name
-from volseg.errors import VolsegError
+from volseg.errors import VolsegError, without_notes
 from volseg.evaluation.validation import ValidationRow, mean_dice, summary
 from volseg.io.files import make_folder
 from volseg.pages.model_box import POOR_DICE
@@ -81,8 +81,8 @@ class NetworkTraining:
             rows += [replace(row, fold=number) for row in network.validation]
         self._warn_of(rows)
         metrics = self._metrics(summary(rows)) | roi_metrics
-        if self._call.warnings:
-            metrics["warnings"] = "; ".join(self._call.warnings)
+        if warnings := without_notes(self._call.warnings):
+            metrics["warnings"] = "; ".join(warnings)
         training = (case for number in self._trained for case in self._splits[number][0])
         metrics["training_cases"] = len({case.id for case in training})
         if self._recipe.classify is not None and not self._is_interrupted:

@@ -54,12 +54,14 @@ class MetricRow:
     group_value: str = column("", "value in that column", "")
     model: str = column("", "model; for a difference both, as A − B", "")
     baseline: str = column(
-        "", "simple model beside it that was judged instead; empty for the model itself", ""
+        "", "simple model that the row is about; empty if it is about the model itself", ""
     )
     value: float | None = optional("", "value of the metric")
     low: float | None = optional("", "lower end of its 95 % interval over patients")
     high: float | None = optional("", "upper end")
-    p_value: float | None = optional("0 to 1", "two-sided, that a difference is 0")
+    p_value: float | None = optional(
+        "0 to 1", "two-sided p-value of the hypothesis that the difference is 0"
+    )
     n: int = column("", "number of cases")
     n_patients: int = column("", "number of patients")
     reason: str = column(

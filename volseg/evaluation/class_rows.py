@@ -26,7 +26,7 @@ class ClassRow:
     case_id: str = column("", "name of the case")
     patient: str | None = optional("", "patient of the image; empty if unknown")
     class_name: str | None = optional(
-        "", "most probable class; with several labels at once those from 0.5 up, joined by |"
+        "", "most probable class; with several labels at once those of at least 0.5, joined by |"
     )
     class_probability: float | None = optional(
         "0 to 1", "its probability; empty with several labels at once"
@@ -38,7 +38,7 @@ class ClassRow:
     )
     confidence_set: str | None = optional(
         "",
-        "classes that the prediction leaves open, joined by |; the true one is among them at the "
+        "classes that remain possible, joined by |; the true one is among them at the "
         "rate that the model states; with several labels at once the labels that cannot be "
         "excluded, and empty if all can be",
         source="split conformal prediction (LAC)",
@@ -80,7 +80,7 @@ class BaselineRow:
     """What a baseline predicts of one case for one class, or as a number; baselines.csv."""
 
     case_id: str = column("", "name of the case")
-    baseline: str = column("", "simple model of simple features; docs/images.md lists them")
+    baseline: str = column("", "name of a simple model; docs/images.md lists them")
     class_name: str | None = optional("", "class or label of the probability; empty for a number")
     probability: float | None = optional("0 to 1", "its probability; empty for a number")
     value: float | None = optional("", "predicted number, in the unit of the target")

@@ -179,7 +179,7 @@ def _remarks(dataset: Path, rows: Sequence[Row]) -> Iterator[str]:
     files = [f"{path.name} ({name})" for name, path in row.images.items()]
     files += [] if row.reference is None else [f"{row.reference.name} (mask)"]
     yield (
-        f"W_NAMES: {dataset}: {format_count(len(rows), 'case')} put together by their names, such "
+        f"N_NAMES: {dataset}: {format_count(len(rows), 'case')} put together by their names, such "
         f"as {row.id}: {', '.join(files)}"
     )
 

@@ -29,7 +29,7 @@ def read_image_folders(dataset: Path, paths: Sequence[Path]) -> ImageListing:
         first = next(iter(masks.values())).relative_to(dataset)
         count = format_count(len(paths) - len(images), "file")
         listing.remarks.append(
-            f"W_MASKS: {dataset}: {count} named as masks of other images are no images of their "
+            f"N_MASKS: {dataset}: {count} named as masks of other images are no images of their "
             f"own, first {first}"
         )
     relative = [path.relative_to(dataset) for path in images]
@@ -59,7 +59,7 @@ def _name_classes(listing: ImageListing, dataset: Path) -> None:
     listing.columns = [CLASS]
     words = [f"{name or 'none'} ({n})" for name, n in sorted(counts.items())]
     text = f"classes are the names of folders: {format_list(words, 10)}"
-    listing.remarks.append(f"W_FOLDERS: {dataset}: {text}")
+    listing.remarks.append(f"N_FOLDERS: {dataset}: {text}")
 
 
 def _without_masks(paths: Sequence[Path]) -> tuple[list[Path], dict[Path, Path]]:

@@ -146,7 +146,7 @@ def _named(heads: Sequence[str], synonyms: Synonyms, path: Path) -> tuple[list[s
         for place in places:
             columns[place] = column
             if plain[place] != column:
-                remarks.append(f"W_HEAD: {path}: column {heads[place]!r} is read as {column!r}")
+                remarks.append(f"N_HEAD: {path}: column {heads[place]!r} is read as {column!r}")
     missing = [column for column in synonyms if column not in columns]
     for head, column in zip(plain, columns, strict=True):
         near = [] if column in synonyms else _meant(head, missing, synonyms)

@@ -134,7 +134,10 @@ def _guess(scan: Volume) -> Unit:
         )
         return Unit(name=HU, doubt=f"no --unit given; {reason}: pass --unit HU if it is correct")
     reason = reason or f"few voxels are below {AIR_BELOW_HU:g}"
-    doubt = f"no --unit given, and the intensities do not look like HU: {reason}"
+    doubt = (
+        f"no --unit given, and the intensities do not look like HU: {reason}; pass --unit, such as "
+        "a.u. for MR or SUV for PET"
+    )
     return Unit(name=ARBITRARY, doubt=doubt)
 
 
@@ -153,8 +156,8 @@ def not_hu(content: _Content) -> str:
         return "" if is_air else constant
     low, high = np.percentile(content.away, (LOW_PERCENTILE, 99.5))
     if low > min(LOW_HU, -RINGING * high):
-        between = f"without fill values, intensities range from {low:.4g} to {high:.4g}"
-        return f"there is neither air nor fat: {between}{_offset(values)}"
+        between = f"{LOW_PERCENTILE:g} to 99.5 percentile: {low:.4g} to {high:.4g}"
+        return f"there is neither air nor fat ({between}){_offset(values)}"
     dense = np.count_nonzero(values > DENSE_ABOVE_HU) / values.size
     if dense > DENSE_FRACTION:
         over = f"{dense:.0%} of the voxels are over {DENSE_ABOVE_HU:g}"
@@ -191,7 +194,9 @@ def _constant(values: np.ndarray) -> str:
 
 def _offset(values: np.ndarray) -> str:
     """Return a hint at the likely cause, if there is one."""
-    return "; is the rescale intercept missing?" if np.median(values) > DENSE_ABOVE_HU else ""
+    return (
+        "; perhaps the rescale intercept is missing" if np.median(values) > DENSE_ABOVE_HU else ""
+    )
 
 
 def _content(sample: np.ndarray) -> _Content:

@@ -45,17 +45,20 @@ class LoadOptions(OnDevice):
 
 @options
 class InferOptions(LoadOptions, OfSeries, Limited, Pictured, Announcing):
-    """Segment scans and measure every lesion.
+    """Segment scans and measure every lesion, or classify images.
 
     Writes masks, lesions.csv and cases.csv. Each mask has the voxel grid of its scan. A lesion is a
     group of connected voxels (26 neighbours) of one label; lesion 1 is the largest. A scan that
     cannot be used becomes a failed row with the reason; the others are still processed. A second
     call processes only scans that are missing or have changed. Masks that you corrected by hand
     are kept; `volseg measure RESULTS` measures them.
+
+    A model that classifies images writes classes.csv instead, and one that predicts a number
+    values.csv, with a row per image.
     """
 
     scans: tuple[Path, ...] = argument(
-        "Scans, folders of scans, or tables of cases.", converter=input_paths
+        "Scans or images, folders of them, or tables of cases.", converter=input_paths
     )
     model: Path | None = option(
         "Folder made by `volseg train`; default: the model that ships with volseg.",

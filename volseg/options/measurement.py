@@ -117,19 +117,19 @@ class MeasureOptions(MaskOptions, OfSeries, Limited, Pictured, Announcing):
 
 @options
 class EvaluateOptions(Limited, Announcing):
-    """Compare predicted masks, classes or numbers with a reference.
+    """Evaluate predicted masks, classes or numbers.
 
     Masks: writes evaluation.csv (a row per case and label: Dice, IoU, HD95, surface Dice at 1 and
     2 mm, volume error), detections.csv (a row per lesion, matched one to one), summary.json (means
     with 95 % intervals over patients), agreement.png (Bland-Altman and correlation of volumes) and,
     for results of a model, froc.png. Classes or numbers, from classes.csv or values.csv: writes
     metrics.csv (every metric with its interval), evaluation.csv (a row per case), summary.json,
-    figures and report.html. docs/evaluation.md defines each number.
+    figures and report.html. docs/evaluation.md and docs/classes.md define each number.
     """
 
     reference: Path = option(
         "Folder of reference masks, or a dataset that has them as labels; for classes and numbers "
-        "a table of cases with the true ones, or a data set of images.",
+        "a table with the true ones, or a dataset of images.",
         converter=input_path,
     )
     predicted: Path = option(
@@ -169,7 +169,7 @@ class EvaluateOptions(Limited, Announcing):
         default=None,
     )
     by: tuple[str, ...] = option(
-        "Classes and numbers: also judge each subgroup by this column of the reference, such as "
+        "Classes and numbers: also evaluate each subgroup by this column of the reference, such as "
         "sex; numbers are cut into thirds; repeatable.",
         default=(),
         converter=names,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from volseg.errors import is_note
 from volseg.options.declare import (
     Announce,
     Options,
@@ -18,7 +19,8 @@ from volseg.options.declare import (
 SEED, COUNT = Range(0, 2**32 - 1), Range(1, 1_000_000)
 DATASET = (
     "Dataset: CSV table, folder with cases.csv, folder of scans and masks (images/ and labels/, a "
-    "folder per patient, BIDS, names such as P1_t1 and P1_seg), nnU-Net raw or Decathlon folder."
+    "folder per patient, BIDS, names such as P1_t1 and P1_seg), nnU-Net raw or Decathlon folder; "
+    "for a classifier also a folder of images per class or a MedMNIST file."
 )
 RESULTS = "Folder for the results; created if missing."
 
@@ -38,23 +40,23 @@ class Announcing(Progressing):
     """Also announces what it expects, such as memory and duration, and what goes wrong."""
 
     announce: Announce = callback(
-        "Called with sentences such as the expected peak memory, and with each warning and failure "
-        "when it occurs.",
+        "Called with sentences such as the expected peak memory, and with each warning, note and "
+        "failure when it occurs.",
         default=ignore_text,
     )
 
-    def warn(self, *warnings: str) -> None:
-        """Announce warnings when they occur."""
-        for text in warnings:
-            self.announce(warning_line(text))
+    def warn(self, *remarks: str) -> None:
+        """Announce warnings and notes when they occur."""
+        for text in remarks:
+            self.announce(remark_line(text))
 
     def report_failure(self, name: str, reason: str) -> None:
         """Announce that an item failed."""
         self.announce(failure_line(name, reason))
 
 
-def warning_line(text: str) -> str:
-    return f"warning: {text}"
+def remark_line(text: str) -> str:
+    return f"{'note' if is_note(text) else 'warning'}: {text}"
 
 
 def failure_line(name: str, reason: str) -> str:

@@ -42,11 +42,11 @@ MAX_FOLDS = 20
 
 @options
 class CasesOptions(Options):
-    """List which scans, channels and masks belong together, as a table of cases.
+    """List which scans and masks belong together, as a table.
 
     Goes by the names of files and folders: images/ and labels/, one folder per patient, BIDS,
-    nnU-Net, channels such as P1_t1 and P1_flair, masks such as P1_seg. The column `why` says what
-    each case was recognised by. Look at the table, edit it, and give it to any other command.
+    nnU-Net, channels such as P1_t1 and P1_flair, masks such as P1_seg. The column `why` says how
+    each case was recognised. Look at the table, edit it, and pass it to any other command.
     """
 
     folders: tuple[Path, ...] = argument("Folders of scans and masks.", converter=input_paths)
@@ -75,7 +75,7 @@ class PlanningOptions(OnDevice, Seeded):
         kind=str,
     )
     target: str | None = option(
-        "Column to predict from images, where there is no recipe; classes, labels or numbers.",
+        "Column to predict from images if there is no recipe; it holds classes, labels or numbers.",
         default=None,
     )
 
@@ -113,8 +113,9 @@ class PreprocessOptions(PlanningOptions, Announcing):
 class PlanOptions(TimedOptions, Progressing):
     """Show the planned training settings, each with a reason.
 
-    Covers spacing, intensities, patches and network. Nothing is trained or prepared. With --out,
-    the plan becomes a recipe, which you can edit and pass to `volseg train --recipe`.
+    Covers spacing, intensities, patches and network; for a classifier also loss and schedule.
+    Nothing is trained or prepared. With --out, the plan becomes a recipe, which you can edit and
+    pass to `volseg train --recipe`.
     """
 
     dataset: Path = argument(DATASET, converter=input_path)
@@ -128,14 +129,15 @@ class PlanOptions(TimedOptions, Progressing):
 
 @options
 class TrainOptions(TimedOptions, Announcing):
-    """Train a model: one that segments on scans and masks, or one that classifies on images.
+    """Train a model to segment scans or to classify images.
 
-    What the dataset holds decides, or the recipe. Images come in a folder per class, a table with
-    a column of classes or numbers, or a MedMNIST file; with several such columns, --target names
-    one. For scans, it also trains a coarse first pass and a lesion classifier if the recipe asks
-    for them. The weights with the best validation score are saved in a model folder with a model
-    card. Ctrl-C stops and keeps the best model so far; --resume continues. With --time-budget, the
-    learning-rate schedule ends within the budget.
+    A dataset of scans and masks gives a model that segments; images in a folder per class, a table
+    with a column of classes or numbers, or a MedMNIST file give one that classifies or predicts a
+    number (--target names the column if there are several). For scans, a coarse first pass and a
+    lesion classifier are also trained if the recipe asks for them. The weights with the best
+    validation score are saved in a model folder with a model card. Ctrl-C stops and keeps the best
+    model so far; --resume continues. With --time-budget, the learning-rate schedule ends within the
+    budget.
     """
 
     dataset: Path = argument(
@@ -144,7 +146,7 @@ class TrainOptions(TimedOptions, Announcing):
     out: Path = option("Folder for the model.", converter=path, short="-o")
     recipe: Path | str | AnyRecipe | None = option(
         "TOML file, such as a plan, or name of a shipped recipe; a prepared folder brings its own. "
-        "Without a recipe, everything is planned and the model is cross-validated.",
+        "Without a recipe, everything is planned, and a model that segments is cross-validated.",
         default=None,
         kind=str,
     )
@@ -152,7 +154,7 @@ class TrainOptions(TimedOptions, Announcing):
         "Number of epochs; overrides the recipe.", default=None, values=COUNT
     )
     patience: int | None = option(
-        "Stop after this many validations without a new best Dice.",
+        "Stop after this many validations without a new best score.",
         default=None,
         values=COUNT,
     )
@@ -169,7 +171,7 @@ class TrainOptions(TimedOptions, Announcing):
         values=Range(0.0, below=1.0),
     )
     teacher: Path | None = option(
-        "Classifier whose outputs the network learns besides the targets (distillation).",
+        "Trained classifier whose outputs the network also learns to reproduce (distillation).",
         default=None,
         converter=optional_input_path,
     )
@@ -204,11 +206,11 @@ class TrainOptions(TimedOptions, Announcing):
 
 @options
 class PretrainOptions(OnDevice, Seeded, Announcing):
-    """Train the base of a 2D network on images without labels.
+    """Pretrain the backbone of a 2D network without labels.
 
-    Two random views of an image shall have the same embedding (SimSiam). The result is a start for
-    training, given as --init, where few images have a label and many have none. Test images are
-    not read.
+    The network learns to give two random views of an image the same embedding (SimSiam). Start
+    training from the result with --init if few images have a label and many have none. Test images
+    are not read.
     """
 
     dataset: Path = argument(
@@ -217,7 +219,7 @@ class PretrainOptions(OnDevice, Seeded, Announcing):
     )
     out: Path = option("Folder for the weights.", converter=path, short="-o")
     recipe: Path | str | AnyRecipe | None = option(
-        "TOML file with a recipe of a classifier, for its network and input; without it, planned.",
+        "TOML file with a recipe of a classifier, for network and input; default: planned.",
         default=None,
         kind=str,
     )
@@ -254,7 +256,7 @@ class QuantiseOptions(Progressing):
         values=COUNT,
     )
     seed: int = option(
-        "Seed of training, which selected the validation cases.",
+        "Seed with which the model was trained; it selected the validation cases.",
         default=0,
         values=SEED,
     )

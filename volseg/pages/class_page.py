@@ -148,7 +148,7 @@ def _facts(rows: Sequence[Row], done: Sequence[Row], target: str) -> list[tuple[
     facts = [count_fact(len(rows), "image")]
     facts += [(name, str(n)) for name, n in list(_counts(done).items())[:MAX_CLASSES]]
     n_unusual = sum(bool(row.out_of_distribution) for row in done)
-    return [*facts, ("unlike training images", str(n_unusual)), ("predicted", target)]
+    return [*facts, ("unlike training images", str(n_unusual)), ("target", target)]
 
 
 def _plots(done: Sequence[Row], target: str) -> Iterator[Plot]:

@@ -60,7 +60,7 @@ def roc_png(
     if not curves:
         return None
     figure, plot = _square_plot("ROC", "1 − specificity", "sensitivity")
-    plot.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, label="guess")
+    plot.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, label="chance")
     if len(curves) == 1:
         _draw_beside(plot, beside, curves[0][0])
     for number, curve in curves:
@@ -79,7 +79,7 @@ def roc_png(
                 markersize=8,
                 clip_on=False,
                 zorder=3,
-                label=f"{point.name}: {name} from {format_number(point.threshold, 3)} up",
+                label=f"{point.name}: {name} ≥ {format_number(point.threshold, 3)}",
             )
     return _with_legend(figure, plot)
 
@@ -96,7 +96,7 @@ def _draw_beside(plot: Any, beside: Mapping[str, ClassPredictions], number: int)
 
 
 def precision_recall_png(predictions: ClassPredictions, texts: Texts) -> bytes | None:
-    """Plot precision against recall; the dotted line is a guess. None if no class has cases."""
+    """Plot precision against recall; the dotted line is chance. None if no class has cases."""
     curves = [
         (number, curve)
         for number in drawn_classes(predictions)
@@ -199,14 +199,14 @@ def decision_png(predictions: ClassPredictions) -> bytes:
         curve, colour, name = decision_curve(p, truth), _colour(number), predictions.names[number]
         highest = max(highest, float(truth.mean()), float(curve.model.max()))
         plot.plot(curve.thresholds, curve.model, color=colour, linewidth=1.6, label=name)
-        everyone = "treat all, dashed" if number == numbers[-1] else None
+        everyone = "treat all (dashed)" if number == numbers[-1] else None
         style = {"color": colour, "linewidth": 1.0, "linestyle": "--"}
         plot.plot(curve.thresholds, curve.treat_all, label=everyone, **style)
     plot.axhline(0, color=INK, linewidth=1.0, label="treat none")
     top = max(highest, 0.05)
     plot.set_xlim(0, 1)
     plot.set_ylim(-0.15 * top, 1.08 * top)
-    plot.set_xlabel("threshold probability from which one would act")
+    plot.set_xlabel("threshold probability for acting")
     plot.set_ylabel("net benefit (true positives per case)")
     plot.set_title("Decision curve", fontsize=10, loc="left")
     plot.grid(alpha=0.25)
@@ -214,7 +214,8 @@ def decision_png(predictions: ClassPredictions) -> bytes:
 
 
 def _square_plot(title: str, x: str, y: str) -> tuple[Any, Any]:
-    figure = new_figure(5.6, 5.3)
+    # Higher than wide: where the height limits a square plot, matplotlib cuts its title off.
+    figure = new_figure(5.6, 5.9)
     plot = figure.subplots()
     plot.set_xlabel(x)
     _finish_square(plot, title, y)
@@ -233,10 +234,11 @@ def _finish_square(plot: Any, title: str, y: str) -> None:
 
 def _with_legend(figure: Any, plot: Any) -> bytes:
     """Return the figure with its legend below, where it covers no curve."""
+    handles, labels = plot.get_legend_handles_labels()
     width, height = figure.get_size_inches()
-    figure.set_size_inches(width, height + LINE_INCHES * len(plot.get_legend_handles_labels()[1]))
-    layout = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13), "frameon": False}
-    plot.legend(fontsize=8, **layout)
+    figure.set_size_inches(width, height + LINE_INCHES * len(labels))
+    # "outside": the layout of the figure makes room for it, however many lines it has.
+    figure.legend(handles, labels, loc="outside lower center", fontsize=8, frameon=False)
     return png_bytes(figure, DPI)
 
 

@@ -166,13 +166,13 @@ def _plot(name: str, picture: bytes) -> Plot:
 
 def _facts(cases: Sequence[JudgedRow]) -> list[tuple[str, str]]:
     done = [row for row in cases if row.status == "done"]
-    facts = [count_fact(len(done), "case", "judged")]
+    facts = [count_fact(len(done), "case", "evaluated")]
     if any(row.is_right is not None for row in done):
         facts.append(count_fact(sum(row.is_right is False for row in done), "case", "wrong"))
     if any(row.is_covered is not None for row in done):
         n_missed = sum(row.is_covered is False for row in done)
-        facts.append(count_fact(n_missed, "truth", "outside of the stated set or interval"))
+        facts.append(count_fact(n_missed, "case", "outside the confidence set or interval"))
     if any(row.out_of_distribution is not None for row in done):
         n_unusual = sum(bool(row.out_of_distribution) for row in done)
-        facts.append(count_fact(n_unusual, "case", "flagged as unlike the training"))
+        facts.append(count_fact(n_unusual, "case", "unlike the training images"))
     return facts

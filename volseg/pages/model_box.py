@@ -134,7 +134,7 @@ def similarity_of_run(cases: Iterable[CaseRow], model: str) -> Similarity:
     n_refused = sum(case.reason.startswith("E_MODALITY") for case in cases)
     n_like = sum(similarity_of_scan(case.warnings).is_like for case in done)
     n_scans = len(done) + n_refused
-    text = f"{n_like} of {n_scans} scans resemble the training scans by these checks"
+    text = f"{n_like} of {n_scans} scans resemble the training scans in all checks"
     if n_refused:
         text += f"; {n_refused} of another modality were refused"
     return Similarity(text=f"{text}.", is_like=n_like == n_scans)

@@ -30,7 +30,7 @@ def curves_png(
     score: str = "mean validation Dice",
     limits: tuple[float, float] | None = (0, 1),
 ) -> bytes:
-    """Plot loss and validation score against hours of training, one line per network.
+    """Plot loss and validation score against time of training, one line per network.
 
     Args:
         score: title of the curve of scores. limits: of their axis.
@@ -38,19 +38,20 @@ def curves_png(
     figure = new_figure(9, 3.6)
     left, right = figure.subplots(1, 2)
     has_losses = False
+    unit, in_unit = _time_unit(max((e.seconds for line in histories for e in line), default=0.0))
     for number, history in enumerate(histories):
-        hours = [epoch.seconds / 3600 for epoch in history]
+        times = [epoch.seconds / in_unit for epoch in history]
         name = f"fold {number}" if len(histories) > 1 else None
-        left.plot(hours, [epoch.loss for epoch in history], linewidth=1.2, label=name)
+        left.plot(times, [epoch.loss for epoch in history], linewidth=1.2, label=name)
         scores = [epoch.validation_score for epoch in history]
-        _plot(right, hours, scores, "-", name)
+        _plot(right, times, scores, "-", name)
         losses = [epoch.validation_loss for epoch in history]
         has_losses = has_losses or any(loss is not None for loss in losses)
-        _plot(left, hours, losses, "--")
+        _plot(left, times, losses, "--")
     loss = "loss: training, validation dashed" if has_losses else "training loss"
     for plot, title in ((left, loss), (right, score)):
         plot.set_title(title, fontsize=9, loc="left")
-        plot.set_xlabel("hours")
+        plot.set_xlabel(unit)
         plot.grid(alpha=0.3)
     if limits is not None:
         right.set_ylim(*limits)
@@ -59,11 +60,16 @@ def curves_png(
     return png_bytes(figure)
 
 
+def _time_unit(longest_seconds: float) -> tuple[str, float]:
+    """Return the unit of a time axis, and its seconds: minutes up to two hours."""
+    return ("minutes", 60.0) if longest_seconds < 7200 else ("hours", 3600.0)
+
+
 def _plot(
-    plot: Any, hours: Sequence[float], values: Sequence[float | None], style: str, name: Any = None
+    plot: Any, times: Sequence[float], values: Sequence[float | None], style: str, name: Any = None
 ) -> None:
     """Plot the values that are known; dots show them where some are not."""
-    points = [(hour, value) for hour, value in zip(hours, values, strict=True) if value is not None]
+    points = [(time, value) for time, value in zip(times, values, strict=True) if value is not None]
     if points:
         marker = "." if len(points) < len(values) else None
         plot.plot(*zip(*points, strict=True), style, linewidth=1.2, label=name, marker=marker)

@@ -97,7 +97,8 @@ def close_images(
         for part in sections:
             section = section[part]
         section[name] = value
-        reasons.append(Reason(key=key, setting=key, value=_shown(value), reason=reason))
+        if reason:  # else the setting does not apply to this target
+            reasons.append(Reason(key=key, setting=key, value=_shown(value), reason=reason))
     return ClosedImages(ClassifyRecipe.model_validate(content), tuple(reasons))
 
 
@@ -141,12 +142,12 @@ def _normalise(
     is_white = facts.white is not None and (facts.white <= 255 or facts.high >= facts.white / 4)
     method: UnitNormaliser
     if is_white:
-        method, reason = ScaleImage(), "every file says which intensity is white"
+        method, reason = ScaleImage(), f"every file states its white level, {facts.white:g}"
     elif facts.low < BELOW_FAT_HU:
         method = WindowImage(low=facts.low, high=facts.high)
         reason = "HU, from the 0.5 to the 99.5 percentile of the training images"
     else:
-        method, reason = PercentileImage(), "no file says which intensity is white"
+        method, reason = PercentileImage(), "the white level of the files is not known"
     if trained_on is not None:
         method = method.model_copy(update={"mean": trained_on.mean, "sd": trained_on.sd})
         reason += "; then mean and standard deviation as in the training of the weights"
@@ -157,19 +158,19 @@ def _target(facts: ImageFingerprint) -> dict[str, tuple[Any, str]]:
     counts = format_list([f"{name} {n}" for name, n in facts.counts.items()], 10)
     decisions: dict[str, tuple[Any, str]] = {"data.kind": (facts.kind, _why_kind(facts))}
     if facts.kind == NUMBER:
-        decisions["data.classes"] = ((), "a number has none")
+        decisions["data.classes"] = ((), "")
         decisions["data.mean"] = (facts.mean, "of the training images")
         decisions["data.sd"] = (facts.sd, "of the training images")
     else:
         decisions["data.classes"] = (tuple(facts.counts), f"training images: {counts}")
-        decisions["data.mean"] = (0.0, "classes have none")
-        decisions["data.sd"] = (1.0, "classes have none")
+        decisions["data.mean"] = (0.0, "")
+        decisions["data.sd"] = (1.0, "")
     return decisions
 
 
 def _why_kind(facts: ImageFingerprint) -> str:
     if facts.kind == NUMBER:
-        return "numbers that are no classes: fractions, or too many different ones"
+        return "numbers, not classes: fractions, or too many distinct values"
     if facts.kind == LABELS:
         return "several values per image, separated by |"
     return "one of a few values per image"
@@ -188,7 +189,7 @@ def _pixels(facts: ImageFingerprint, kind_of_input: str) -> tuple[int, str]:
 
 def _channels(facts: ImageFingerprint) -> tuple[int, str]:
     if facts.channels > 1:
-        return 3, "some images have colour"
+        return 3, "some images are in colour"
     return 1, "all images are grey"
 
 
@@ -198,26 +199,29 @@ def _batch(facts: ImageFingerprint) -> tuple[int, str]:
         batch //= 2
     if batch == USUAL_BATCH:
         return batch, "usual"
-    return batch, f"an epoch of {facts.n_images} images has {LEAST_BATCHES} or more batches"
+    return (
+        batch,
+        f"gives {LEAST_BATCHES} or more batches per epoch of {facts.n_images} images",
+    )
 
 
 def _epochs(steps: int, starts_trained: bool) -> tuple[int, str]:
     total = FINE_TUNING_STEPS if starts_trained else USUAL_STEPS
     epochs = min(MOST_EPOCHS, max(LEAST_EPOCHS, round(total / steps)))
     how = "to fine-tune" if starts_trained else "from random weights"
-    bounds = f"within {LEAST_EPOCHS} to {MOST_EPOCHS} epochs"
+    bounds = f"but at least {LEAST_EPOCHS} and at most {MOST_EPOCHS} epochs"
     return epochs, f"about {total} steps {how}, {bounds}"
 
 
 def _learning_rate(starts_trained: bool) -> tuple[float, str]:
     if starts_trained:
-        return FINE_TUNING_RATE, "small, as the network starts from trained weights"
-    return LEARNING_RATE, "usual for AdamW and random weights"
+        return FINE_TUNING_RATE, "small, because the network starts from trained weights"
+    return LEARNING_RATE, "usual for AdamW from random weights"
 
 
 def _balance(facts: ImageFingerprint) -> tuple[str, str]:
     if facts.kind != CLASSES:
-        return "none", "only classes that exclude each other are balanced"
+        return "none", "only mutually exclusive classes are balanced"
     ratio = f"{facts.imbalance:.1f} images of the most frequent class per one of the rarest"
     return ("weights" if facts.imbalance > IMBALANCED else "none"), ratio
 
@@ -225,15 +229,15 @@ def _balance(facts: ImageFingerprint) -> tuple[str, str]:
 def _monitor(facts: ImageFingerprint) -> tuple[str, str]:
     if facts.kind == NUMBER:
         return "mae", "mean absolute error, in the unit of the number"
-    return "auc", "independent of a threshold and of how frequent the classes are"
+    return "auc", "independent of threshold and class frequency"
 
 
 def _loss(facts: ImageFingerprint) -> tuple[str, str]:
     if facts.kind == NUMBER:
-        return "huber", "outliers pull less than in the squared error"
+        return "huber", "less sensitive to outliers than the squared error"
     if facts.kind == LABELS:
-        return "binary_cross_entropy", "each label on its own"
-    return "cross_entropy", "one class of several"
+        return "binary_cross_entropy", "each label is predicted on its own"
+    return "cross_entropy", "one class per image"
 
 
 def _shown(value: Any) -> str:

@@ -176,7 +176,9 @@ class Window(Normaliser):
 
     @property
     def shown(self) -> str:
-        return f"{self.low:g} to {self.high:g}, less {self.mean:g}, by {self.sd:g}"
+        return (
+            f"clip to {self.low:g} … {self.high:g}, subtract {self.mean:g}, divide by {self.sd:g}"
+        )
 
     def fit(self, array: np.ndarray, body: np.ndarray | None = None) -> Scaling:
         return Scaling(

@@ -1,6 +1,6 @@
 """Self-supervised pretraining of a 2D network: it learns from images without labels.
 
-Two random views of an image shall have the same embedding; a network so trained is a start for
+A network learns to give two random views of an image the same embedding, and is then a start for
 `--init`. A loop needs `Views` and the module `SimSiam`.
 """
 
