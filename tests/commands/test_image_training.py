@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 
+import nibabel
 import numpy as np
 import pytest
 from image_sets import SHAPES, folder_of_classes, scans_of_lesions, table_of_images
@@ -484,3 +485,35 @@ def test_an_image_that_cannot_be_read_is_named_and_the_others_are_trained_on(tmp
     assert any(line.startswith("failed: disc_003: E_") for line in lines)
     assert any("W_LEFT_OUT: images" in text and "disc_003" in text for text in report.warnings)
     assert report.metrics["training_images"] + report.metrics["validation_images"] == 15
+
+
+@pytest.mark.parametrize("target", ["label", "kind"])
+def test_slices_are_judged_by_the_data_set_that_they_were_trained_on(target, tmp_path):
+    """A row of the table is a scan, and a prediction is a slice of it."""
+    scans = scans_of_lesions(tmp_path / "data", n=8)
+    volseg.train(scans, recipe=recipe(target, {"epochs": 1}), out=tmp_path / "m")
+    volseg.infer(scans, model=tmp_path / "m", out=tmp_path / "r")
+    volseg.evaluate(reference=scans, predicted=tmp_path / "r", out=tmp_path / "e")
+    truths = {row["case_id"]: row for row in rows_of(tmp_path / "e" / "evaluation.csv")}
+    assert len(truths) == 8 * 14
+    for row in rows_of(scans / "cases.csv"):
+        mask = nibabel.nifti1.load(scans / row["label"]).get_fdata()
+        for index in range(14):
+            name = f"{row['image'][7:10]}_s{index:03}"
+            has_label = "with label" if mask[..., index].any() else "without label"
+            assert truths[name]["reference"] == (row["kind"] if target == "kind" else has_label)
+            assert truths[name]["patient"] == row["image"][7:10]
+
+
+def test_lesions_are_judged_by_the_class_of_their_scan(tmp_path):
+    scans = scans_of_lesions(tmp_path / "data", n=8)
+    data = {"target": "kind", "input": "lesion"}
+    trained = recipe("kind", {"epochs": 1}, data=data)
+    volseg.train(scans, recipe=trained, out=tmp_path / "m")
+    volseg.infer(scans, model=tmp_path / "m", out=tmp_path / "r")
+    volseg.evaluate(reference=scans, predicted=tmp_path / "r", out=tmp_path / "e")
+    truths = {row["case_id"]: row for row in rows_of(tmp_path / "e" / "evaluation.csv")}
+    kinds = {row["image"][7:10]: row["kind"] for row in rows_of(scans / "cases.csv")}
+    assert truths.keys() == {row["case_id"] for row in rows_of(tmp_path / "r" / "classes.csv")}
+    assert all(row["reference"] == kinds[name[:3]] for name, row in truths.items())
+    assert all(row["patient"] == name[:3] for name, row in truths.items())

@@ -411,6 +411,13 @@ def test_a_request_that_cannot_be_met_names_the_problem(folder, options, problem
     assert not (folder / "out" / "summary.json").exists()
 
 
+def test_tables_that_name_cases_differently_are_shown_a_name_of_each(folder):
+    file = folder / "data" / "cases.csv"
+    file.write_text(file.read_text(encoding="utf-8").replace("case ", "00"), encoding="utf-8")
+    with pytest.raises(VolsegError, match="cases such as '000', and the predictions 'case 0'"):
+        judge(folder, target="diagnosis")
+
+
 def test_tables_that_are_none_are_refused(folder):
     bad = folder / "bad" / "classes.csv"
     for content, problem in (

@@ -32,6 +32,7 @@ from volseg.words import format_count, format_list
 
 Kind = Literal["classes", "numbers"]
 USUAL_TARGETS = ("target", "class", "label", "diagnosis")
+LESION = "lesion"  # what a case of a model is, in its [data]
 MOST_LISTED = 5  # cases that a warning names
 
 
@@ -66,20 +67,22 @@ class Reference:
     remarks: Sequence[str]
 
     @classmethod
-    def of(cls, path: Path, target: str | None = None, usual: str | None = None) -> Reference:
+    def of(cls, path: Path, target: str | None, predicted: Predicted) -> Reference:
         """Read a table of cases, the cases.csv of a folder, or a data set of images.
 
-        A table is read as it is, so that the images need not be there. Where it lists slices, and
-        where there is none, the data set is read as `infer` reads it.
+        A table is read as it is, so that the images need not be there. Where it lists slices or
+        scans whose slices were predicted, and where there is none, the data set is read as `infer`
+        reads it. A lesion has the cells of its scan.
 
         Args:
             target: column of the truth, if it is stated; masks in it become classes of slices.
-            usual: that of the model, which is taken where the data set has it.
+            predicted: says which column is taken if none is stated, and what the cases are.
 
         Raises:
             VolsegError: there is none, it names no cases, or one of them twice.
         """
         file = path / "cases.csv" if path.is_dir() else path
+        usual = predicted.target
         if not file.is_file() or is_arrays(file):
             return cls._of_images(path, target, usual)
         table = read_table(file, HEADS)
@@ -87,6 +90,10 @@ class Reference:
             return cls._of_images(path, target, usual)
         rows = [dict(zip(table.columns, texts)) for _, texts in table.lines]
         ids = _case_ids(rows, file)
+        if _lists_scans(rows) and not predicted.case_ids & set(ids):
+            if predicted.data is None or predicted.data.input != LESION:
+                return cls._of_images(path, target, usual)
+            ids, rows = _rows_of_lesions(dict(zip(ids, rows)), predicted.case_ids)
         remarks = [text for text in table.remarks if "W_COLUMN" not in text]
         return cls(path=file, columns=table.columns, cells=dict(zip(ids, rows)), remarks=remarks)
 
@@ -204,6 +211,11 @@ class Predicted:
             data=_data_of(run, classes),
         )
 
+    @property
+    def case_ids(self) -> set[str]:
+        """The cases of the table, also those that failed."""
+        return {*self.rows, *self.failed}
+
     def described(self, cells: Iterable[str] = ()) -> Target:
         """Return what the model predicts: as run.json states, else as the tables suggest.
 
@@ -265,7 +277,7 @@ class TruthTable:
             except ValueError as error:
                 left_out[name] = str(error)
         if not truths:
-            reason = next(iter(left_out.values()), "no case of the reference was predicted")
+            reason = next(iter(left_out.values()), "") or _unmatched(reference, predicted)
             raise VolsegError(
                 f"{predicted.path}: no case can be judged by column {column!r} of "
                 f"{reference.path}: {reason}",
@@ -394,6 +406,34 @@ def _case_id(row: Mapping[str, str]) -> str:
     image = Path(next(images, "").replace("\\", "/"))
     stem = stem_of(image) if is_scan(image) else image.stem
     return safe_id(stem) if stem else ""
+
+
+def _lists_scans(rows: Sequence[Mapping[str, str]]) -> bool:
+    """Check whether the images of a table are volumes."""
+    cells = [cell for row in rows for column, cell in row.items() if is_image_column(column)]
+    return any(cells) and all(is_scan(Path(cell.replace("\\", "/"))) for cell in cells if cell)
+
+
+def _rows_of_lesions(
+    scans: Mapping[str, Mapping[str, str]], names: Iterable[str]
+) -> tuple[list[str], list[dict[str, str]]]:
+    """Return the lesions of these scans among the names, and the row of each."""
+    ids, rows = [], []
+    for name in sorted(names):
+        scan = name.rpartition("_")[0]
+        if scan in scans:
+            ids.append(name)
+            rows.append({**scans[scan], "patient": scans[scan].get("patient") or scan})
+    return ids, rows
+
+
+def _unmatched(reference: Reference, predicted: Predicted) -> str:
+    """Say that no case is in both tables, with a name from each."""
+    examples = [next(iter(names), "none") for names in (reference.cells, predicted.rows)]
+    return (
+        f"no case of the reference was predicted: it names cases such as {examples[0]!r}, and the "
+        f"predictions {examples[1]!r}"
+    )
 
 
 def _predicted_rows(file: Path) -> tuple[Sequence[str], Sequence[ClassRow | ValueRow]]:
