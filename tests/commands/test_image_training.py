@@ -151,6 +151,42 @@ def test_an_interrupted_run_resumes_to_the_weights_of_an_unbroken_one(table, tmp
     assert not list((tmp_path / "parts" / ".training").rglob("*.npy"))
 
 
+def test_another_data_set_or_recipe_is_not_resumed(table, tmp_path):
+    """The images of the interrupted run are kept, and would be trained on unasked."""
+    stated = recipe("shape", {"epochs": 3})
+
+    def interrupt(stage, done, detail):
+        if detail.startswith("epoch 2"):
+            raise KeyboardInterrupt
+
+    data = shutil.copytree(table, tmp_path / "data")
+    volseg.train(data, recipe=stated, out=tmp_path / "m", progress=interrupt)
+    before = (tmp_path / "m" / "model.json").read_bytes()
+    cells = (data / "cases.csv").read_text(encoding="utf-8")
+    other = recipe("shape", {"epochs": 3}, images={"pixels": 16})
+    (data / "cases.csv").write_text(cells.replace("disc", "ring", 1), encoding="utf-8")
+    for dataset, given, difference in (
+        (table_of_images(tmp_path / "other", seed=1), stated, "the data set"),
+        (data, stated, "what it says of its images"),
+        (table, other, r"\[images\] of the recipe"),
+    ):
+        with pytest.raises(VolsegError, match=difference) as error:
+            volseg.train(dataset, recipe=given, out=tmp_path / "m", resume=True)
+        assert error.value.code == "E_PREPARED" and "another --out" in error.value.fix
+    assert (tmp_path / "m" / "model.json").read_bytes() == before
+    (tmp_path / "moved").mkdir()
+    moved = shutil.move(table_of_images(tmp_path / "same"), tmp_path / "moved")
+    volseg.train(moved, recipe=stated, out=tmp_path / "m", resume=True)
+
+
+def test_images_prepared_for_a_refused_call_are_not_trained_on(model, table, tmp_path):
+    other = table_of_images(tmp_path / "other", n=24, seed=1)
+    with pytest.raises(VolsegError, match="its classes differ"):
+        volseg.train(table, recipe=recipe("labels"), teacher=model, out=tmp_path / "m")
+    volseg.train(other, recipe=recipe("shape", {"epochs": 1}), out=tmp_path / "m", resume=True)
+    assert load_image_bundle(tmp_path / "m").fingerprint.n_images == 12
+
+
 @pytest.mark.slow
 def test_folds_keep_patients_together_and_validate_every_image_once(table, tmp_path):
     stated = recipe("shape", {"epochs": 1})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,8 +18,9 @@ from volseg.commands.image_start import Start
 from volseg.errors import ScanError, VolsegError
 from volseg.evaluation.duplicates import ImagePrint, groups_of, print_of
 from volseg.io.cases import dataset_error
-from volseg.io.files import sha256_of
+from volseg.io.files import json_text, sha256_of
 from volseg.io.image_cases import ImageCase, ImageSurvey, looks_like_images, survey_images
+from volseg.io.layouts import survey_cases
 from volseg.io.prepared_images import (
     CASES_FILE,
     ImageSet,
@@ -234,6 +236,7 @@ class ImageDataset:
             "fingerprint": planned.fingerprint.model_dump(mode="json"),
             "failed": planned.failed,
             "warnings": planned.remarks,
+            "listing": listing_digest(self.dataset, recipe),
         }
         write_prepared_images(folder, recipe.input_shape, pairs(), header)
         return read_prepared_images(folder)[0]
@@ -286,13 +289,14 @@ class PlannedImages:
 
 @dataclass(frozen=True, slots=True)
 class LoadedImages:
-    """Prepared images with the closed recipe that they were made for."""
+    """Prepared images, the dataset they come from and the closed recipe they were made for."""
 
     images: ImageSet
     recipe: ClassifyRecipe
     reasons: tuple[Reason, ...]
     fingerprint: ImageFingerprint
     warnings: Sequence[str]
+    listing: str = ""  # `listing_digest` of the dataset
 
     def with_training_of(
         self, recipe: ClassifyRecipe, folder: Path, *, starts_trained: bool
@@ -349,6 +353,7 @@ def load_images(folder: Path) -> LoadedImages:
             tuple(map(Reason.model_validate, content["reasons"])),
             ImageFingerprint.model_validate(content["fingerprint"]),
             list(map(str, content["warnings"])),
+            str(content.get("listing", "")),
         )
     except (KeyError, ValueError, TypeError) as error:
         raise VolsegError(
@@ -356,6 +361,32 @@ def load_images(folder: Path) -> LoadedImages:
             fix="run `volseg preprocess` again",
             code="E_PREPARED",
         ) from error
+
+
+def listing_digest(dataset: Path, recipe: ClassifyRecipe) -> str:
+    """Return a hash of the files of a dataset, their sizes and what it states of each.
+
+    Raises:
+        VolsegError: the dataset cannot be listed.
+    """
+    lines: list[tuple[object, ...]] = []
+    if recipe.data.input == LESION:
+        for case in survey_cases(dataset, None).cases:
+            files = [*case.images.values(), case.reference]
+            lines.append((case.id, *map(_size, files), case.split, case.patient, case.classes))
+    else:
+        for image in survey_images(dataset).cases:
+            files = (image.path, image.mask)
+            place = (image.id, image.index, *map(_size, files))
+            lines.append((*place, image.split, image.patient, dict(image.cells)))
+    return hashlib.sha256(json_text(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def _size(path: Path | None) -> int | None:
+    try:
+        return None if path is None else path.stat().st_size
+    except OSError:
+        return None
 
 
 def automatic_image_recipe(dataset: Path, target: str) -> ClassifyRecipe:
