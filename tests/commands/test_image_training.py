@@ -357,6 +357,14 @@ def test_a_target_that_is_not_stated_or_not_there_is_refused(table, tmp_path):
 
 
 @pytest.mark.slow
+def test_what_cannot_start_or_teach_is_named(model, table, tmp_path):
+    other = recipe("shape", network={"name": "cnn_small", "features": (12, 24)})
+    with pytest.raises(VolsegError, match=f"^{model}: the weights do not fit the network"):
+        volseg.train(table, recipe=other, init=model, out=tmp_path / "m")
+    with pytest.raises(VolsegError, match="--target area: 'shapes' has the target 'shape'"):
+        volseg.train(table, target="area", teacher=model, out=tmp_path / "m")
+
+
 def test_a_student_learns_from_a_teacher_and_a_vgg_is_pruned_and_fine_tuned(table, tmp_path):
     vgg = {"name": "vgg", "depth": 11, "widths": [8, 8, 16, 16, 16, 16, 16, 16]}
     large = recipe("shape", {"epochs": 1}, network=vgg)

@@ -87,7 +87,8 @@ class ImageDataset:
         if self.recipe is not None:
             refuse_other_target(self.target, self.recipe)
         target = self.target if self.recipe is None else self.recipe.data.target
-        if target is None and self.teacher is not None:
+        if self.recipe is None and self.teacher is not None:
+            refuse_other_target(target, self.teacher, "leave out --target, or give a recipe")
             target = self.teacher.data.target
         if self.recipe is not None and self.recipe.data.input == LESION:
             cases, remarks = survey_lesions(self.dataset, self.recipe.data.target, self._report)
@@ -326,12 +327,16 @@ class LoadedImages:
         return replace(self, recipe=closed.recipe, reasons=closed.reasons)
 
 
-def refuse_other_target(target: str | None, recipe: ClassifyRecipe) -> None:
+def refuse_other_target(
+    target: str | None,
+    recipe: ClassifyRecipe,
+    fix: str = "leave out --target, or change data.target in the recipe",
+) -> None:
     """Refuse a requested target that is not that of the recipe."""
     if target not in (None, recipe.data.target):
         raise VolsegError(
-            f"--target {target}: recipe {recipe.name!r} has the target {recipe.data.target!r}",
-            fix="leave out --target, or change data.target in the recipe",
+            f"--target {target}: {recipe.name!r} has the target {recipe.data.target!r}",
+            fix=fix,
             code="E_USAGE",
         )
 
