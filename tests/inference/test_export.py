@@ -1,4 +1,5 @@
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -76,3 +77,28 @@ class Wrong(torch.nn.Module):
 def test_a_wrongly_converted_network_is_refused():
     with pytest.raises(VolsegError, match="off by"):
         convert(Wrong(), SHAPE)
+
+
+@needs_openvino
+@pytest.mark.parametrize("name", ["KeyboardInterrupt", "_TerminatedError"])
+def test_a_signal_during_the_conversion_is_not_taken_for_an_unfit_network(name):
+    """The tracer turns exceptions of its callbacks into RuntimeErrors that name them."""
+
+    class Stopped(Exception):
+        pass
+
+    class Interrupted(torch.nn.Module):
+        def forward(self, images):
+            if torch.jit.is_tracing():
+                raise RuntimeError(f"{name}: \n\nAt:\n  <frozen runpy>(198): _run_module")
+            return images
+
+    def stop(number, frame):
+        raise Stopped
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with pytest.raises((KeyboardInterrupt, Stopped)):
+            convert(Interrupted(), SHAPE, torch.zeros(SHAPE))
+    finally:
+        signal.signal(signal.SIGTERM, before)

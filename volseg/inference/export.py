@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -61,6 +62,14 @@ def half_precision_hint(folder: Path) -> str:
     if not (folder / EXPORTED).is_dir() or find_half_type() is None:
         return ""
     return "on this CPU, `volseg infer --precision fp16` takes about half the time with this model"
+
+
+def _send_again(error: RuntimeError) -> None:
+    """Send a signal again whose exception the tracer, which is C++, turned into an error."""
+    if "KeyboardInterrupt" in str(error):
+        raise KeyboardInterrupt from error
+    if "_TerminatedError" in str(error):  # what the command line raises for SIGTERM
+        signal.raise_signal(signal.SIGTERM)
 
 
 def write_exported(
@@ -147,6 +156,7 @@ def convert(
         output = OpenVINOBackend(model, example.shape).logits(example.numpy())
         model.reshape(openvino.PartialShape([-1, batch_shape[1], *[-1] * (len(batch_shape) - 2)]))
     except RuntimeError as error:
+        _send_again(error)
         raise VolsegError(
             f"OpenVINO cannot convert this network ({str(error).strip().splitlines()[-1]})",
             fix="use --backend torch",
