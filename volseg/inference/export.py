@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ from volseg.inference.openvino_backend import (
     find_half_type,
     import_openvino,
     openvino_is_installed,
+    send_signal_again,
 )
 from volseg.inference.openvino_graph import split_joined_convolutions
 from volseg.inputs import read_json
@@ -62,14 +62,6 @@ def half_precision_hint(folder: Path) -> str:
     if not (folder / EXPORTED).is_dir() or find_half_type() is None:
         return ""
     return "on this CPU, `volseg infer --precision fp16` takes about half the time with this model"
-
-
-def _send_again(error: RuntimeError) -> None:
-    """Send a signal again whose exception the tracer, which is C++, turned into an error."""
-    if "KeyboardInterrupt" in str(error):
-        raise KeyboardInterrupt from error
-    if "_TerminatedError" in str(error):  # what the command line raises for SIGTERM
-        signal.raise_signal(signal.SIGTERM)
 
 
 def write_exported(
@@ -155,8 +147,8 @@ def convert(
         split_joined_convolutions(model)
         output = OpenVINOBackend(model, example.shape).logits(example.numpy())
         model.reshape(openvino.PartialShape([-1, batch_shape[1], *[-1] * (len(batch_shape) - 2)]))
-    except RuntimeError as error:
-        _send_again(error)
+    except (RuntimeError, *_failures()) as error:
+        send_signal_again(error)
         raise VolsegError(
             f"OpenVINO cannot convert this network ({str(error).strip().splitlines()[-1]})",
             fix="use --backend torch",
@@ -171,6 +163,13 @@ def convert(
             code="E_BACKEND",
         )
     return model
+
+
+def _failures() -> list[type[Exception]]:
+    """Return what OpenVINO raises for an operation that it cannot convert."""
+    from openvino import frontend
+
+    return [frontend.GeneralFailure, frontend.OpConversionFailure, frontend.NotImplementedFailure]
 
 
 def batch_shape_of(bundle: ModelBundle) -> tuple[int, ...]:
