@@ -411,6 +411,24 @@ def test_a_request_that_cannot_be_met_names_the_problem(folder, options, problem
     assert not (folder / "out" / "summary.json").exists()
 
 
+def test_cases_of_one_table_only_are_counted(folder):
+    """An interrupted infer has predicted a part, which need not be like the rest."""
+    file = folder / "one" / "classes.csv"
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    file.write_text("".join(lines[:-20]), encoding="utf-8")
+    cases = folder / "data" / "cases.csv"
+    text = cases.read_text(encoding="utf-8").splitlines(keepends=True)
+    text[1] = text[1].replace("case 0", "case 0b")
+    cases.write_text("".join(text), encoding="utf-8")
+    warnings = {text.partition(":")[0]: text for text in judge(folder).warnings}
+    assert "21 of 60 cases with a truth were not predicted" in warnings["W_NOT_PREDICTED"]
+    assert "1 of 40 predicted cases are not in the reference (case 0)" in warnings["W_NO_TRUTH"]
+    for number in (1, *range(41, 61)):  # those that were not predicted are of another split
+        text[number] = text[number].replace(",test,", ",val,")
+    cases.write_text("".join(text), encoding="utf-8")
+    assert [text.partition(":")[0] for text in judge(folder).warnings] == ["W_NO_TRUTH"]
+
+
 def test_tables_that_name_cases_differently_are_shown_a_name_of_each(folder):
     file = folder / "data" / "cases.csv"
     file.write_text(file.read_text(encoding="utf-8").replace("case ", "00"), encoding="utf-8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -360,11 +360,8 @@ class TruthTable:
             cases = [name for name, why in self.left_out.items() if why == reason]
             listed = format_list(cases, MOST_LISTED)
             texts.append(f"W_LEFT_OUT: {format_count(len(cases), 'case')}: {reason} ({listed})")
-        trained = [
-            name
-            for name in self.names
-            if split_of(self.reference.cells[name].get("split", "")) == "train"
-        ]
+        texts += self._unpaired()
+        trained = [name for name in self.names if _split(self.reference.cells[name]) == "train"]
         if trained:
             texts.append(
                 f"W_TRAINING: {format_count(len(trained), 'case')} of the training split: a model "
@@ -378,6 +375,32 @@ class TruthTable:
                 "one, so intervals are too narrow if some are of the same patient"
             )
         return texts
+
+    def _unpaired(self) -> Iterator[str]:
+        """Yield how many cases are in one table only; those of other splits are not expected."""
+        rows, predicted = self.reference.cells, self.predicted.case_ids
+        splits = {_split(rows[name]) for name in self.names}
+        expected = [
+            name
+            for name, row in rows.items()
+            if _split(row) in splits and row.get(self.target, "").strip()
+        ]
+        missing = [name for name in expected if name not in predicted]
+        if missing:
+            yield (
+                f"W_NOT_PREDICTED: {len(missing)} of {format_count(len(expected), 'case')} with a "
+                f"truth were not predicted ({format_list(missing, MOST_LISTED)})"
+            )
+        unknown = [name for name in sorted(predicted) if name not in rows]
+        if unknown:
+            yield (
+                f"W_NO_TRUTH: {len(unknown)} of {format_count(len(predicted), 'predicted case')} "
+                f"are not in the reference ({format_list(unknown, MOST_LISTED)})"
+            )
+
+
+def _split(row: Mapping[str, str]) -> str | None:
+    return split_of(row.get("split", ""))
 
 
 def _case_ids(rows: Sequence[Mapping[str, str]], file: Path) -> list[str]:
