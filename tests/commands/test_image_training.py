@@ -407,6 +407,27 @@ def test_pretrained_weights_are_a_start(table, tmp_path):
     assert "2 random" in summary  # the head alone
 
 
+def test_no_model_is_trained_over_another(model, table, tmp_path):
+    """Their files have the same names, and volseg may overwrite what it wrote."""
+    volseg.pretrain(table, recipe=recipe("shape", {"epochs": 1}), out=tmp_path / "p")
+    trained = shutil.copytree(model, tmp_path / "m")
+
+    def interrupt(stage, done, detail):
+        if detail.startswith("epoch 2"):
+            raise KeyboardInterrupt
+
+    stated = recipe("shape", {"epochs": 3})
+    volseg.train(table, recipe=stated, out=tmp_path / "i", progress=interrupt)
+    folders = {tmp_path / "p": "finished", trained: "finished", tmp_path / "i": "interrupted"}
+    for folder, problem in folders.items():
+        before = {path: path.read_bytes() for path in folder.rglob("*.safetensors")}
+        for command in (volseg.pretrain, volseg.train):
+            with pytest.raises(VolsegError, match=f"^{folder}: holds an? {problem}") as error:
+                command(table, recipe=stated, out=folder)
+            assert error.value.code == "E_EXISTS"
+        assert before == {path: path.read_bytes() for path in folder.rglob("*.safetensors")}
+
+
 def test_check_with_a_recipe_names_each_cell_that_is_no_class_of_it(table):
     stated = recipe("shape").model_dump()
     stated["data"] |= {"kind": "classes", "classes": ["disc", "triangle"]}

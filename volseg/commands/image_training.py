@@ -25,7 +25,13 @@ from volseg.commands.image_data import (
 from volseg.commands.image_planning import NOT_PLANNED, NOT_PLANNED_WHY
 from volseg.commands.image_start import Start
 from volseg.commands.image_time import ImageTime
-from volseg.commands.training_call import PREPARED_FOLDER, WORK_FOLDER, Call, history_name
+from volseg.commands.training_call import (
+    PREPARED_FOLDER,
+    WORK_FOLDER,
+    Call,
+    history_name,
+    refuse_finished,
+)
 from volseg.errors import VolsegError
 from volseg.evaluation.classes import SCORES
 from volseg.evaluation.label_errors import doubtful_labels
@@ -137,12 +143,8 @@ class _ImageTraining:
                 fix="add --resume to continue, or give another --out to start over",
                 code="E_EXISTS",
             )
-        if (out / DESCRIPTION).exists() and not unfinished:
-            raise VolsegError(
-                f"{out}: holds a finished model",
-                fix="give another --out, or delete it first",
-                code="E_EXISTS",
-            )
+        if not unfinished:
+            refuse_finished(out)
         names = [f"{classifier_name(index)}.safetensors" for index in range(MAX_FOLDS)]
         histories = [history_name(number) for number in range(MAX_FOLDS)]
         self._call.outputs.check_overwrites(
