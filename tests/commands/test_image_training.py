@@ -41,6 +41,13 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
+def write_rows(path, rows):
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def weights_of(folder):
     weights = load_image_bundle(folder).weights
     return {
@@ -497,6 +504,45 @@ def test_report_rebuilds_the_page_of_classified_images_and_keeps_it_without_them
         with pytest.raises(VolsegError, match=r"run\.json: cannot be read"):
             volseg.report(results)
         assert page.read_text() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"x\n1\n", b"case_id,class\na,disc\n", None])
+def test_a_table_that_is_none_leaves_the_page(content, model, table, tmp_path):
+    volseg.infer(table, model=model, out=tmp_path)
+    page, path = (tmp_path / "report.html").read_bytes(), tmp_path / "classes.csv"
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(VolsegError, match=f"{path}: cannot be read") as error:
+        volseg.report(tmp_path)
+    assert error.value.code == "E_ROW" and (tmp_path / "report.html").read_bytes() == page
+
+
+def test_few_patients_are_divided_as_far_as_they_can_be(tmp_path):
+    data = table_of_images(tmp_path / "data", n=12)
+    rows = [{**row, "split": ""} for row in rows_of(data / "cases.csv")]
+    for row in rows:
+        row["patient"] = f"p{int(row['image'][7:10]) // 2 % 3}"
+    write_rows(data / "cases.csv", rows)
+    volseg.train(data, recipe=recipe("shape", {"epochs": 1}), out=tmp_path / "m", folds=3)
+    validated = rows_of(tmp_path / "m" / "validation.csv")
+    assert len(validated) == 12
+    assert all(len({r["fold"] for r in validated if r["patient"] == f"p{n}"}) == 1 for n in (0, 1))
+    with pytest.raises(VolsegError, match=r"3 patients .* divided into 4 parts"):
+        volseg.train(data, recipe=recipe("shape"), out=tmp_path / "n", folds=4)
+    assert volseg.plan(data, recipe=recipe("shape")).recipe["data"]["classes"] == list(SHAPES)
+
+
+def test_a_data_set_without_training_images_is_named(tmp_path):
+    data = table_of_images(tmp_path / "data", n=12)
+    rows = rows_of(data / "cases.csv")
+    for column, cell, problem in (
+        ("split", "test", "every image is of the test split"),
+        ("split", "val", "0 training and 12 validation images are too few"),
+        ("shape", "", "column 'shape' is blank"),
+        ("shape", "disc", "column 'shape' holds only 'disc'"),
+    ):
+        write_rows(data / "cases.csv", [{**row, "split": "", column: cell} for row in rows])
+        with pytest.raises(VolsegError, match=f"^{data}: {problem}"):
+            volseg.plan(data, recipe=recipe("shape"))
 
 
 def test_the_plan_normalises_intensities_as_the_files_allow(tmp_path):

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,7 @@ READING, PREPARING = "Reading the images", "Preparing the images"
 SAMPLE = 1000  # images whose size the fingerprint holds
 INTENSITIES = 500  # pixels of an image from which percentiles are computed
 DEFAULT_NETWORK = "cnn_small"
+OF_DATASET = ("E_TARGET", "E_DATASET")  # codes of errors about what a dataset holds
 OF_IMAGES = "for a model that classifies images, and this one segments"  # refuses an option
 
 
@@ -122,13 +124,28 @@ class ImageDataset:
         Raises:
             VolsegError: as `survey`, or a target is not what the recipe says.
         """
+        with self._named():
+            return self._plan_labelled() if labelled else self._plan_unlabelled()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Name the dataset in errors about its cells and images."""
+        try:
+            yield
+        except VolsegError as error:
+            if error.code not in OF_DATASET or error.problem.startswith(str(self.dataset)):
+                raise
+            problem = f"{self.dataset}: {error.problem}"
+            raise VolsegError(problem, fix=error.fix, code=error.code) from error
+
+    def _plan_labelled(self) -> PlannedImages:
         from volseg.planning.targets import TargetCells
 
-        if not labelled:
-            return self._plan_unlabelled()
         survey, recipe = self.survey()
         name = recipe.data.target
         used = [case for case in survey.cases if case.split != "test"]
+        if not used:
+            self._refuse(["every image is of the test split, which training never reads"])
         blank = [case.id for case in used if not case.cells.get(name, "").strip()]
         remarks = list(survey.remarks)
         if blank:
@@ -505,11 +522,12 @@ def assign_image_splits(
     """Return case id → train or val: the dataset's, or drawn by group and class.
 
     Without a validation split in the dataset, groups are drawn so that each class has about this
-    fraction of its groups in validation.
+    fraction of its groups in validation; of few groups at least one.
     """
     if any(case.split == "val" for case in cases):
         return {case.id: case.split or "train" for case in cases}
-    held_out = fold_of_groups(groups, values, max(2, round(1 / fraction)), seed)
+    n_groups = max(2, len(set(groups.values())))
+    held_out = fold_of_groups(groups, values, min(n_groups, max(2, round(1 / fraction))), seed)
     return {name: "val" if fold == 0 else "train" for name, fold in held_out.items()}
 
 
