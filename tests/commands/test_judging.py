@@ -429,6 +429,46 @@ def test_cases_of_one_table_only_are_counted(folder):
     assert [text.partition(":")[0] for text in judge(folder).warnings] == ["W_NO_TRUTH"]
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("probability_benign", "p_benign", "has no column 'probability_benign'"),
+        ("\ncase 1,", "\ncase 0,", "names case 'case 0' twice"),
+        ("case_id", "id", "has no column 'case_id'"),
+    ],
+)
+def test_a_table_of_predictions_that_was_changed_is_refused(old, new, problem, folder):
+    file = folder / "one" / "classes.csv"
+    text = file.read_text(encoding="utf-8").replace("\r\n", "\n")
+    file.write_text(text.replace(old, new, 1), encoding="utf-8")
+    with pytest.raises(VolsegError, match=problem):
+        judge(folder, target="diagnosis")
+
+
+@pytest.mark.parametrize("cell", ["nan", "1.5", "-0.1", ""])
+def test_a_case_without_probabilities_is_a_failed_row(cell, folder):
+    file = folder / "one" / "classes.csv"
+    rows = list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
+    rows[3]["probability_benign"] = cell
+    write_cases(file, rows)
+    report = judge(folder)
+    assert list(report.failed) == ["case 3"] and report.failed["case 3"].startswith("E_ROW")
+    assert report.summary["n_cases"] == 59
+
+
+@pytest.mark.parametrize("cell", ["nan", "1e300", "-inf", ""])
+def test_a_case_without_a_number_is_a_failed_row(cell, tmp_path, monkeypatch):
+    monkeypatch.setattr(Judgement, "pictures", lambda judgement: {})
+    truths = [{"image": f"{n}.png", "age": n} for n in range(8)]
+    write_cases(tmp_path / "data" / "cases.csv", truths)
+    rows = [ValueRow(case_id=str(n), value=n + 0.5) for n in range(8)]
+    write(tmp_path / "one" / "values.csv", table(ValueRow, rows))
+    file = tmp_path / "one" / "values.csv"
+    file.write_text(file.read_text(encoding="utf-8").replace("3.5", cell), encoding="utf-8")
+    report = judge(tmp_path, target="age")
+    assert list(report.failed) == ["3"] and report.summary["n_cases"] == 7
+
+
 def test_tables_that_name_cases_differently_are_shown_a_name_of_each(folder):
     file = folder / "data" / "cases.csv"
     file.write_text(file.read_text(encoding="utf-8").replace("case ", "00"), encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import numpy as np
 
 from volseg.errors import VolsegError
 from volseg.evaluation.class_intervals import Judged
-from volseg.evaluation.class_rows import CLASSES, VALUES, ClassRow, ValueRow
+from volseg.evaluation.class_rows import CLASSES, PROBABILITY, VALUES, ClassRow, ValueRow
 from volseg.evaluation.classes import SUM_TOLERANCE, ClassPredictions
 from volseg.evaluation.operating import OperatingPoint
 from volseg.evaluation.regression import NumberPredictions
@@ -24,7 +23,7 @@ from volseg.io.formats import is_scan, stem_of
 from volseg.io.image_cases import survey_images
 from volseg.io.image_tables import HEADS, SLICE, is_arrays
 from volseg.io.tables import read_table
-from volseg.planning.targets import value_of
+from volseg.planning.targets import LARGEST, value_of
 from volseg.recipe.classification import CLASSES as EXCLUSIVE
 from volseg.recipe.classification import LABELS, NUMBER, SEPARATOR, Target
 from volseg.store.tables import read_class_rows, read_value_rows
@@ -191,13 +190,14 @@ class Predicted:
             if file is None:
                 raise ValueError(f"has no {CLASSES} and no {VALUES}")
             classes, rows = _predicted_rows(file)
+            run = _run_of(file.parent)
+            _check_rows(rows, classes, run)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise VolsegError(
                 f"{file or path}: is not a table of predicted classes or numbers ({error})",
                 fix="give the results of `volseg infer` with a classifier",
                 code="E_DATASET",
             ) from error
-        run = _run_of(file.parent)
         reasons = {row.case_id: _failure(row, len(classes)) for row in rows}
         failed = {name: reason for name, reason in reasons.items() if reason}
         return cls(
@@ -451,7 +451,10 @@ def _rows_of_lesions(
 
 
 def _unmatched(reference: Reference, predicted: Predicted) -> str:
-    """Say that no case is in both tables, with a name from each."""
+    """Say that no case is in both tables, with a name from each, or why none was predicted."""
+    if predicted.failed and not predicted.rows:
+        name, reason = next(iter(predicted.failed.items()))
+        return f"none was predicted, such as {name!r}: {reason}"
     examples = [next(iter(names), "none") for names in (reference.cells, predicted.rows)]
     return (
         f"no case of the reference was predicted: it names cases such as {examples[0]!r}, and the "
@@ -476,17 +479,39 @@ def _predicted_rows(file: Path) -> tuple[Sequence[str], Sequence[ClassRow | Valu
     raise ValueError(f"has neither the columns of {CLASSES} nor those of {VALUES}")
 
 
+def _check_rows(
+    rows: Sequence[ClassRow | ValueRow], classes: Sequence[str], run: Mapping[str, Any]
+) -> None:
+    """Refuse a table that names a case twice, or lacks the column of a class.
+
+    Raises:
+        ValueError: it does.
+    """
+    repeated = [name for name, n in Counter(row.case_id for row in rows).items() if n > 1]
+    if repeated:
+        raise ValueError(f"names case {repeated[0]!r} twice")
+    stated = _stated_data(run)
+    needed = dict.fromkeys(() if stated is None else stated.names)
+    for row in rows:
+        if isinstance(row, ClassRow) and row.class_name:
+            needed |= dict.fromkeys(row.class_name.split(SEPARATOR))
+    lost = [name for name in needed if name not in classes]
+    if lost:
+        raise ValueError(f"has no column {PROBABILITY + lost[0]!r}, and {lost[0]!r} is a class")
+
+
 def _failure(row: ClassRow | ValueRow, n_classes: int) -> str:
     """Return why a case was not predicted; empty if it was."""
     if row.status != "done":
         return row.error or "reason unknown"
     if isinstance(row, ValueRow):
-        is_known = row.value is not None and math.isfinite(row.value)
-        return "" if is_known else "E_ROW: has no value"
+        is_known = row.value is not None and abs(row.value) <= LARGEST
+        return "" if is_known else f"E_ROW: has no value from {-LARGEST:g} to {LARGEST:g}"
     n_probabilities = len(row.probabilities or ())
     if n_probabilities < n_classes:
         return f"E_ROW: has {n_probabilities} of {n_classes} probabilities"
-    return ""
+    wrong = [name for name, p in (row.probabilities or {}).items() if not 0 <= p <= 1]
+    return f"E_ROW: the probability of {wrong[0]!r} is not from 0 to 1" if wrong else ""
 
 
 def _truth(cell: str, data: Target) -> float | int | np.ndarray:
@@ -508,11 +533,17 @@ def _truth(cell: str, data: Target) -> float | int | np.ndarray:
     return value
 
 
+def _stated_data(run: Mapping[str, Any]) -> Target | None:
+    try:
+        return Target.model_validate(run["data"])
+    except (ValueError, KeyError):
+        return None
+
+
 def _data_of(run: Mapping[str, Any], classes: Sequence[str]) -> Target | None:
     """Return what run.json says of the target; None if it does not fit the table."""
-    try:
-        data = Target.model_validate(run["data"])
-    except (ValueError, KeyError):
+    data = _stated_data(run)
+    if data is None:
         return None
     names = [] if data.kind == NUMBER else list(data.names)
     return data if names == list(classes) else None
