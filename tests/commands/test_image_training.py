@@ -435,6 +435,16 @@ def test_no_model_is_trained_over_another(model, table, tmp_path):
         assert before == {path: path.read_bytes() for path in folder.rglob("*.safetensors")}
 
 
+@pytest.mark.parametrize("line", ['loss.name = "focl"', 'monitor = "aucc"', 'loss.name = "mae"'])
+def test_check_of_a_recipe_names_a_misspelt_loss_or_score(line, tmp_path):
+    """Its target is left to the plan, so only the name is wrong for certain."""
+    path = tmp_path / "r.toml"
+    head = 'task = "classify"\nname = "x"\ndescription = "X."\n[data]\ntarget = "shape"\n'
+    path.write_text(f'{head}[network]\nname = "cnn_small"\n[train]\n{line}\n', encoding="utf-8")
+    (problem,) = volseg.check(path)
+    assert problem["code"] == "E_RECIPE" and "is unknown" in problem["problem"]
+
+
 def test_check_with_a_recipe_names_each_cell_that_is_no_class_of_it(table):
     stated = recipe("shape").model_dump()
     stated["data"] |= {"kind": "classes", "classes": ["disc", "triangle"]}

@@ -195,6 +195,11 @@ def test_other_files_are_no_images(tmp_path):
         find_images([tmp_path / "b"])
 
 
+def test_a_data_set_without_images_is_not_said_to_lack_a_column(tmp_path):
+    with pytest.raises(VolsegError, match="no images found"):
+        survey_images(tmp_path, target="class")
+
+
 def test_names_that_differ_in_case_are_to_be_renamed(tmp_path):
     touch(tmp_path, "x/1.png", "x/1.PNG")
     (mistake,) = survey_images(tmp_path).mistakes

@@ -120,6 +120,8 @@ def survey_images(dataset: Path, *, target: str | None = None) -> ImageSurvey:
     cases = listing.usable()
     masks = listing.mask_columns
     if target is not None and target not in (*listing.columns, *masks):
+        if not cases and listing.mistakes:  # no columns, because there is nothing
+            raise dataset_error(listing.mistakes, str(dataset))
         raise _missing_target(target, [*listing.columns, *masks], dataset)
     if target is not None and target in masks:
         cases = list(_labelled_by_masks(cases, target, listing.mistakes))
