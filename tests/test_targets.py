@@ -53,6 +53,13 @@ def test_ranges_of_numbers_are_classes_without_a_kind():
     assert column.values(described) == ({"0": 0, "1": 0, "2": 1}, [])
 
 
+@pytest.mark.parametrize("text", ["1e31", "-1e300", "1e400"])
+def test_a_number_that_float32_cannot_learn_is_a_mistake_of_its_cell(text):
+    column = cells("1.5", text, "3.5")
+    values, mistakes = column.values(column.describe(Target(target="t")))
+    assert values == {"0": 1.5, "2": 3.5} and len(mistakes) == 1 and repr(text) in mistakes[0]
+
+
 def test_a_recipe_decides_kind_order_and_ranges():
     stated = Target(target="t", kind="classes", classes=("malignant", "benign"))
     assert value_of("BENIGN", stated) == 1 and value_of(" ", stated) is None

@@ -130,6 +130,22 @@ def test_a_class_of_one_split_only_is_named(images):
     assert findings(images) == [("W_CLASS_SPLIT", str(images))]
 
 
+def test_many_blank_images_are_one_finding(images):
+    for number in range(40):
+        picture = Image.fromarray(np.full((80, 80), number, np.uint8))
+        picture.save(images / "train" / "benign" / f"blank_{number}.png")
+    assert findings(images) == [("W_BLANK", str(images))]
+
+
+def test_the_case_of_letters_makes_no_class_of_its_own(images):
+    """Training reads Benign as benign."""
+    (images / "test" / "benign").rename(images / "test" / "Benign")
+    assert findings(images) == []
+    content = (images / "train" / "benign" / "train_benign_0.png").read_bytes()
+    (images / "test" / "Benign" / "copy.png").write_bytes(content)
+    assert [code for code, _ in findings(images)] == ["W_LEAK", "W_SIMILAR"]
+
+
 def test_empty_cells_and_a_patient_in_two_splits_are_named_with_their_line(tmp_path):
     rows = []
     for number in range(8):

@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 
+import nibabel
 import numpy as np
 import pytest
 from image_sets import SHAPES, folder_of_classes, scans_of_lesions, table_of_images
@@ -38,6 +39,13 @@ def recipe(target, train=None, **sections):
 def rows_of(path):
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def write_rows(path, rows):
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def weights_of(folder):
@@ -150,6 +158,42 @@ def test_an_interrupted_run_resumes_to_the_weights_of_an_unbroken_one(table, tmp
     volseg.train(table, recipe=stated, out=tmp_path / "parts", resume=True)
     assert are_equal(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
     assert not list((tmp_path / "parts" / ".training").rglob("*.npy"))
+
+
+def test_another_data_set_or_recipe_is_not_resumed(table, tmp_path):
+    """The images of the interrupted run are kept, and would be trained on unasked."""
+    stated = recipe("shape", {"epochs": 3})
+
+    def interrupt(stage, done, detail):
+        if detail.startswith("epoch 2"):
+            raise KeyboardInterrupt
+
+    data = shutil.copytree(table, tmp_path / "data")
+    volseg.train(data, recipe=stated, out=tmp_path / "m", progress=interrupt)
+    before = (tmp_path / "m" / "model.json").read_bytes()
+    cells = (data / "cases.csv").read_text(encoding="utf-8")
+    other = recipe("shape", {"epochs": 3}, images={"pixels": 16})
+    (data / "cases.csv").write_text(cells.replace("disc", "ring", 1), encoding="utf-8")
+    for dataset, given, difference in (
+        (table_of_images(tmp_path / "other", seed=1), stated, "the data set"),
+        (data, stated, "what it says of its images"),
+        (table, other, r"\[images\] of the recipe"),
+    ):
+        with pytest.raises(VolsegError, match=difference) as error:
+            volseg.train(dataset, recipe=given, out=tmp_path / "m", resume=True)
+        assert error.value.code == "E_PREPARED" and "another --out" in error.value.fix
+    assert (tmp_path / "m" / "model.json").read_bytes() == before
+    (tmp_path / "moved").mkdir()
+    moved = shutil.move(table_of_images(tmp_path / "same"), tmp_path / "moved")
+    volseg.train(moved, recipe=stated, out=tmp_path / "m", resume=True)
+
+
+def test_images_prepared_for_a_refused_call_are_not_trained_on(model, table, tmp_path):
+    other = table_of_images(tmp_path / "other", n=24, seed=1)
+    with pytest.raises(VolsegError, match="its classes differ"):
+        volseg.train(table, recipe=recipe("labels"), teacher=model, out=tmp_path / "m")
+    volseg.train(other, recipe=recipe("shape", {"epochs": 1}), out=tmp_path / "m", resume=True)
+    assert load_image_bundle(tmp_path / "m").fingerprint.n_images == 12
 
 
 @pytest.mark.slow
@@ -322,6 +366,14 @@ def test_a_target_that_is_not_stated_or_not_there_is_refused(table, tmp_path):
 
 
 @pytest.mark.slow
+def test_what_cannot_start_or_teach_is_named(model, table, tmp_path):
+    other = recipe("shape", network={"name": "cnn_small", "features": (12, 24)})
+    with pytest.raises(VolsegError, match=f"^{model}: the weights do not fit the network"):
+        volseg.train(table, recipe=other, init=model, out=tmp_path / "m")
+    with pytest.raises(VolsegError, match="--target area: 'shapes' has the target 'shape'"):
+        volseg.train(table, target="area", teacher=model, out=tmp_path / "m")
+
+
 def test_a_student_learns_from_a_teacher_and_a_vgg_is_pruned_and_fine_tuned(table, tmp_path):
     vgg = {"name": "vgg", "depth": 11, "widths": [8, 8, 16, 16, 16, 16, 16, 16]}
     large = recipe("shape", {"epochs": 1}, network=vgg)
@@ -362,6 +414,37 @@ def test_pretrained_weights_are_a_start(table, tmp_path):
     )
     (summary,) = (line for line in lines if "tensors" in line)
     assert "2 random" in summary  # the head alone
+
+
+def test_no_model_is_trained_over_another(model, table, tmp_path):
+    """Their files have the same names, and volseg may overwrite what it wrote."""
+    volseg.pretrain(table, recipe=recipe("shape", {"epochs": 1}), out=tmp_path / "p")
+    trained = shutil.copytree(model, tmp_path / "m")
+
+    def interrupt(stage, done, detail):
+        if detail.startswith("epoch 2"):
+            raise KeyboardInterrupt
+
+    stated = recipe("shape", {"epochs": 3})
+    volseg.train(table, recipe=stated, out=tmp_path / "i", progress=interrupt)
+    folders = {tmp_path / "p": "finished", trained: "finished", tmp_path / "i": "interrupted"}
+    for folder, problem in folders.items():
+        before = {path: path.read_bytes() for path in folder.rglob("*.safetensors")}
+        for command in (volseg.pretrain, volseg.train):
+            with pytest.raises(VolsegError, match=f"^{folder}: holds an? {problem}") as error:
+                command(table, recipe=stated, out=folder)
+            assert error.value.code == "E_EXISTS"
+        assert before == {path: path.read_bytes() for path in folder.rglob("*.safetensors")}
+
+
+@pytest.mark.parametrize("line", ['loss.name = "focl"', 'monitor = "aucc"', 'loss.name = "mae"'])
+def test_check_of_a_recipe_names_a_misspelt_loss_or_score(line, tmp_path):
+    """Its target is left to the plan, so only the name is wrong for certain."""
+    path = tmp_path / "r.toml"
+    head = 'task = "classify"\nname = "x"\ndescription = "X."\n[data]\ntarget = "shape"\n'
+    path.write_text(f'{head}[network]\nname = "cnn_small"\n[train]\n{line}\n', encoding="utf-8")
+    (problem,) = volseg.check(path)
+    assert problem["code"] == "E_RECIPE" and "is unknown" in problem["problem"]
 
 
 def test_check_with_a_recipe_names_each_cell_that_is_no_class_of_it(table):
@@ -435,6 +518,45 @@ def test_report_rebuilds_the_page_of_classified_images_and_keeps_it_without_them
         assert page.read_text() == before
 
 
+@pytest.mark.parametrize("content", [b"", b"x\n1\n", b"case_id,class\na,disc\n", None])
+def test_a_table_that_is_none_leaves_the_page(content, model, table, tmp_path):
+    volseg.infer(table, model=model, out=tmp_path)
+    page, path = (tmp_path / "report.html").read_bytes(), tmp_path / "classes.csv"
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(VolsegError, match=f"{path}: cannot be read") as error:
+        volseg.report(tmp_path)
+    assert error.value.code == "E_ROW" and (tmp_path / "report.html").read_bytes() == page
+
+
+def test_few_patients_are_divided_as_far_as_they_can_be(tmp_path):
+    data = table_of_images(tmp_path / "data", n=12)
+    rows = [{**row, "split": ""} for row in rows_of(data / "cases.csv")]
+    for row in rows:
+        row["patient"] = f"p{int(row['image'][7:10]) // 2 % 3}"
+    write_rows(data / "cases.csv", rows)
+    volseg.train(data, recipe=recipe("shape", {"epochs": 1}), out=tmp_path / "m", folds=3)
+    validated = rows_of(tmp_path / "m" / "validation.csv")
+    assert len(validated) == 12
+    assert all(len({r["fold"] for r in validated if r["patient"] == f"p{n}"}) == 1 for n in (0, 1))
+    with pytest.raises(VolsegError, match=r"3 patients .* divided into 4 parts"):
+        volseg.train(data, recipe=recipe("shape"), out=tmp_path / "n", folds=4)
+    assert volseg.plan(data, recipe=recipe("shape")).recipe["data"]["classes"] == list(SHAPES)
+
+
+def test_a_data_set_without_training_images_is_named(tmp_path):
+    data = table_of_images(tmp_path / "data", n=12)
+    rows = rows_of(data / "cases.csv")
+    for column, cell, problem in (
+        ("split", "test", "every image is of the test split"),
+        ("split", "val", "0 training and 12 validation images are too few"),
+        ("shape", "", "column 'shape' is blank"),
+        ("shape", "disc", "column 'shape' holds only 'disc'"),
+    ):
+        write_rows(data / "cases.csv", [{**row, "split": "", column: cell} for row in rows])
+        with pytest.raises(VolsegError, match=f"^{data}: {problem}"):
+            volseg.plan(data, recipe=recipe("shape"))
+
+
 def test_the_plan_normalises_intensities_as_the_files_allow(tmp_path):
     rng = np.random.default_rng(0)
     data = folder_of_classes(tmp_path / "png", n=6)
@@ -486,3 +608,35 @@ def test_an_image_that_cannot_be_read_is_named_and_the_others_are_trained_on(tmp
     assert any(line.startswith("failed: disc_003: E_") for line in lines)
     assert any("W_LEFT_OUT: images" in text and "disc_003" in text for text in report.warnings)
     assert report.metrics["training_images"] + report.metrics["validation_images"] == 15
+
+
+@pytest.mark.parametrize("target", ["label", "kind"])
+def test_slices_are_judged_by_the_data_set_that_they_were_trained_on(target, tmp_path):
+    """A row of the table is a scan, and a prediction is a slice of it."""
+    scans = scans_of_lesions(tmp_path / "data", n=8)
+    volseg.train(scans, recipe=recipe(target, {"epochs": 1}), out=tmp_path / "m")
+    volseg.infer(scans, model=tmp_path / "m", out=tmp_path / "r")
+    volseg.evaluate(reference=scans, predicted=tmp_path / "r", out=tmp_path / "e")
+    truths = {row["case_id"]: row for row in rows_of(tmp_path / "e" / "evaluation.csv")}
+    assert len(truths) == 8 * 14
+    for row in rows_of(scans / "cases.csv"):
+        mask = nibabel.nifti1.load(scans / row["label"]).get_fdata()
+        for index in range(14):
+            name = f"{row['image'][7:10]}_s{index:03}"
+            has_label = "with label" if mask[..., index].any() else "without label"
+            assert truths[name]["reference"] == (row["kind"] if target == "kind" else has_label)
+            assert truths[name]["patient"] == row["image"][7:10]
+
+
+def test_lesions_are_judged_by_the_class_of_their_scan(tmp_path):
+    scans = scans_of_lesions(tmp_path / "data", n=8)
+    data = {"target": "kind", "input": "lesion"}
+    trained = recipe("kind", {"epochs": 1}, data=data)
+    volseg.train(scans, recipe=trained, out=tmp_path / "m")
+    volseg.infer(scans, model=tmp_path / "m", out=tmp_path / "r")
+    volseg.evaluate(reference=scans, predicted=tmp_path / "r", out=tmp_path / "e")
+    truths = {row["case_id"]: row for row in rows_of(tmp_path / "e" / "evaluation.csv")}
+    kinds = {row["image"][7:10]: row["kind"] for row in rows_of(scans / "cases.csv")}
+    assert truths.keys() == {row["case_id"] for row in rows_of(tmp_path / "r" / "classes.csv")}
+    assert all(row["reference"] == kinds[name[:3]] for name, row in truths.items())
+    assert all(row["patient"] == name[:3] for name, row in truths.items())

@@ -411,6 +411,71 @@ def test_a_request_that_cannot_be_met_names_the_problem(folder, options, problem
     assert not (folder / "out" / "summary.json").exists()
 
 
+def test_cases_of_one_table_only_are_counted(folder):
+    """An interrupted infer has predicted a part, which need not be like the rest."""
+    file = folder / "one" / "classes.csv"
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    file.write_text("".join(lines[:-20]), encoding="utf-8")
+    cases = folder / "data" / "cases.csv"
+    text = cases.read_text(encoding="utf-8").splitlines(keepends=True)
+    text[1] = text[1].replace("case 0", "case 0b")
+    cases.write_text("".join(text), encoding="utf-8")
+    warnings = {text.partition(":")[0]: text for text in judge(folder).warnings}
+    assert "21 of 60 cases with a truth were not predicted" in warnings["W_NOT_PREDICTED"]
+    assert "1 of 40 predicted cases are not in the reference (case 0)" in warnings["W_NO_TRUTH"]
+    for number in (1, *range(41, 61)):  # those that were not predicted are of another split
+        text[number] = text[number].replace(",test,", ",val,")
+    cases.write_text("".join(text), encoding="utf-8")
+    assert [text.partition(":")[0] for text in judge(folder).warnings] == ["W_NO_TRUTH"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("probability_benign", "p_benign", "has no column 'probability_benign'"),
+        ("\ncase 1,", "\ncase 0,", "names case 'case 0' twice"),
+        ("case_id", "id", "has no column 'case_id'"),
+    ],
+)
+def test_a_table_of_predictions_that_was_changed_is_refused(old, new, problem, folder):
+    file = folder / "one" / "classes.csv"
+    text = file.read_text(encoding="utf-8").replace("\r\n", "\n")
+    file.write_text(text.replace(old, new, 1), encoding="utf-8")
+    with pytest.raises(VolsegError, match=problem):
+        judge(folder, target="diagnosis")
+
+
+@pytest.mark.parametrize("cell", ["nan", "1.5", "-0.1", ""])
+def test_a_case_without_probabilities_is_a_failed_row(cell, folder):
+    file = folder / "one" / "classes.csv"
+    rows = list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
+    rows[3]["probability_benign"] = cell
+    write_cases(file, rows)
+    report = judge(folder)
+    assert list(report.failed) == ["case 3"] and report.failed["case 3"].startswith("E_ROW")
+    assert report.summary["n_cases"] == 59
+
+
+@pytest.mark.parametrize("cell", ["nan", "1e300", "-inf", ""])
+def test_a_case_without_a_number_is_a_failed_row(cell, tmp_path, monkeypatch):
+    monkeypatch.setattr(Judgement, "pictures", lambda judgement: {})
+    truths = [{"image": f"{n}.png", "age": n} for n in range(8)]
+    write_cases(tmp_path / "data" / "cases.csv", truths)
+    rows = [ValueRow(case_id=str(n), value=n + 0.5) for n in range(8)]
+    write(tmp_path / "one" / "values.csv", table(ValueRow, rows))
+    file = tmp_path / "one" / "values.csv"
+    file.write_text(file.read_text(encoding="utf-8").replace("3.5", cell), encoding="utf-8")
+    report = judge(tmp_path, target="age")
+    assert list(report.failed) == ["3"] and report.summary["n_cases"] == 7
+
+
+def test_tables_that_name_cases_differently_are_shown_a_name_of_each(folder):
+    file = folder / "data" / "cases.csv"
+    file.write_text(file.read_text(encoding="utf-8").replace("case ", "00"), encoding="utf-8")
+    with pytest.raises(VolsegError, match="cases such as '000', and the predictions 'case 0'"):
+        judge(folder, target="diagnosis")
+
+
 def test_tables_that_are_none_are_refused(folder):
     bad = folder / "bad" / "classes.csv"
     for content, problem in (

@@ -82,6 +82,17 @@ def test_blank_images_are_no_duplicates_of_each_other(value):
     assert print_of(blanks[0]).is_blank and not print_of(noise).is_blank
 
 
+@pytest.mark.parametrize("bits", [8, 10, 12])
+def test_sixteen_bits_that_hold_fewer_are_compared_like_others(bits):
+    images = [(array.astype(np.uint16) << 8) >> (16 - bits) for array in pictures(3)]
+    prints = [print_of(array, 65535.0) for array in [*images, images[0]]]
+    assert not any(image.is_blank for image in prints)
+    assert groups_of(prints) == [0, 1, 2, 0]
+    even = np.full((1, 20, 30), 4000, np.uint16)
+    even[0, 0, 0] += 40
+    assert print_of(even, 65535.0).is_blank
+
+
 def test_duplicates_of_duplicates_are_one_group():
     first, last = pictures(2)
     mixed = [first * (1 - w) + last * w for w in np.linspace(0, 1, 9)]

@@ -1,4 +1,6 @@
 import json
+import signal
+import sys
 
 import numpy as np
 import pytest
@@ -7,10 +9,10 @@ from small_networks import SHAPE, batch, needs_openvino, network, on_openvino, o
 
 from volseg.bundle import load_bundle
 from volseg.errors import VolsegError
-from volseg.inference import choose
+from volseg.inference import choose, openvino_backend
 from volseg.inference.choose import choose_backend, load_backend
 from volseg.inference.export import convert, read_exported, write_exported
-from volseg.inference.openvino_backend import OpenVINOBackend
+from volseg.inference.openvino_backend import OpenVINOBackend, import_openvino
 
 
 @needs_openvino
@@ -76,3 +78,50 @@ class Wrong(torch.nn.Module):
 def test_a_wrongly_converted_network_is_refused():
     with pytest.raises(VolsegError, match="off by"):
         convert(Wrong(), SHAPE)
+
+
+@needs_openvino
+@pytest.mark.parametrize("name", ["KeyboardInterrupt", "_TerminatedError"])
+def test_a_signal_during_the_conversion_is_not_taken_for_an_unfit_network(name):
+    """The tracer turns exceptions of its callbacks into RuntimeErrors that name them."""
+
+    class Stopped(Exception):
+        pass
+
+    class Interrupted(torch.nn.Module):
+        def forward(self, images):
+            if torch.jit.is_tracing():
+                raise RuntimeError(f"{name}: \n\nAt:\n  <frozen runpy>(198): _run_module")
+            return images
+
+    def stop(number, frame):
+        raise Stopped
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with pytest.raises((KeyboardInterrupt, Stopped)):
+            convert(Interrupted(), SHAPE, torch.zeros(SHAPE))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@needs_openvino
+def test_a_signal_during_the_import_is_not_taken_for_a_broken_installation(monkeypatch):
+    def interrupted(*arguments):
+        raise ImportError("initialization failed") from KeyboardInterrupt()
+
+    monkeypatch.delitem(sys.modules, "openvino", raising=False)
+    monkeypatch.setattr(openvino_backend, "without_telemetry", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        import_openvino()
+
+
+@needs_openvino
+def test_an_operation_without_a_counterpart_is_an_unfit_network():
+    class Bessel(torch.nn.Module):
+        def forward(self, images):
+            return torch.special.bessel_j1(images)
+
+    with pytest.raises(VolsegError, match="OpenVINO cannot convert this network") as error:
+        convert(Bessel(), SHAPE, torch.zeros(SHAPE))
+    assert error.value.code == "E_BACKEND" and "\n" not in error.value.problem

@@ -177,6 +177,35 @@ def test_every_mistake_of_a_table_is_named_with_its_line(tmp_path):
         assert any(f"line {line}: " in mistake and text in mistake for mistake in mistakes), line
 
 
+def test_a_row_without_an_image_leaves_a_table_of_images(tmp_path):
+    touch(tmp_path, "a.png", "b.png", "c.jpg")
+    table(tmp_path, "image,label\na.png,x\nb.png,y\nc.jpg,x\nno_suffix,y\nscan.nii.gz,y")
+    assert looks_like_images(tmp_path)
+    survey = survey_images(tmp_path, target="label")
+    assert [case.id for case in survey.cases] == ["a", "b", "c"]
+    assert len(survey.mistakes) == 2 and all("line" in text for text in survey.mistakes)
+
+
+def test_other_files_are_no_images(tmp_path):
+    touch(tmp_path, "a.gif", "b/a.gif")
+    with pytest.raises(VolsegError, match=r"a\.gif: is not an image; images end in \.png") as error:
+        find_images([tmp_path / "a.gif"])
+    assert error.value.fix == "convert it to PNG"
+    with pytest.raises(VolsegError, match=r"no images found; they end in \.png.* volumes in \.nii"):
+        find_images([tmp_path / "b"])
+
+
+def test_a_data_set_without_images_is_not_said_to_lack_a_column(tmp_path):
+    with pytest.raises(VolsegError, match="no images found"):
+        survey_images(tmp_path, target="class")
+
+
+def test_names_that_differ_in_case_are_to_be_renamed(tmp_path):
+    touch(tmp_path, "x/1.png", "x/1.PNG")
+    (mistake,) = survey_images(tmp_path).mistakes
+    assert "1.png" in mistake and "1.PNG" in mistake and "rename one" in mistake
+
+
 def test_a_patient_in_two_splits_is_one_mistake_however_many_slices_it_has(tmp_path):
     touch(tmp_path, *(f"{n}.png" for n in range(10)))
     rows = [f"{n}.png,P1,{'train' if n < 5 else 'test'}" for n in range(10)]

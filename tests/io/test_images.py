@@ -14,6 +14,7 @@ from PIL import Image
 
 from volseg.errors import ScanError
 from volseg.image import Image2D
+from volseg.io.image_tables import read_image_arrays
 from volseg.io.images import MAX_PIXELS, ImageReader, read_image
 from volseg.io.volumes import write_volume
 from volseg.preprocessing.planes import PLANES
@@ -380,12 +381,32 @@ def test_rows_are_counted_through_the_splits(tmp_path):
         ({"test_images": np.zeros((2, 8, 8, 8), np.uint8)}, "E_NDIM"),
         ({"test_images": np.zeros((2, 8, 0), np.uint8)}, "E_EMPTY"),
         ({"test_images": np.array([["a"]] * 2)[:, :, None]}, "E_DTYPE"),
-        ({"test_images": np.array([[[object()]]] * 2)}, "E_DAMAGED"),  # pickled objects
+        ({"test_images": np.array([[[object()]]] * 2)}, "E_DTYPE"),  # pickled objects
+        ({"test_images": np.zeros((2, 8, 8), complex)}, "E_DTYPE"),
         ({"test_images": np.full((2, 3, 3), np.nan)}, "E_NAN"),
     ],
 )
 def test_other_arrays_are_refused(changes, code, tmp_path):
     refused(arrays(tmp_path / "x.npz", **changes), code, 6)
+
+
+def test_a_last_axis_of_one_channel_and_booleans_are_greys(tmp_path):
+    grey, truth = RNG.integers(0, 255, (2, 4, 5, 1), np.uint8), RNG.integers(0, 2, (5, 4, 5)) > 0
+    path = arrays(tmp_path / "x.npz", test_images=grey, train_images=truth)
+    np.testing.assert_array_equal(read_image(path, 6).array, grey[1, :, :, 0][None])
+    image = read_image(path, 3)
+    np.testing.assert_array_equal(image.array[0], truth[3] * 255)
+    assert image.array.dtype == np.uint8 and image.largest == 255
+
+
+@pytest.mark.parametrize("name", ["train_images", "train_labels"])
+@pytest.mark.parametrize("dtype", [object, complex, "U1"])
+def test_arrays_of_no_numbers_are_refused_once_with_a_fix(name, dtype, tmp_path):
+    content = np.ones((5, 4, 5) if name == "train_images" else (5, 1)).astype(dtype)
+    path = arrays(tmp_path / "x.npz", **{name: content})
+    with pytest.raises(ScanError, match=rf"{name} is of type .*store numbers") as error:
+        read_image_arrays(path)
+    assert error.value.code == "E_DTYPE"
 
 
 def test_a_damaged_archive_is_refused_or_read_and_nothing_else(tmp_path):

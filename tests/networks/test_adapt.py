@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from itertools import permutations
 
 import numpy as np
@@ -203,6 +204,9 @@ def test_files_without_weights_are_refused_by_name(tmp_path):
         read_weights(tmp_path / "missing.pt")
     with pytest.raises(VolsegError, match="not a model folder"):
         read_weights(tmp_path)
+    (tmp_path / "protocol.pt").write_bytes(pickle.dumps({"a": print}, protocol=4))
+    with pytest.raises(VolsegError, match=r"protocol\.pt: "):  # no warning of torch
+        read_weights(tmp_path / "protocol.pt")
     os.mkfifo(tmp_path / "pipe.pt")
     with pytest.raises(VolsegError, match=r"is a pipe|cannot be read"):
         read_weights(tmp_path / "pipe.pt")
@@ -210,7 +214,7 @@ def test_files_without_weights_are_refused_by_name(tmp_path):
 
 def test_weights_that_are_not_finite_are_refused(tmp_path):
     save_file({"a": torch.tensor([1.0, float("nan")])}, tmp_path / "a.safetensors")
-    with pytest.raises(VolsegError, match="NaN"):
+    with pytest.raises(VolsegError, match=r"a\.safetensors: 1 of the 2 weights of 'a' are NaN"):
         read_weights(tmp_path / "a.safetensors")
 
 

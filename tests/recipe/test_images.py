@@ -7,6 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from volseg.errors import VolsegError
+from volseg.recipe import ClassifyRecipe
 from volseg.recipe.images import (
     IMAGE_NORMALISERS,
     HistogramImage,
@@ -16,6 +17,7 @@ from volseg.recipe.images import (
     WindowImage,
     ZScoreImage,
 )
+from volseg.recipe.load import validation_messages
 
 RNG = np.random.default_rng(0)
 ARRAY = RNG.gamma(2, 20, (3, 40, 50)).astype(np.float32)
@@ -103,3 +105,32 @@ def test_wrong_settings_are_refused(keys, message):
 def test_the_input_of_a_lesion_has_a_channel_per_slice_and_one_for_the_mask():
     assert Images().lesion_channels == 2
     assert Images(neighbours=2, mask_channel=False).lesion_channels == 5
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "sentences"),
+    [
+        ("train", {"epochs": -3}, ["train.epochs: input should be greater than or equal to 1"]),
+        ("train", {"balance": "x"}, ["train.balance: input should be 'none', 'weights' or 'sam"]),
+        ("images", {"pixels": 3}, ["images.pixels: input should be greater than or equal to 8"]),
+        ("images", {"normalise": {"method": "zscor"}}, ["images.normalise: input tag 'zscor'"]),
+        (
+            "images",
+            {"normalise": {"method": "window", "lo[w]": 3}},
+            ["images.normalise.window.lo[w]: unknown key; known keys are mean, sd, method, low, h"],
+        ),
+    ],
+)
+def test_a_mistake_is_one_sentence_with_the_key_of_the_recipe(section, values, sentences):
+    content = {
+        "task": "classify",
+        "name": "x",
+        "description": "X.",
+        "data": {"target": "class"},
+        "network": {"name": "cnn_small"},
+    }
+    with pytest.raises(ValidationError) as error:
+        ClassifyRecipe.model_validate(content | {section: values})
+    messages = validation_messages(error.value, ClassifyRecipe)
+    pairs = zip(messages, sentences, strict=True)
+    assert all(text.startswith(start) for text, start in pairs), messages

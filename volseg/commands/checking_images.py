@@ -13,7 +13,8 @@ from volseg.evaluation.duplicates import ImagePrint, groups_of_pairs, near_dupli
 from volseg.image import Image2D
 from volseg.io.image_cases import ImageCase, ImageSurvey, survey_images
 from volseg.io.images import ImageReader
-from volseg.words import format_count, format_sizes
+from volseg.io.target_cells import plain_name
+from volseg.words import format_count, format_list, format_sizes
 
 MAX_NAMES = 5  # sizes named in one finding
 MAX_LISTED = 20  # findings of a kind that are listed one by one
@@ -89,24 +90,30 @@ def _class_problems(survey: ImageSurvey, target: str | None, where: str) -> Iter
     name = _classes_of(survey, target)
     if name is None:
         return
-    splits: dict[str, set[str]] = defaultdict(set)
+    splits, shown = defaultdict[str, set[str]](set), dict[str, str]()
     for case in survey.cases:
-        if case.split is not None and case.cells.get(name):
-            splits[case.cells[name]].add(case.split)
+        value = plain_name(case.cells.get(name, ""))
+        if case.split is not None and value:
+            splits[value].add(case.split)
+            shown.setdefault(value, case.cells[name])
     everywhere = sorted(set().union(*splits.values()))
     for value, places in sorted(splits.items()):
         if len(places) == 1 < len(everywhere):
-            text = f"class {value!r} of {name!r} is in split {next(iter(places))!r} only"
+            text = f"class {shown[value]!r} of {name!r} is in split {next(iter(places))!r} only"
             fix = f"put images of it into each of {', '.join(everywhere)}"
             yield problem_at(where, "W_CLASS_SPLIT", text, fix)
 
 
 def _looks(images: Sequence[ReadImage], where: str) -> Iterator[Problem]:
     """Yield blank images, and that images differ in size or colour."""
-    for image in images:
-        if image.image.is_blank:
-            text = f"{image.case.path}: shows nothing: all pixels are nearly equal"
-            yield problem_at(image.case.id, "W_BLANK", text, "leave it out, or export it again")
+    blank = [image.case for image in images if image.image.is_blank]
+    for case in blank if len(blank) <= MAX_LISTED else ():
+        text = f"{case.path}: shows nothing: all pixels are nearly equal"
+        yield problem_at(case.id, "W_BLANK", text, "leave it out, or export it again")
+    if len(blank) > MAX_LISTED:
+        text = f"{len(blank)} of {len(images)} images show nothing: all pixels are nearly equal"
+        text += f": {format_list([case.id for case in blank], MAX_NAMES)}"
+        yield problem_at(where, "W_BLANK", text, "leave them out, or export them again")
     sizes = Counter(image.size for image in images)
     if len(sizes) > 1:
         shown = [f"{format_sizes(size)} ({n})" for size, n in sizes.most_common(MAX_NAMES)]
@@ -187,7 +194,7 @@ def _is_leak(first: ReadImage, second: ReadImage) -> bool:
 
 def _is_conflict(first: ReadImage, second: ReadImage, classes: str) -> bool:
     """Tell whether two images differ in class; neighbouring slices of a patient may."""
-    values = {image.case.cells.get(classes) for image in (first, second)} - {None, ""}
+    values = {plain_name(image.case.cells.get(classes, "")) for image in (first, second)} - {""}
     is_same = first.image.sha256 == second.image.sha256
     return len(values) == 2 and (is_same or not _is_one_patient(first, second))
 

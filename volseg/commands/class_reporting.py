@@ -12,14 +12,13 @@ from volseg.errors import VolsegError
 from volseg.evaluation.class_rows import CLASSES, VALUES, ClassRow, ValueRow
 from volseg.image_bundle import load_image_bundle
 from volseg.inputs import read_json
-from volseg.io.csv_text import iterate_csv
 from volseg.io.image_cases import ImageCase, find_images
 from volseg.options import ReportOptions
 from volseg.pages.about import About
 from volseg.pages.class_page import class_page, most_doubtful, thumbnail
 from volseg.reports import PagesReport
 from volseg.store.outputs import OutputFolder
-from volseg.store.tables import read_class_rows, typed_row
+from volseg.store.tables import read_class_rows, read_value_rows
 
 RUN, PAGE = "run.json", "report.html"
 Row = ClassRow | ValueRow
@@ -41,7 +40,8 @@ def report_images(options: ReportOptions) -> PagesReport:
             code="E_USAGE",
         )
     run = _run_of(out)
-    rows = read_class_table(out / (CLASSES if (out / CLASSES).is_file() else VALUES))
+    tables = (out / CLASSES, out / VALUES)
+    rows = read_class_table(next((path for path in tables if path.is_file()), tables[0]))
     names = [row.case_id for row in rows if row.status == "done"]
     with OutputFolder(out, "infer-images", inputs=[]) as outputs:
         outputs.check_overwrites([PAGE])
@@ -97,7 +97,7 @@ def read_class_table(path: Path) -> list[Row]:
     """
     try:
         if path.name == VALUES:
-            return [typed_row(ValueRow, cells) for cells in iterate_csv(path)]
+            return [*read_value_rows(path)]
         return [*read_class_rows(path)[1]]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise VolsegError(

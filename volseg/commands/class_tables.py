@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +12,7 @@ import numpy as np
 
 from volseg.errors import VolsegError
 from volseg.evaluation.class_intervals import Judged
-from volseg.evaluation.class_rows import CLASSES, VALUES, ClassRow, ValueRow
+from volseg.evaluation.class_rows import CLASSES, PROBABILITY, VALUES, ClassRow, ValueRow
 from volseg.evaluation.classes import SUM_TOLERANCE, ClassPredictions
 from volseg.evaluation.operating import OperatingPoint
 from volseg.evaluation.regression import NumberPredictions
@@ -24,7 +23,7 @@ from volseg.io.formats import is_scan, stem_of
 from volseg.io.image_cases import survey_images
 from volseg.io.image_tables import HEADS, SLICE, is_arrays
 from volseg.io.tables import read_table
-from volseg.planning.targets import value_of
+from volseg.planning.targets import LARGEST, value_of
 from volseg.recipe.classification import CLASSES as EXCLUSIVE
 from volseg.recipe.classification import LABELS, NUMBER, SEPARATOR, Target
 from volseg.store.tables import read_class_rows, read_value_rows
@@ -32,6 +31,7 @@ from volseg.words import format_count, format_list
 
 Kind = Literal["classes", "numbers"]
 USUAL_TARGETS = ("target", "class", "label", "diagnosis")
+LESION = "lesion"  # what a case of a model is, in its [data]
 MOST_LISTED = 5  # cases that a warning names
 
 
@@ -66,20 +66,22 @@ class Reference:
     remarks: Sequence[str]
 
     @classmethod
-    def of(cls, path: Path, target: str | None = None, usual: str | None = None) -> Reference:
+    def of(cls, path: Path, target: str | None, predicted: Predicted) -> Reference:
         """Read a table of cases, the cases.csv of a folder, or a data set of images.
 
-        A table is read as it is, so that the images need not be there. Where it lists slices, and
-        where there is none, the data set is read as `infer` reads it.
+        A table is read as it is, so that the images need not be there. Where it lists slices or
+        scans whose slices were predicted, and where there is none, the data set is read as `infer`
+        reads it. A lesion has the cells of its scan.
 
         Args:
             target: column of the truth, if it is stated; masks in it become classes of slices.
-            usual: that of the model, which is taken where the data set has it.
+            predicted: says which column is taken if none is stated, and what the cases are.
 
         Raises:
             VolsegError: there is none, it names no cases, or one of them twice.
         """
         file = path / "cases.csv" if path.is_dir() else path
+        usual = predicted.target
         if not file.is_file() or is_arrays(file):
             return cls._of_images(path, target, usual)
         table = read_table(file, HEADS)
@@ -87,6 +89,10 @@ class Reference:
             return cls._of_images(path, target, usual)
         rows = [dict(zip(table.columns, texts)) for _, texts in table.lines]
         ids = _case_ids(rows, file)
+        if _lists_scans(rows) and not predicted.case_ids & set(ids):
+            if predicted.data is None or predicted.data.input != LESION:
+                return cls._of_images(path, target, usual)
+            ids, rows = _rows_of_lesions(dict(zip(ids, rows)), predicted.case_ids)
         remarks = [text for text in table.remarks if "W_COLUMN" not in text]
         return cls(path=file, columns=table.columns, cells=dict(zip(ids, rows)), remarks=remarks)
 
@@ -184,13 +190,14 @@ class Predicted:
             if file is None:
                 raise ValueError(f"has no {CLASSES} and no {VALUES}")
             classes, rows = _predicted_rows(file)
+            run = _run_of(file.parent)
+            _check_rows(rows, classes, run)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise VolsegError(
                 f"{file or path}: is not a table of predicted classes or numbers ({error})",
                 fix="give the results of `volseg infer` with a classifier",
                 code="E_DATASET",
             ) from error
-        run = _run_of(file.parent)
         reasons = {row.case_id: _failure(row, len(classes)) for row in rows}
         failed = {name: reason for name, reason in reasons.items() if reason}
         return cls(
@@ -203,6 +210,11 @@ class Predicted:
             target=stated if isinstance(stated := run.get("target"), str) else None,
             data=_data_of(run, classes),
         )
+
+    @property
+    def case_ids(self) -> set[str]:
+        """The cases of the table, also those that failed."""
+        return {*self.rows, *self.failed}
 
     def described(self, cells: Iterable[str] = ()) -> Target:
         """Return what the model predicts: as run.json states, else as the tables suggest.
@@ -265,7 +277,7 @@ class TruthTable:
             except ValueError as error:
                 left_out[name] = str(error)
         if not truths:
-            reason = next(iter(left_out.values()), "no case of the reference was predicted")
+            reason = next(iter(left_out.values()), "") or _unmatched(reference, predicted)
             raise VolsegError(
                 f"{predicted.path}: no case can be judged by column {column!r} of "
                 f"{reference.path}: {reason}",
@@ -348,11 +360,8 @@ class TruthTable:
             cases = [name for name, why in self.left_out.items() if why == reason]
             listed = format_list(cases, MOST_LISTED)
             texts.append(f"W_LEFT_OUT: {format_count(len(cases), 'case')}: {reason} ({listed})")
-        trained = [
-            name
-            for name in self.names
-            if split_of(self.reference.cells[name].get("split", "")) == "train"
-        ]
+        texts += self._unpaired()
+        trained = [name for name in self.names if _split(self.reference.cells[name]) == "train"]
         if trained:
             texts.append(
                 f"W_TRAINING: {format_count(len(trained), 'case')} of the training split: a model "
@@ -366,6 +375,32 @@ class TruthTable:
                 "one, so intervals are too narrow if some are of the same patient"
             )
         return texts
+
+    def _unpaired(self) -> Iterator[str]:
+        """Yield how many cases are in one table only; those of other splits are not expected."""
+        rows, predicted = self.reference.cells, self.predicted.case_ids
+        splits = {_split(rows[name]) for name in self.names}
+        expected = [
+            name
+            for name, row in rows.items()
+            if _split(row) in splits and row.get(self.target, "").strip()
+        ]
+        missing = [name for name in expected if name not in predicted]
+        if missing:
+            yield (
+                f"W_NOT_PREDICTED: {len(missing)} of {format_count(len(expected), 'case')} with a "
+                f"truth were not predicted ({format_list(missing, MOST_LISTED)})"
+            )
+        unknown = [name for name in sorted(predicted) if name not in rows]
+        if unknown:
+            yield (
+                f"W_NO_TRUTH: {len(unknown)} of {format_count(len(predicted), 'predicted case')} "
+                f"are not in the reference ({format_list(unknown, MOST_LISTED)})"
+            )
+
+
+def _split(row: Mapping[str, str]) -> str | None:
+    return split_of(row.get("split", ""))
 
 
 def _case_ids(rows: Sequence[Mapping[str, str]], file: Path) -> list[str]:
@@ -396,6 +431,37 @@ def _case_id(row: Mapping[str, str]) -> str:
     return safe_id(stem) if stem else ""
 
 
+def _lists_scans(rows: Sequence[Mapping[str, str]]) -> bool:
+    """Check whether the images of a table are volumes."""
+    cells = [cell for row in rows for column, cell in row.items() if is_image_column(column)]
+    return any(cells) and all(is_scan(Path(cell.replace("\\", "/"))) for cell in cells if cell)
+
+
+def _rows_of_lesions(
+    scans: Mapping[str, Mapping[str, str]], names: Iterable[str]
+) -> tuple[list[str], list[dict[str, str]]]:
+    """Return the lesions of these scans among the names, and the row of each."""
+    ids, rows = [], []
+    for name in sorted(names):
+        scan = name.rpartition("_")[0]
+        if scan in scans:
+            ids.append(name)
+            rows.append({**scans[scan], "patient": scans[scan].get("patient") or scan})
+    return ids, rows
+
+
+def _unmatched(reference: Reference, predicted: Predicted) -> str:
+    """Say that no case is in both tables, with a name from each, or why none was predicted."""
+    if predicted.failed and not predicted.rows:
+        name, reason = next(iter(predicted.failed.items()))
+        return f"none was predicted, such as {name!r}: {reason}"
+    examples = [next(iter(names), "none") for names in (reference.cells, predicted.rows)]
+    return (
+        f"no case of the reference was predicted: it names cases such as {examples[0]!r}, and the "
+        f"predictions {examples[1]!r}"
+    )
+
+
 def _predicted_rows(file: Path) -> tuple[Sequence[str], Sequence[ClassRow | ValueRow]]:
     """Return the classes of a table of predictions, none for numbers, and its rows.
 
@@ -413,17 +479,39 @@ def _predicted_rows(file: Path) -> tuple[Sequence[str], Sequence[ClassRow | Valu
     raise ValueError(f"has neither the columns of {CLASSES} nor those of {VALUES}")
 
 
+def _check_rows(
+    rows: Sequence[ClassRow | ValueRow], classes: Sequence[str], run: Mapping[str, Any]
+) -> None:
+    """Refuse a table that names a case twice, or lacks the column of a class.
+
+    Raises:
+        ValueError: it does.
+    """
+    repeated = [name for name, n in Counter(row.case_id for row in rows).items() if n > 1]
+    if repeated:
+        raise ValueError(f"names case {repeated[0]!r} twice")
+    stated = _stated_data(run)
+    needed = dict.fromkeys(() if stated is None else stated.names)
+    for row in rows:
+        if isinstance(row, ClassRow) and row.class_name:
+            needed |= dict.fromkeys(row.class_name.split(SEPARATOR))
+    lost = [name for name in needed if name not in classes]
+    if lost:
+        raise ValueError(f"has no column {PROBABILITY + lost[0]!r}, and {lost[0]!r} is a class")
+
+
 def _failure(row: ClassRow | ValueRow, n_classes: int) -> str:
     """Return why a case was not predicted; empty if it was."""
     if row.status != "done":
         return row.error or "reason unknown"
     if isinstance(row, ValueRow):
-        is_known = row.value is not None and math.isfinite(row.value)
-        return "" if is_known else "E_ROW: has no value"
+        is_known = row.value is not None and abs(row.value) <= LARGEST
+        return "" if is_known else f"E_ROW: has no value from {-LARGEST:g} to {LARGEST:g}"
     n_probabilities = len(row.probabilities or ())
     if n_probabilities < n_classes:
         return f"E_ROW: has {n_probabilities} of {n_classes} probabilities"
-    return ""
+    wrong = [name for name, p in (row.probabilities or {}).items() if not 0 <= p <= 1]
+    return f"E_ROW: the probability of {wrong[0]!r} is not from 0 to 1" if wrong else ""
 
 
 def _truth(cell: str, data: Target) -> float | int | np.ndarray:
@@ -445,11 +533,17 @@ def _truth(cell: str, data: Target) -> float | int | np.ndarray:
     return value
 
 
+def _stated_data(run: Mapping[str, Any]) -> Target | None:
+    try:
+        return Target.model_validate(run["data"])
+    except (ValueError, KeyError):
+        return None
+
+
 def _data_of(run: Mapping[str, Any], classes: Sequence[str]) -> Target | None:
     """Return what run.json says of the target; None if it does not fit the table."""
-    try:
-        data = Target.model_validate(run["data"])
-    except (ValueError, KeyError):
+    data = _stated_data(run)
+    if data is None:
         return None
     names = [] if data.kind == NUMBER else list(data.names)
     return data if names == list(classes) else None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +19,9 @@ from volseg.commands.image_start import Start
 from volseg.errors import ScanError, VolsegError
 from volseg.evaluation.duplicates import ImagePrint, groups_of, print_of
 from volseg.io.cases import dataset_error
-from volseg.io.files import sha256_of
+from volseg.io.files import json_text, sha256_of
 from volseg.io.image_cases import ImageCase, ImageSurvey, looks_like_images, survey_images
+from volseg.io.layouts import survey_cases
 from volseg.io.prepared_images import (
     CASES_FILE,
     ImageSet,
@@ -45,6 +48,7 @@ SAMPLE = 1000  # images whose size the fingerprint holds
 INTENSITIES = 500  # pixels of an image from which percentiles are computed
 DEFAULT_NETWORK = "cnn_small"
 OF_IMAGES = "only for models that classify images, but this one segments"  # refuses an option
+OF_DATASET = ("E_TARGET", "E_DATASET")  # codes of errors about what a dataset holds
 
 
 def is_of_images(
@@ -85,7 +89,8 @@ class ImageDataset:
         if self.recipe is not None:
             refuse_other_target(self.target, self.recipe)
         target = self.target if self.recipe is None else self.recipe.data.target
-        if target is None and self.teacher is not None:
+        if self.recipe is None and self.teacher is not None:
+            refuse_other_target(target, self.teacher, "leave out --target, or give a recipe")
             target = self.teacher.data.target
         if self.recipe is not None and self.recipe.data.input == LESION:
             cases, remarks = survey_lesions(self.dataset, self.recipe.data.target, self._report)
@@ -119,13 +124,28 @@ class ImageDataset:
         Raises:
             VolsegError: as `survey`, or a target is not what the recipe says.
         """
+        with self._named():
+            return self._plan_labelled() if labelled else self._plan_unlabelled()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Name the dataset in errors about its cells and images."""
+        try:
+            yield
+        except VolsegError as error:
+            if error.code not in OF_DATASET or error.problem.startswith(str(self.dataset)):
+                raise
+            problem = f"{self.dataset}: {error.problem}"
+            raise VolsegError(problem, fix=error.fix, code=error.code) from error
+
+    def _plan_labelled(self) -> PlannedImages:
         from volseg.planning.targets import TargetCells
 
-        if not labelled:
-            return self._plan_unlabelled()
         survey, recipe = self.survey()
         name = recipe.data.target
         used = [case for case in survey.cases if case.split != "test"]
+        if not used:
+            self._refuse(["every image is of the test split, which training never reads"])
         blank = [case.id for case in used if not case.cells.get(name, "").strip()]
         remarks = list(survey.remarks)
         if blank:
@@ -234,6 +254,7 @@ class ImageDataset:
             "fingerprint": planned.fingerprint.model_dump(mode="json"),
             "failed": planned.failed,
             "warnings": planned.remarks,
+            "listing": listing_digest(self.dataset, recipe),
         }
         write_prepared_images(folder, recipe.input_shape, pairs(), header)
         return read_prepared_images(folder)[0]
@@ -286,13 +307,14 @@ class PlannedImages:
 
 @dataclass(frozen=True, slots=True)
 class LoadedImages:
-    """Prepared images with the closed recipe that they were made for."""
+    """Prepared images, the dataset they come from and the closed recipe they were made for."""
 
     images: ImageSet
     recipe: ClassifyRecipe
     reasons: tuple[Reason, ...]
     fingerprint: ImageFingerprint
     warnings: Sequence[str]
+    listing: str = ""  # `listing_digest` of the dataset
 
     def with_training_of(
         self, recipe: ClassifyRecipe, folder: Path, *, starts_trained: bool
@@ -322,12 +344,16 @@ class LoadedImages:
         return replace(self, recipe=closed.recipe, reasons=closed.reasons)
 
 
-def refuse_other_target(target: str | None, recipe: ClassifyRecipe) -> None:
+def refuse_other_target(
+    target: str | None,
+    recipe: ClassifyRecipe,
+    fix: str = "leave out --target, or change data.target in the recipe",
+) -> None:
     """Refuse a requested target that is not that of the recipe."""
     if target not in (None, recipe.data.target):
         raise VolsegError(
-            f"--target {target}: recipe {recipe.name!r} has the target {recipe.data.target!r}",
-            fix="leave out --target, or change data.target in the recipe",
+            f"--target {target}: {recipe.name!r} has the target {recipe.data.target!r}",
+            fix=fix,
             code="E_USAGE",
         )
 
@@ -349,6 +375,7 @@ def load_images(folder: Path) -> LoadedImages:
             tuple(map(Reason.model_validate, content["reasons"])),
             ImageFingerprint.model_validate(content["fingerprint"]),
             list(map(str, content["warnings"])),
+            str(content.get("listing", "")),
         )
     except (KeyError, ValueError, TypeError) as error:
         raise VolsegError(
@@ -356,6 +383,32 @@ def load_images(folder: Path) -> LoadedImages:
             fix="run `volseg preprocess` again",
             code="E_PREPARED",
         ) from error
+
+
+def listing_digest(dataset: Path, recipe: ClassifyRecipe) -> str:
+    """Return a hash of the files of a dataset, their sizes and what it states of each.
+
+    Raises:
+        VolsegError: the dataset cannot be listed.
+    """
+    lines: list[tuple[object, ...]] = []
+    if recipe.data.input == LESION:
+        for case in survey_cases(dataset, None).cases:
+            files = [*case.images.values(), case.reference]
+            lines.append((case.id, *map(_size, files), case.split, case.patient, case.classes))
+    else:
+        for image in survey_images(dataset).cases:
+            files = (image.path, image.mask)
+            place = (image.id, image.index, *map(_size, files))
+            lines.append((*place, image.split, image.patient, dict(image.cells)))
+    return hashlib.sha256(json_text(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def _size(path: Path | None) -> int | None:
+    try:
+        return None if path is None else path.stat().st_size
+    except OSError:
+        return None
 
 
 def automatic_image_recipe(dataset: Path, target: str) -> ClassifyRecipe:
@@ -469,11 +522,12 @@ def assign_image_splits(
     """Return case id → train or val: the dataset's, or drawn by group and class.
 
     Without a validation split in the dataset, groups are drawn so that each class has about this
-    fraction of its groups in validation.
+    fraction of its groups in validation; of few groups at least one.
     """
     if any(case.split == "val" for case in cases):
         return {case.id: case.split or "train" for case in cases}
-    held_out = fold_of_groups(groups, values, max(2, round(1 / fraction)), seed)
+    n_groups = max(2, len(set(groups.values())))
+    held_out = fold_of_groups(groups, values, min(n_groups, max(2, round(1 / fraction))), seed)
     return {name: "val" if fold == 0 else "train" for name, fold in held_out.items()}
 
 

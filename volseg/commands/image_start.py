@@ -157,9 +157,10 @@ class Start:
 
     def adapted_to(self, network: Any) -> tuple[Weights, list[str]]:
         """Return the tensors that fit a network, and sentences on what fitted and what did not."""
-        from volseg.networks.adapt import Status, adapt
+        from volseg.networks.adapt import Status, adapt, named
 
-        adapted = adapt(network, self.tensors)
+        with named(self.path):
+            adapted = adapt(network, self.tensors)
         taken = (Status.LOADED, Status.ADAPTED)
         weights = {
             row.tensor: adapted.weights[row.tensor] for row in adapted.rows if row.status in taken

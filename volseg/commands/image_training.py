@@ -18,13 +18,20 @@ from volseg.commands.image_data import (
     ImageDataset,
     LoadedImages,
     fold_of_groups,
+    listing_digest,
     load_images,
     refuse_other_target,
 )
 from volseg.commands.image_planning import NOT_PLANNED, NOT_PLANNED_WHY
 from volseg.commands.image_start import Start
 from volseg.commands.image_time import ImageTime
-from volseg.commands.training_call import PREPARED_FOLDER, WORK_FOLDER, Call, history_name
+from volseg.commands.training_call import (
+    PREPARED_FOLDER,
+    WORK_FOLDER,
+    Call,
+    history_name,
+    refuse_finished,
+)
 from volseg.errors import VolsegError, without_notes
 from volseg.evaluation.classes import SCORES
 from volseg.evaluation.label_errors import doubtful_labels
@@ -136,12 +143,8 @@ class _ImageTraining:
                 fix="add --resume to continue, or give another --out to start over",
                 code="E_EXISTS",
             )
-        if (out / DESCRIPTION).exists() and not unfinished:
-            raise VolsegError(
-                f"{out}: holds a finished model",
-                fix="give another --out, or delete it first",
-                code="E_EXISTS",
-            )
+        if not unfinished:
+            refuse_finished(out)
         names = [f"{classifier_name(index)}.safetensors" for index in range(MAX_FOLDS)]
         histories = [history_name(number) for number in range(MAX_FOLDS)]
         self._call.outputs.check_overwrites(
@@ -160,17 +163,34 @@ class _ImageTraining:
         options, folder = self._options, self._options.dataset
         recipe = None if options.recipe is None else as_any_recipe(options.recipe)
         assert recipe is None or isinstance(recipe, ClassifyRecipe)
+        is_resumed = False
         if not has_prepared_images(folder):
             folder = self._call.prepared
-            if not (options.resume and has_prepared_images(folder)):
+            is_resumed = options.resume and self._has_checkpoints and has_prepared_images(folder)
+            if not is_resumed:
                 self._prepare(recipe, folder)
         data = load_images(folder)
+        if is_resumed and listing_digest(options.dataset, data.recipe) != data.listing:
+            raise self._not_resumed("the data set, or what it says of its images, is another")
         refuse_other_target(options.target, data.recipe)
         if recipe is not None:
             is_trained = self._start is not None
-            data = data.with_training_of(recipe, folder, starts_trained=is_trained)
+            try:
+                data = data.with_training_of(recipe, folder, starts_trained=is_trained)
+            except VolsegError:
+                if is_resumed:
+                    raise self._not_resumed("[data] or [images] of the recipe differ") from None
+                raise
         self._call.warn(*data.warnings)
         return replace(data, recipe=self._pruned(data.recipe))
+
+    def _not_resumed(self, difference: str) -> VolsegError:
+        return VolsegError(
+            f"{self._options.out}: --resume continues a run that was started with other images: "
+            f"{difference}",
+            fix="give the data set and recipe of that run, or another --out to start over",
+            code="E_PREPARED",
+        )
 
     def _prepare(self, recipe: ClassifyRecipe | None, folder: Path) -> None:
         options = self._options

@@ -47,7 +47,7 @@ def evaluate_tables(options: EvaluateOptions) -> EvaluateReport:
     _refuse_mask_options(options)
     about = About.now("evaluate")
     predicted = Predicted.of(options.predicted)
-    reference = Reference.of(options.reference, options.target, predicted.target)
+    reference = Reference.of(options.reference, options.target, predicted)
     truth = TruthTable.of(reference, predicted, options.target)
     for name in options.by:
         truth.reference.check_column(name, "--by")

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from volseg.commands.image_data import ImageDataset, load_images, unlabelled_recipe
 from volseg.commands.image_start import PRETRAINED
-from volseg.commands.training_call import PREPARED_FOLDER, WORK_FOLDER, SteadyProgress, history_name
+from volseg.commands.training_call import (
+    PREPARED_FOLDER,
+    WORK_FOLDER,
+    SteadyProgress,
+    history_name,
+    refuse_finished,
+)
 from volseg.errors import VolsegError
 from volseg.io.files import json_text, make_folder
 from volseg.options import PretrainOptions, command
@@ -47,6 +53,13 @@ def pretrain(options: PretrainOptions) -> TrainReport:
     recipe = _recipe(options)
     outputs = OutputFolder(options.out, "train", inputs=[options.dataset])
     with outputs, team_of(choose_device(options.device), 1, serve, "fp32") as team:
+        if any((options.out / WORK_FOLDER).glob("**/last.safetensors")):
+            raise VolsegError(
+                f"{options.out}: holds an interrupted training run",
+                fix="give another --out, or delete it first; `volseg train --resume` continues one",
+                code="E_EXISTS",
+            )
+        refuse_finished(options.out)
         outputs.check_overwrites([PRETRAINED, CLASSIFIER_FILE, history_name(0)])
         outputs.work_folder(WORK_FOLDER)
         return _Pretraining(options, outputs, team).run(recipe)

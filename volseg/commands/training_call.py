@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from volseg.bundle import DESCRIPTION
+from volseg.commands.image_start import PRETRAINED
 from volseg.commands.planning import budget_of
+from volseg.errors import VolsegError
 from volseg.execution.threads import Threads
 from volseg.execution.time_budget import TimeBudget
 from volseg.options import Progress, TrainOptions
@@ -28,6 +31,21 @@ TICK_SECONDS = 5.0  # without a report, after which the next step or tile is rep
 def history_name(number: int) -> str:
     """Return the file with the history of the network of this split."""
     return f"history{'' if number == 0 else f'_{number}'}.csv"
+
+
+def refuse_finished(out: Path) -> None:
+    """Refuse an output folder that holds a model, or a network of `volseg pretrain`.
+
+    Raises:
+        VolsegError: it does.
+    """
+    for name in (DESCRIPTION, PRETRAINED):
+        if (out / name).exists():
+            raise VolsegError(
+                f"{out}: holds a finished model",
+                fix="give another --out, or delete it first",
+                code="E_EXISTS",
+            )
 
 
 class SteadyProgress:

@@ -19,7 +19,14 @@ from volseg.commands.earlier import FITTED_FILE, RECIPE_FILE
 from volseg.commands.importing import MODEL_FILE
 from volseg.commands.prepared import Split, split_cases
 from volseg.commands.time_plan import TimePlan
-from volseg.commands.training_call import HISTORY_ROI, ROI_FOLDER, WORK_FOLDER, Call, history_name
+from volseg.commands.training_call import (
+    HISTORY_ROI,
+    ROI_FOLDER,
+    WORK_FOLDER,
+    Call,
+    history_name,
+    refuse_finished,
+)
 from volseg.commands.training_data import training_data
 from volseg.commands.training_networks import NetworkTraining, Result
 from volseg.commands.training_pictures import preview_png, worst_cases_png
@@ -172,12 +179,8 @@ class _Training:
                 fix="add --resume to continue, or give another --out to start over",
                 code="E_EXISTS",
             )
-        if (self.call.options.out / MODEL_FILE).exists() and not unfinished:
-            raise VolsegError(
-                f"{self.call.options.out}: holds a finished model",
-                fix="give another --out, or delete it first",
-                code="E_EXISTS",
-            )
+        if not unfinished:
+            refuse_finished(self.call.options.out)
 
 
 def _is_intermediate(name: str) -> bool:

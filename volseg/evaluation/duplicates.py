@@ -53,7 +53,10 @@ class ImagePrint:
 def print_of(array: np.ndarray, largest: float | None = None) -> ImagePrint:
     """Return the print of an image (1 or 3, H, W); `largest` is what white is, if known."""
     sha256 = hashlib.sha256(f"{array.dtype} {array.shape}".encode() + array.tobytes()).hexdigest()
-    if float(array.max()) - float(array.min()) <= BLANK * (largest or 0):
+    white = largest or 0
+    if white > 255:  # files of 16 bits often use only a small part of them
+        white = min(white, float(array.max()))
+    if float(array.max()) - float(array.min()) <= BLANK * white:
         return ImagePrint(sha256)
     pixels = resize(to_channels(array, 1), (THUMBNAIL, THUMBNAIL))[0]
     thumbnail = _normed(pixels)

@@ -22,6 +22,7 @@ from volseg.inference.openvino_backend import (
     find_half_type,
     import_openvino,
     openvino_is_installed,
+    send_signal_again,
 )
 from volseg.inference.openvino_graph import split_joined_convolutions
 from volseg.inputs import read_json
@@ -146,7 +147,8 @@ def convert(
         split_joined_convolutions(model)
         output = OpenVINOBackend(model, example.shape).logits(example.numpy())
         model.reshape(openvino.PartialShape([-1, batch_shape[1], *[-1] * (len(batch_shape) - 2)]))
-    except RuntimeError as error:
+    except (RuntimeError, *_failures()) as error:
+        send_signal_again(error)
         raise VolsegError(
             f"OpenVINO cannot convert this network ({str(error).strip().splitlines()[-1]})",
             fix="use --backend torch",
@@ -161,6 +163,13 @@ def convert(
             code="E_BACKEND",
         )
     return model
+
+
+def _failures() -> list[type[Exception]]:
+    """Return what OpenVINO raises for an operation that it cannot convert."""
+    from openvino import frontend
+
+    return [frontend.GeneralFailure, frontend.OpConversionFailure, frontend.NotImplementedFailure]
 
 
 def batch_shape_of(bundle: ModelBundle) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -174,6 +175,7 @@ def import_openvino() -> ModuleType:
         with without_telemetry():
             import openvino
     except ImportError as error:
+        send_signal_again(error)
         broken = f"cannot be imported ({error})"
         raise EnvironmentProblem(
             f"openvino {broken if openvino_is_installed() else 'is not installed'}",
@@ -181,6 +183,18 @@ def import_openvino() -> ModuleType:
             code="E_BACKEND",
         ) from error
     return openvino
+
+
+def send_signal_again(error: BaseException) -> None:
+    """Send a signal again whose exception OpenVINO's C++ turned into an error of its own."""
+    link: BaseException | None = error
+    while link is not None:
+        text = f"{type(link).__name__}: {link}"
+        if "KeyboardInterrupt" in text:
+            raise KeyboardInterrupt from error
+        if "_TerminatedError" in text:  # what the command line raises for SIGTERM
+            signal.raise_signal(signal.SIGTERM)
+        link = link.__cause__ or link.__context__
 
 
 def openvino_is_installed() -> bool:

@@ -94,6 +94,9 @@ class Row:
         return Case(self.id, self.images, self.reference, self.split, self.patient, self.classes)
 
 
+NO_SCANS = f"no scans found; they end in {READABLE}"
+
+
 @dataclass(frozen=True, slots=True)
 class Survey:
     """The usable cases of a data set, every mistake in it, and remarks on how it was read."""
@@ -115,7 +118,7 @@ class Listing:
     def all_mistakes(self) -> list[str]:
         """Return also the mistakes of ids and files."""
         if not self.rows and not self.mistakes:
-            return [f"no scans found; they end in {READABLE}"]
+            return [NO_SCANS]
         return [*self.mistakes, *_id_mistakes(self.rows), *_file_mistakes(self.rows)]
 
     def split_mistakes(self) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from volseg.errors import ScanError, VolsegError, missing_path
-from volseg.io.cases import ONE_CHANNEL, Case, dataset_error, listed, safe_id
+from volseg.io.cases import NO_SCANS, ONE_CHANNEL, Case, dataset_error, listed, safe_id
 from volseg.io.files import RECORDS
 from volseg.io.folders import visible_paths
 from volseg.io.formats import is_scan, stem_of
@@ -30,7 +30,7 @@ from volseg.io.image_tables import (
     read_image_table,
     slices_of_scans,
 )
-from volseg.io.images import is_image, through_axis
+from volseg.io.images import READABLE, is_image, through_axis
 from volseg.io.layouts import survey_cases
 from volseg.io.tables import read_table
 from volseg.io.target_cells import is_missing, is_number, kind_of
@@ -120,6 +120,8 @@ def survey_images(dataset: Path, *, target: str | None = None) -> ImageSurvey:
     cases = listing.usable()
     masks = listing.mask_columns
     if target is not None and target not in (*listing.columns, *masks):
+        if not cases and listing.mistakes:  # no columns, because there is nothing
+            raise dataset_error(listing.mistakes, str(dataset))
         raise _missing_target(target, [*listing.columns, *masks], dataset)
     if target is not None and target in masks:
         cases = list(_labelled_by_masks(cases, target, listing.mistakes))
@@ -152,6 +154,12 @@ def find_images(
         elif is_scan(path):
             slices_of_scans([Case(safe_id(stem_of(path)), {ONE_CHANNEL: path})], listing)
         else:
+            if path.is_file() and not (is_arrays(path) or _is_table(path)):
+                raise VolsegError(
+                    f"{path}: is not an image; images end in {READABLE}",
+                    fix="convert it to PNG",
+                    code="E_NOTIMAGE",
+                )
             part = _read_images(path) or _slices(path)
             listing.cases += part.cases
             listing.mistakes += part.mistakes
@@ -177,11 +185,15 @@ def looks_like_images(dataset: Path) -> bool:
             # An added format of scans may have the same suffix.
             return dataset.is_file() and not is_scan(dataset)
         if not dataset.is_dir():
-            return dataset.name.lower().endswith(TABLE_SUFFIXES) and _lists_images(dataset)
+            return _is_table(dataset) and _lists_images(dataset)
         table = dataset / TABLE
         return _lists_images(table) if table.is_file() else _has_images(dataset)
     except (VolsegError, OSError):
         return False  # the reader of the data set will say what is wrong
+
+
+def _is_table(path: Path) -> bool:
+    return path.name.lower().endswith(TABLE_SUFFIXES)
 
 
 def _lists_images(path: Path) -> bool:
@@ -193,7 +205,8 @@ def _lists_images(path: Path) -> bool:
     names = [Path(cells[column].replace("\\", "/")) for cells in rows]
     if not names:
         return False
-    if all(is_image(name) or (is_arrays(name) and not is_scan(name)) for name in names):
+    images = [is_image(name) or (is_arrays(name) and not is_scan(name)) for name in names]
+    if 2 * sum(images) > len(names):  # others are mistakes of their rows
         return True
     return SLICE in table.columns and all(map(is_scan, names))
 
@@ -240,7 +253,8 @@ def _read_images(dataset: Path) -> ImageListing | None:
 
 def _slices(dataset: Path) -> ImageListing:
     survey = survey_cases(dataset)
-    listing = ImageListing(mistakes=list(survey.mistakes), remarks=list(survey.remarks))
+    mistakes = [text for text in survey.mistakes if text != NO_SCANS]  # nor images
+    listing = ImageListing(mistakes=mistakes, remarks=list(survey.remarks))
     slices_of_scans(survey.cases, listing)
     return listing
 

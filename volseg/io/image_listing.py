@@ -9,10 +9,12 @@ from pathlib import Path
 
 from volseg.inputs import shorten
 from volseg.io.cases import SPLITS, is_valid_id
+from volseg.io.formats import READABLE as SCANS
 from volseg.io.images import READABLE
 from volseg.io.series import split_volume
 
 SLICE_DIGITS = 3
+NO_IMAGES = f"no images found; they end in {READABLE}, and volumes in {SCANS}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ class ImageListing:
     def usable(self) -> list[ImageCase]:
         """Return the images with a file and an id of their own; add mistakes for the others."""
         if not self.cases and not self.mistakes:
-            self.mistakes.append(f"no images found; they end in {READABLE}")
+            self.mistakes.append(NO_IMAGES)
         ids = dict[str, ImageCase]()
         paths = {case.path for case in self.cases}
         is_file = {path: os.path.isfile(split_volume(path)[0]) for path in paths}
@@ -72,8 +74,8 @@ class ImageListing:
                 self.mistakes.append(f"{case.where}: {text}")
             elif first is not case:
                 self.mistakes.append(
-                    f"{case.where}: id {case.id!r} is also that of {first.where}; give each image "
-                    "its own in the column subject"
+                    f"{case.where}: id {case.id!r} is also that of {first.where}; rename one, or "
+                    "give each its own in the column subject of a table"
                 )
             else:
                 usable.append(case)

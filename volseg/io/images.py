@@ -90,7 +90,8 @@ def checked_index(index: int | None, n_images: int, path: Path) -> int:
         return 0
     if index is None:
         problem = f"holds {n_images} images, and none is named"
-        raise refusal(path, "E_INDEX", problem, f"give an index from 0 to {n_images - 1}")
+        fix = f"give an index from 0 to {n_images - 1}; a table names it in the column slice"
+        raise refusal(path, "E_INDEX", problem, fix)
     if not 0 <= index < n_images:
         problem = f"holds {n_images} images, so there is no image {index}"
         raise refusal(path, "E_INDEX", problem, f"give an index from 0 to {n_images - 1}")

@@ -29,8 +29,8 @@ class ImageArrays:
     """The images of a MedMNIST file, in the order of its splits; read when a row is asked for.
 
     Args:
-        path: holds `{train,val,test}_images` (N, H, W) or (N, H, W, 3) and `…_labels` (N, L), of
-            one or more splits.
+        path: holds `{train,val,test}_images` (N, H, W), (N, H, W, 1) or (N, H, W, 3) of numbers
+            or booleans, and `…_labels` (N,) or (N, L), of one or more splits.
 
     Raises:
         ScanError: the file is missing, damaged or too large, or holds no such arrays.
@@ -47,9 +47,11 @@ class ImageArrays:
                 raise refusal(path, "E_NOTIMAGE", problem, "name the arrays as MedMNIST does")
             shapes = [_shape(archive, f"{split}_images", path) for split in self.splits]
         for split, shape in zip(self.splits, shapes, strict=True):
-            if len(shape) != 3 and not (len(shape) == 4 and shape[-1] == 3):
-                problem = f"{split}_images has shape {shape}, not (N, H, W) or (N, H, W, 3)"
-                raise refusal(path, "E_NDIM", problem, "give 2D images")
+            if len(shape) != 3 and not (len(shape) == 4 and shape[-1] in (1, 3)):
+                problem = (
+                    f"{split}_images has shape {shape}, not (N, H, W), (N, H, W, 1) or (N, H, W, 3)"
+                )
+                raise refusal(path, "E_NDIM", problem, "give 2D images, channels last")
             if 0 in shape[1:]:
                 raise refusal(path, "E_EMPTY", f"{split}_images has shape {shape}", COPY_AGAIN)
         self.counts = [shape[0] for shape in shapes]
@@ -59,12 +61,17 @@ class ImageArrays:
         return sum(self.counts)
 
     def row(self, index: int) -> np.ndarray:
-        """Return image `index` of all splits one after another: (H, W) or (H, W, 3)."""
+        """Return image `index` of all splits one after another: (H, W) or (H, W, 3).
+
+        Booleans become 0 and 255.
+        """
         for split, n in zip(self.splits, self.counts, strict=True):
             if index < n:
                 if split not in self._loaded:
                     self._loaded[split] = _array(self.path, f"{split}_images")
-                return self._loaded[split][index]
+                row = self._loaded[split][index]
+                row = row[..., 0] if row.shape[2:] == (1,) else row
+                return np.where(row, 255, 0).astype(np.uint8) if row.dtype.kind == "b" else row
             index -= n
         raise IndexError(f"{self.path.name} has {len(self)} images")
 
@@ -95,18 +102,16 @@ class ImageArrays:
 
 
 def _array(path: Path, name: str) -> np.ndarray:
-    """Return an array of the file; bounded in size, and never pickled objects."""
+    """Return an array of numbers of the file; bounded in size, and never pickled objects."""
     with _opened(path) as archive:
         _shape(archive, name, path)
         with archive.open(f"{name}.npy") as file:
             array = npy.read_array(file, allow_pickle=False, max_header_size=MAX_HEADER)
-    if array.dtype.kind not in "iubf":
-        raise refusal(path, "E_DTYPE", f"{name} is of type {array.dtype}", "store numbers")
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def _shape(archive: zipfile.ZipFile, name: str, path: Path) -> tuple[int, ...]:
-    """Return the shape of an array from its header, which is checked against its size."""
+    """Return the shape of an array from its header; its type and size are checked."""
     try:
         member = archive.getinfo(f"{name}.npy")
     except KeyError as error:
@@ -116,6 +121,8 @@ def _shape(archive: zipfile.ZipFile, name: str, path: Path) -> tuple[int, ...]:
         version = npy.read_magic(file)
         read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, _, dtype = read(file, max_header_size=MAX_HEADER)
+    if dtype.kind not in "iubf":
+        raise refusal(path, "E_DTYPE", f"{name} is of type {dtype}", "store numbers")
     n_bytes = dtype.itemsize
     for size in shape:
         n_bytes *= int(size)

@@ -23,6 +23,18 @@ def is_missing(text: str) -> bool:
     return text.strip().casefold() in MISSING
 
 
+def plain_name(text: str) -> str:
+    """Return one spelling for the name of a class: 1.0 is 1, and case does not matter.
+
+    >>> plain_name("1.0"), plain_name("Benign ")
+    ('1', 'benign')
+    """
+    text = text.strip()
+    if is_number(text) and float(text).is_integer():
+        return str(int(float(text)))
+    return text.casefold()
+
+
 def kind_of(texts: Sequence[str]) -> Kind:
     """Return what a column holds, from its cells that are not blank.
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
@@ -143,9 +145,19 @@ def read_weights(path: Path) -> WeightFile:
             fix="give a .safetensors file, a state dict saved by torch.save, or a model folder",
             code="E_CKPT",
         ) from error
-    check_finite(tensors)
+    with named(file):
+        check_finite(tensors)
     source = metadata.get("source", file.name)
     return WeightFile(tensors, _scaling(tensors, metadata), shorten(source, 200))
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Name the file in errors about its weights."""
+    try:
+        yield
+    except VolsegError as error:
+        raise VolsegError(f"{path}: {error.problem}", fix=error.fix, code=error.code) from error
 
 
 def adapt(network: ImageNetwork, tensors: Mapping[str, torch.Tensor]) -> Adapted:
@@ -211,7 +223,9 @@ def _read_safetensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, st
 
 
 def _read_torch(file: Path) -> dict[str, torch.Tensor]:
-    content = _innermost(torch.load(str(file), map_location="cpu", weights_only=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of other protocols of pickle; what fails is an error
+        content = _innermost(torch.load(str(file), map_location="cpu", weights_only=True))
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, not tensors by name")
     tensors = {str(k): v for k, v in content.items() if isinstance(v, torch.Tensor)}

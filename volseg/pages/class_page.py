@@ -23,6 +23,7 @@ from volseg.pages.strips import ALL, Dot, strip_of
 from volseg.words import format_count, format_list
 
 PICTURE_HEIGHT = 72  # pixels
+MOST_WIDTHS = 4  # a picture is at most this many times as wide as high
 MOST_PICTURES = 400  # of the most doubtful images
 PICTURE = "picture"  # column that the page's script fills
 MAX_CLASSES = 5  # named in the sentence
@@ -71,14 +72,21 @@ def class_page(
 
 
 def thumbnail(image: np.ndarray) -> bytes:
-    """Return a JPEG of one image (C, H, W), from its darkest to its brightest intensity."""
+    """Return a JPEG of one image (C, H, W), from its darkest to its brightest intensity.
+
+    It is `PICTURE_HEIGHT` pixels high. A wider image than the page has room for lies on black.
+    """
     array = image[:3] if len(image) >= 3 else image[:1]
     low, high = float(array.min()), float(array.max())
     grey = ((array - low) / (high - low if high > low else 1) * 255).round().astype(np.uint8)
     picture = Image.fromarray(grey[0] if len(grey) == 1 else np.moveaxis(grey, 0, -1))
-    width = max(1, round(picture.width * PICTURE_HEIGHT / picture.height))
+    most = (MOST_WIDTHS * PICTURE_HEIGHT, PICTURE_HEIGHT)
+    scale = min(room / pixels for room, pixels in zip(most, picture.size, strict=True))
+    picture = picture.resize([max(1, round(pixels * scale)) for pixels in picture.size])
+    canvas = Image.new(picture.mode, (picture.width, PICTURE_HEIGHT))
+    canvas.paste(picture, (0, (PICTURE_HEIGHT - picture.height) // 2))
     file = io.BytesIO()
-    picture.resize((width, PICTURE_HEIGHT)).save(file, "JPEG", quality=80)
+    canvas.save(file, "JPEG", quality=80)
     return file.getvalue()
 
 

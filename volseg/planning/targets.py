@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 from volseg.errors import VolsegError
 from volseg.inputs import shorten
-from volseg.io.target_cells import is_missing, is_number, kind_of
+from volseg.io.target_cells import is_missing, is_number, kind_of, plain_name
 from volseg.recipe.classification import CLASSES, LABELS, MAX_CLASSES, NUMBER, SEPARATOR, Target
 from volseg.recipe.section import AUTO
 from volseg.words import format_list
 
+LARGEST = 1e30  # number to learn; float32, in which networks calculate, ends at 3.4e38
 MOST_TEXTS = 100  # different texts in a column that count as classes
 Value = int | float | tuple[int, ...] | None
 
@@ -112,14 +113,14 @@ def value_of(cell: str, data: Target) -> Value:
 
 def _indices(text: str, data: Target) -> tuple[int, ...]:
     """Return the indices of the class or the labels in a cell."""
-    names = {_plain(name): index for index, name in enumerate(data.names)}
+    names = {plain_name(name): index for index, name in enumerate(data.names)}
     parts = [text] if data.kind == CLASSES else [part.strip() for part in text.split(SEPARATOR)]
-    unknown = [part for part in parts if part and _plain(part) not in names]
+    unknown = [part for part in parts if part and plain_name(part) not in names]
     if unknown:
         listed = format_list(list(data.names), 10)
         problem = f"{shorten(unknown[0])!r} is not one of the classes {listed}"
         raise ValueError(problem + _hint(unknown[0]))
-    return tuple(sorted({names[_plain(part)] for part in parts if part}))
+    return tuple(sorted({names[plain_name(part)] for part in parts if part}))
 
 
 def count_classes(values: Sequence[Value], data: Target) -> dict[str, int]:
@@ -138,18 +139,11 @@ def _names(texts: Sequence[str], *, several: bool) -> tuple[str, ...]:
     parts = [
         part.strip() for text in texts for part in (text.split(SEPARATOR) if several else [text])
     ]
-    by_plain = {_plain(part): part for part in reversed(parts) if part}
-    names = [_plain(name) if is_number(name) else name for name in by_plain.values()]
+    by_plain = {plain_name(part): part for part in reversed(parts) if part}
+    names = [plain_name(name) if is_number(name) else name for name in by_plain.values()]
     if all(map(is_number, names)):
         return tuple(sorted(names, key=float))
     return tuple(sorted(names, key=str.casefold))
-
-
-def _plain(text: str) -> str:
-    """Return one spelling for a name: 1.0 is 1, and case does not matter."""
-    if is_number(text) and float(text).is_integer():
-        return str(int(float(text)))
-    return text.casefold()
 
 
 def _hint(text: str) -> str:
@@ -162,4 +156,6 @@ def _hint(text: str) -> str:
 def _number(text: str) -> float:
     if not is_number(text):
         raise ValueError(f"{shorten(text)!r} is not a number{_hint(text)}")
+    if abs(float(text)) > LARGEST:
+        raise ValueError(f"{shorten(text)!r} is not a number from {-LARGEST:g} to {LARGEST:g}")
     return float(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -124,8 +125,24 @@ def parse_any_recipe(content: object, *, where: str) -> AnyRecipe:
 
 def validation_messages(error: ValidationError, model: type[BaseModel]) -> list[str]:
     """Return a sentence for each mistake that a model, such as `Recipe`, found in its input."""
-    mistakes = error.errors(include_input=False, include_url=False)
+    mistakes = _of_the_likeliest(error.errors(include_input=False, include_url=False))
     return [text for mistake in mistakes for text in _sentences(mistake, model)]
+
+
+def _of_the_likeliest(mistakes: list[Any]) -> list[Any]:
+    """Return the mistakes without those of the alternative "auto", which each open value has."""
+    places = [_keys(mistake["loc"]) for mistake in mistakes]
+    return [
+        mistake
+        for mistake, place in zip(mistakes, places, strict=True)
+        if mistake["loc"][-1:] != ("literal['auto']",)
+        or sum(other[: len(place)] == place for other in places) == 1
+    ]
+
+
+def _keys(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """Return a place in a recipe without the names that pydantic gives to types and unions."""
+    return tuple(part for part in location if not re.search(r"[\[(]|^constrained-", str(part)))
 
 
 def listed(mistakes: list[str]) -> str:
@@ -160,8 +177,10 @@ def _find(recipe: str | Path) -> Path:
 
 
 def _sentences(mistake: Any, model: type[BaseModel]) -> list[str]:
-    path = ".".join(shorten(str(part)) for part in mistake["loc"])
+    path = ".".join(shorten(str(part)) for part in _keys(mistake["loc"]))
     if mistake["type"] == "extra_forbidden":
+        parts = (*_keys(mistake["loc"][:-1]), mistake["loc"][-1])  # the key is the user's
+        path = ".".join(shorten(str(part)) for part in parts)
         keys = ", ".join(_known_keys(mistake["loc"], model))
         return [f"{path}: unknown key; known keys are {keys}"]
     lines = mistake["msg"].removeprefix("Value error, ").splitlines()

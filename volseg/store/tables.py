@@ -123,8 +123,9 @@ def read_class_rows(path: Path) -> tuple[list[str], list[ClassRow]]:
         OSError: the file cannot be read.
         ValueError: it is not such a table, or a cell is not valid.
     """
-    names = class_names_of(next(stream_rows(path), []))
-    rows = []
+    columns = next(stream_rows(path), [])
+    _check_columns(columns, "case_id", "class_name")
+    names, rows = class_names_of(columns), []
     for cells in iterate_csv(path):
         values = {name: cells.get(PROBABILITY + name, "") for name in names}
         probabilities = {name: float(text) for name, text in values.items() if text}
@@ -139,7 +140,19 @@ def read_value_rows(path: Path) -> list[ValueRow]:
     Raises:
         OSError, ValueError: as `read_class_rows`.
     """
+    _check_columns(next(stream_rows(path), []), "case_id", "value")
     return [typed_row(ValueRow, cells) for cells in iterate_csv(path)]
+
+
+def _check_columns(columns: Sequence[str], *needed: str) -> None:
+    """Refuse a table that lacks columns; its rows would be blank, or none.
+
+    Raises:
+        ValueError: it lacks one.
+    """
+    for name in needed:
+        if name not in columns:
+            raise ValueError(f"has no column {name!r}")
 
 
 def read_baseline_rows(path: Path) -> list[BaselineRow]:

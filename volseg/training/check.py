@@ -20,7 +20,7 @@ from volseg.recipe import AUTO, ClassifyRecipe, Recipe
 from volseg.recipe.classification import NUMBER
 from volseg.recipe.section import closed
 from volseg.registry import check_keys, check_name, keys_of
-from volseg.training.image_losses import make_loss
+from volseg.training.image_losses import LOSSES, make_loss
 from volseg.training.losses import make_terms
 
 
@@ -64,8 +64,11 @@ def image_recipe_problems(recipe: ClassifyRecipe) -> Iterator[VolsegError]:
     checks: list[Callable[[], Any]] = []
     if train.monitor != AUTO:
         checks.append(partial(check_monitor, recipe))
-    if train.loss.name != AUTO and data.kind != AUTO:
-        checks.append(partial(make_loss, train.loss, data.kind))
+    if train.loss.name != AUTO:
+        check_loss = partial(make_loss, train.loss, data.kind)
+        if data.kind == AUTO:  # which kinds the loss fits is checked when the plan is made
+            check_loss = partial(check_name, "loss", train.loss.name, LOSSES)
+        checks.append(check_loss)
     checks.append(partial(_check_image_network, recipe))
     for check in checks:
         try:
