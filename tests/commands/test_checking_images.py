@@ -143,7 +143,7 @@ def test_the_case_of_letters_makes_no_class_of_its_own(images):
     assert findings(images) == []
     content = (images / "train" / "benign" / "train_benign_0.png").read_bytes()
     (images / "test" / "Benign" / "copy.png").write_bytes(content)
-    assert [code for code, _ in findings(images)] == ["W_LEAK", "W_SIMILAR"]
+    assert [code for code, _ in findings(images)] == ["W_LEAK", "N_SIMILAR"]
 
 
 def test_empty_cells_and_a_patient_in_two_splits_are_named_with_their_line(tmp_path):

@@ -126,24 +126,13 @@ def convert(
         VolsegError: OpenVINO does not support the network, or its output differs.
     """
     openvino = import_openvino()
-    from openvino.frontend import FrontEndManager
-    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
-
     network = network.cpu().eval()
     if example is None:
         example, expected = _example(network, batch_shape)
     else:
         expected = _run(network, example)
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            # The tracer warns of its deprecation and of shape checks that hold for all our shapes.
-            warnings.simplefilter("ignore")
-            frontend = FrontEndManager().load_by_framework("pytorch")
-            unchecked = {"check_trace": False}  # the output is compared below
-            traced = TorchScriptPythonDecoder(
-                network, example_input=example, shared_memory=False, trace_kwargs=unchecked
-            )
-            model = frontend.convert(frontend.load(traced))
+        model = _traced(network, example)
         split_joined_convolutions(model)
         output = OpenVINOBackend(model, example.shape).logits(example.numpy())
         model.reshape(openvino.PartialShape([-1, batch_shape[1], *[-1] * (len(batch_shape) - 2)]))
@@ -163,6 +152,24 @@ def convert(
             code="E_BACKEND",
         )
     return model
+
+
+def _traced(network: nn.Module, example: torch.Tensor) -> openvino.Model:
+    """Trace a network with a batch; the caller compares the output."""
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+    with torch.no_grad(), warnings.catch_warnings():
+        # The tracer warns of its deprecation and of shape checks that hold for all our shapes.
+        warnings.simplefilter("ignore")
+        frontend = FrontEndManager().load_by_framework("pytorch")
+        decoder = TorchScriptPythonDecoder(
+            network,
+            example_input=example,
+            shared_memory=False,
+            trace_kwargs={"check_trace": False},
+        )
+        return frontend.convert(frontend.load(decoder))
 
 
 def _failures() -> list[type[Exception]]:
