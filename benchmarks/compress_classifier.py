@@ -29,9 +29,9 @@ from volseg.inference.choose import choose_backend
 from volseg.inference.image_predictor import ImagePredictor, load_predictor
 from volseg.inference.images import to_predictions
 from volseg.io.image_cases import ImageCase, survey_images
+from volseg.io.targets import TargetCells
 from volseg.networks import build_images
 from volseg.networks.image_network import count_multiply_adds
-from volseg.planning.targets import TargetCells
 
 
 @dataclass(frozen=True, slots=True, eq=False)

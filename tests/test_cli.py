@@ -210,10 +210,8 @@ def test_cuda_where_there_is_none_is_exit_code_5(model, dataset, tmp_path):
     assert done.returncode == 5
 
 
-@pytest.mark.parametrize(
-    ("number", "code"),
-    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_batch_leaves_a_table_with_pending_rows(
     number, code, model, dataset, tmp_path
 ):

@@ -14,6 +14,7 @@ from PIL import Image
 
 import volseg
 from volseg.commands import baseline_tables
+from volseg.commands.image_sources import FileSource
 from volseg.errors import VolsegError
 from volseg.image_bundle import load_image_bundle
 from volseg.io.prepared_images import read_prepared_images
@@ -225,6 +226,26 @@ def test_a_bad_image_is_a_failed_row_and_a_second_call_does_only_what_is_missing
     assert after["000"]["status"] == "done" and after["001"] == before["001"]
 
 
+def test_an_image_that_triggers_a_bug_is_a_failed_row_and_the_others_continue(
+    model, table, tmp_path, monkeypatch
+):
+    network_input = FileSource.network_input
+
+    def with_bug(source, case, settings):
+        if case.id == "002":
+            raise ZeroDivisionError("a bug")
+        return network_input(source, case, settings)
+
+    monkeypatch.setattr(FileSource, "network_input", with_bug)
+    images = sorted((table / "images").glob("*.png"))[:4]
+    result = volseg.infer(images, model=model, out=tmp_path / "r", pages=False)
+    assert list(result.done) == ["000", "001", "003"] and result.exit_code == 3
+    row = rows_of(tmp_path / "r" / "classes.csv")[2]
+    assert row["status"] == "failed" and row["error"].startswith("E_BUG: unexpected ZeroDivision")
+    (trace,) = (tmp_path / "r" / ".volseg").glob("*.traceback.txt")
+    assert "with_bug" in trace.read_text(encoding="utf-8") and str(trace) in row["error"]
+
+
 def test_predictions_of_another_target_are_not_replaced_and_those_of_another_model_are_named(
     model, table, tmp_path
 ):
@@ -255,6 +276,30 @@ def test_masks_and_classes_do_not_share_a_results_folder(model, table, tmp_path)
     volseg.measure(image=scan, mask=mask, out=tmp_path / "r", pages=False)
     with pytest.raises(VolsegError, match="holds the results of measure"):
         volseg.infer(table, model=model, out=tmp_path / "r")
+
+
+def test_a_model_knows_the_images_that_it_learned_from(tmp_path):
+    """Also under another name, where the data set states no split, and slice by slice."""
+    data = folder_of_classes(tmp_path / "data", n=8)
+    volseg.train(data, recipe=recipe("class", {"epochs": 1}), out=tmp_path / "m")
+    held_out = {row["case_id"] for row in rows_of(tmp_path / "m" / "validation.csv")}
+    learned = {path.stem for path in data.rglob("*.png")} - held_out
+    new = folder_of_classes(tmp_path / "new", n=2, seed=1)
+    shutil.copy(next(data.rglob(f"{min(learned)}.png")), new / SHAPES[0] / "renamed.png")
+    for inputs, expected in ((data, learned), (new, {"renamed"})):
+        out = tmp_path / f"{inputs.name}_results"
+        result = volseg.infer(inputs, model=tmp_path / "m", out=out, pages=False)
+        (warning,) = (text for text in result.warnings if text.startswith("W_TRAINING"))
+        assert f"{len(expected)} image" in warning
+        run = json.loads((out / "run.json").read_text(encoding="utf-8"))
+        assert set(run["training_images"]) == expected
+        judged = volseg.evaluate(reference=inputs, predicted=out, out=tmp_path / "e")
+        (warning,) = (text for text in judged.warnings if text.startswith("W_TRAINING"))
+        assert f"{len(expected)} training case" in warning
+    (only,) = (new / SHAPES[0]).glob("renamed.png")
+    only.unlink()
+    result = volseg.infer(new, model=tmp_path / "m", out=tmp_path / "fresh", pages=False)
+    assert not any(text.startswith("W_TRAINING") for text in result.warnings)
 
 
 def test_baselines_predict_the_same_images_and_a_second_call_computes_none_of_them_again(
@@ -374,6 +419,7 @@ def test_what_cannot_start_or_teach_is_named(model, table, tmp_path):
         volseg.train(table, target="area", teacher=model, out=tmp_path / "m")
 
 
+@pytest.mark.slow
 def test_a_student_learns_from_a_teacher_and_a_vgg_is_pruned_and_fine_tuned(table, tmp_path):
     vgg = {"name": "vgg", "depth": 11, "widths": [8, 8, 16, 16, 16, 16, 16, 16]}
     large = recipe("shape", {"epochs": 1}, network=vgg)
@@ -610,7 +656,7 @@ def test_an_image_that_cannot_be_read_is_named_and_the_others_are_trained_on(tmp
     assert report.metrics["training_images"] + report.metrics["validation_images"] == 15
 
 
-@pytest.mark.parametrize("target", ["label", "kind"])
+@pytest.mark.parametrize("target", [pytest.param("label", marks=pytest.mark.slow), "kind"])
 def test_slices_are_judged_by_the_data_set_that_they_were_trained_on(target, tmp_path):
     """A row of the table is a scan, and a prediction is a slice of it."""
     scans = scans_of_lesions(tmp_path / "data", n=8)

@@ -146,6 +146,7 @@ def test_interrupted_and_repeated_it_computes_only_what_is_missing(dataset, mode
     assert not list(out.rglob(".tmp-*"))
 
 
+@pytest.mark.slow
 def test_another_option_or_a_missing_mask_is_computed_again(dataset, model, tmp_path):
     scan, out = dataset / "images" / "scan_6.nii.gz", tmp_path / "out"
     volseg.infer(scan, model=model, out=out)

@@ -64,6 +64,7 @@ def test_a_mask_of_another_scan_is_a_failed_row_with_numbers(pair, tmp_path):
     assert re.search(r"; 9\d% of it lies within the scan", report.failed["scan"])
 
 
+@pytest.mark.slow
 def test_the_48_files_of_one_scan_give_identical_rows(tmp_path):
     folder = real_data("nifti_zoo/orientations48")
     lines = ["subject,image,label"]

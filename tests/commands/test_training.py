@@ -110,6 +110,7 @@ def test_a_checkpoint_that_another_program_changed_is_refused_in_one_line(
         path.write_bytes(kept)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_with_a_usable_model_and_resume_goes_on(dataset, model, tiny_recipe, tmp_path):
     def press_in_epoch_2(stage, share, detail):
         if stage == "Training" and detail.startswith("epoch 2"):

@@ -665,7 +665,7 @@ def test_pages_mark_a_corrected_mask_that_was_not_measured_yet(model, data, tmp_
     assert not any("W_EDITED: " in page.read_text("utf-8") for page in out.rglob("*.html"))
 
 
-@pytest.mark.parametrize("time", ["before", "after"])
+@pytest.mark.parametrize("time", ["before", pytest.param("after", marks=pytest.mark.slow)])
 def test_lesions_of_a_mask_that_was_corrected_and_not_measured_are_not_compared(
     time, model, data, tmp_path
 ):

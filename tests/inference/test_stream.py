@@ -77,7 +77,7 @@ def blended_at_once(array, network, patch, overlap):
     return (total / weights)[(slice(None), *inside)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(SHAPES, PATCHES, st.floats(0, 0.8), st.integers(0, 2), st.integers(1, 4))
 def test_streaming_equals_blending_all_at_once(shape, patch, overlap, axis, batch_size):
     array = scan(shape)

@@ -13,7 +13,7 @@ from volseg.words import format_count
 
 MAX_REMARKS, MAX_FAILURES = 5, 20  # warnings or notes of one code, and failures, printed in full
 FAILED = "failed"
-KIND = re.compile(rf"(?:warning: |note: )?([WN]_[A-Z_]+|{FAILED}): ")
+KIND = re.compile(rf"(?:warning: |note: )?([WN]_[A-Z_]{{1,40}}|{FAILED}): ")
 
 
 class Announcer:

@@ -12,7 +12,7 @@ from volseg.errors import VolsegError
 from volseg.evaluation.class_rows import PROBABILITY
 from volseg.evaluation.label_errors import doubtful_labels
 from volseg.io.csv_text import iterate_csv
-from volseg.planning.targets import value_of
+from volseg.io.targets import value_of
 from volseg.recipe.classification import CLASSES, Target
 from volseg.words import format_list
 

@@ -23,7 +23,7 @@ from volseg.io.formats import is_scan, stem_of
 from volseg.io.image_cases import survey_images
 from volseg.io.image_tables import HEADS, SLICE, is_arrays
 from volseg.io.tables import read_table
-from volseg.planning.targets import LARGEST, value_of
+from volseg.io.targets import LARGEST, value_of
 from volseg.recipe.classification import CLASSES as EXCLUSIVE
 from volseg.recipe.classification import LABELS, NUMBER, SEPARATOR, Target
 from volseg.store.tables import read_class_rows, read_value_rows
@@ -167,6 +167,7 @@ class Predicted:
         points: the operating points of the model, if run.json states them (`operating_points`).
         target: name of what it predicts, if run.json states it (`target`).
         data: kind, classes and ranges of that, if run.json states them (`data`).
+        learned_from: cases from which the model learned (`training_images` of run.json).
     """
 
     path: Path
@@ -177,6 +178,7 @@ class Predicted:
     points: Sequence[OperatingPoint] = ()
     target: str | None = None
     data: Target | None = None
+    learned_from: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, path: Path) -> Predicted:
@@ -209,6 +211,7 @@ class Predicted:
             points=_points(run),
             target=stated if isinstance(stated := run.get("target"), str) else None,
             data=_data_of(run, classes),
+            learned_from=_learned_from(run),
         )
 
     @property
@@ -361,10 +364,14 @@ class TruthTable:
             listed = format_list(cases, MOST_LISTED)
             texts.append(f"W_LEFT_OUT: {format_count(len(cases), 'case')}: {reason} ({listed})")
         texts += self._unpaired()
-        trained = [name for name in self.names if _split(self.reference.cells[name]) == "train"]
+        trained = [
+            name
+            for name in self.names
+            if _split(self.reference.cells[name]) == "train" or name in self.predicted.learned_from
+        ]
         if trained:
             texts.append(
-                f"W_TRAINING: {format_count(len(trained), 'case')} of the training split: a model "
+                f"W_TRAINING: {format_count(len(trained), 'training case')} among them: a model "
                 f"that was trained on them looks better than it is "
                 f"({format_list(trained, MOST_LISTED)})"
             )
@@ -556,6 +563,11 @@ def _run_of(folder: Path) -> Mapping[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _learned_from(run: Mapping[str, Any]) -> frozenset[str]:
+    names = run.get("training_images", ())
+    return frozenset(map(str, names)) if isinstance(names, list) else frozenset()
 
 
 def _points(run: Mapping[str, Any]) -> list[OperatingPoint]:

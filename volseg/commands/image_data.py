@@ -16,6 +16,7 @@ import numpy as np
 from volseg.commands.batch import reason_of
 from volseg.commands.image_sources import LESION, named, source_of, survey_lesions
 from volseg.commands.image_start import Start
+from volseg.commands.seen_images import image_key
 from volseg.errors import ScanError, VolsegError
 from volseg.evaluation.duplicates import ImagePrint, groups_of, print_of
 from volseg.io.cases import dataset_error
@@ -30,18 +31,18 @@ from volseg.io.prepared_images import (
     read_prepared_images,
     write_prepared_images,
 )
+from volseg.io.targets import TargetCells, Value, count_classes
 from volseg.options import Announce, Progress, ignore_progress, ignore_text
 from volseg.options.shared import failure_line
 from volseg.recipe import AnyRecipe, ClassifyRecipe, as_any_recipe, parse_image_recipe
 from volseg.recipe.classification import NUMBER, Target
 from volseg.recipe.images import ZScoreImage
 from volseg.recipe.section import AUTO, closed
-from volseg.words import format_list
+from volseg.words import format_count, format_list
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a command that needs it pays
     from volseg.planning.close import Reason
     from volseg.planning.images import ClosedImages, ImageFingerprint
-    from volseg.planning.targets import Value
 
 READING, PREPARING = "Reading the images", "Preparing the images"
 SAMPLE = 1000  # images whose size the fingerprint holds
@@ -139,8 +140,6 @@ class ImageDataset:
             raise VolsegError(problem, fix=error.fix, code=error.code) from error
 
     def _plan_labelled(self) -> PlannedImages:
-        from volseg.planning.targets import TargetCells
-
         survey, recipe = self.survey()
         name = recipe.data.target
         used = [case for case in survey.cases if case.split != "test"]
@@ -150,8 +149,8 @@ class ImageDataset:
         remarks = list(survey.remarks)
         if blank:
             remarks.append(
-                f"W_NO_TARGET: {len(blank)} images without a value of {name!r} are left out: "
-                f"{format_list(blank, 5)}"
+                f"W_NO_TARGET: {format_count(len(blank), 'image')} without a value of {name!r} "
+                f"left out: {format_list(blank, 5)}"
             )
         cells = TargetCells(name, {case.id: case.cells.get(name, "") for case in used})
         recipe = recipe.model_copy(update={"data": cells.describe(recipe.data)})
@@ -300,7 +299,7 @@ class PlannedImages:
             group=self.groups[case.id],
             split=self.splits[case.id],
             target=self.values[case.id],
-            sha256=digest,
+            sha256=image_key(digest, case.index),
             cells=dict(case.cells),
         )
 
@@ -493,8 +492,6 @@ def _one_sided(
     data: Target,
 ) -> list[str]:
     """Return a warning for each class that training or validation lacks."""
-    from volseg.planning.targets import count_classes
-
     if data.kind == NUMBER:
         return []
     remarks = []
@@ -579,7 +576,6 @@ def _fingerprint(
     recipe: ClassifyRecipe,
 ) -> ImageFingerprint:
     from volseg.planning.images import ImageFingerprint
-    from volseg.planning.targets import count_classes
 
     training = _training_cases(cases, splits)
     targets = [values[case.id] for case in training]

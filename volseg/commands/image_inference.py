@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from volseg.commands.baseline_tables import Beside, CaseRows, earlier_rows
-from volseg.commands.batch import reason_of
+from volseg.commands.batch import failure_reason
 from volseg.commands.class_reporting import PAGE, RUN, Row, doubtful_pictures, read_class_table
 from volseg.commands.image_sources import LESION, find_lesions, source_of
-from volseg.errors import ScanError, VolsegError
+from volseg.commands.seen_images import image_key, read_seen, seen_warning
+from volseg.errors import ScanError, UnexpectedError, VolsegError
 from volseg.evaluation.class_rows import (
     BASELINES,
     CLASSES,
@@ -128,6 +129,8 @@ class _Run:
         self._rows, self._keys = dict(earlier.rows), dict(earlier.keys)
         self._beside_rows = dict(earlier.beside)
         self._todo = dict[str, str]()  # keys of images that are read and not yet predicted
+        assert options.model is not None
+        self._learned_from = read_seen(options.model)
 
     def run(self, cases: Sequence[ImageCase], remarks: Sequence[str]) -> ImagesReport:
         done, kept, failed = list[str](), list[str](), dict[str, str]()
@@ -143,8 +146,9 @@ class _Run:
                     settings = self._bundle.recipe.images
                     self._todo[case.id] = key
                     batch.append((case, self._source.network_input(case, settings)))
-                except VolsegError as error:
-                    failed[case.id] = reason_of(error)
+                except Exception as error:  # of any kind: the other images continue
+                    problem = error if isinstance(error, VolsegError) else UnexpectedError(error)
+                    failed[case.id] = failure_reason(self._outputs, case.id, problem)
                     self._options.report_failure(case.id, failed[case.id])
                     self._fail(case, failed[case.id])
                 if len(batch) == BATCH or (batch and count == len(cases)):
@@ -154,6 +158,10 @@ class _Run:
             done += self._predict(batch)
         finally:
             self._write(cases)
+        learned = [name for name in self._learned() if name in {*done, *kept}]
+        if learned:
+            remarks.append(seen_warning(learned))
+            self._options.warn(remarks[-1])
         return ImagesReport(
             out=self._options.out,
             done=done,
@@ -166,9 +174,14 @@ class _Run:
         )
 
     def _key(self, case: ImageCase) -> str:
-        place = "" if case.index is None else f"#{case.index}"
+        image = image_key(self._digest(case.path), case.index)
         mask = "" if self._bundle.recipe.data.input != LESION else f"+{self._digest(case.mask)}"
-        return f"{self._digest(case.path)}{mask}{place}{self._end_of_keys}"
+        return f"{image}{mask}{self._end_of_keys}"
+
+    def _learned(self) -> list[str]:
+        """Return the images of the table that the model learned from, by their keys."""
+        images = {name: key.partition("@")[0].partition("+")[0] for name, key in self._keys.items()}
+        return sorted(name for name, image in images.items() if image in self._learned_from)
 
     @property
     def _end_of_keys(self) -> str:
@@ -295,6 +308,7 @@ class _Run:
             "coverage": self._bundle.judgement.stated_coverage,
             "baselines": list(self._beside.names),
             "operating_points": list(map(asdict, self._bundle.judgement.points)),
+            "training_images": self._learned(),
             "keys": {name: self._keys[name] for name in sorted(self._keys)},
         }
         beside = [line for row in rows for line in self._beside_rows.get(row.case_id, ())]

@@ -11,6 +11,7 @@ from volseg.commands.problems import Problem, problem_of
 from volseg.errors import VolsegError
 from volseg.io.files import make_folder, refuse_unsealed, write_sealed
 from volseg.io.prepared_images import CASES_FILE, PIXELS_FILE
+from volseg.io.targets import TargetCells
 from volseg.options import PlanOptions, PreprocessOptions
 from volseg.recipe import ClassifyRecipe, as_any_recipe
 from volseg.reports import PlanReport, PreprocessReport
@@ -88,8 +89,6 @@ def preprocess_images(options: PreprocessOptions) -> PreprocessReport:
 
 def target_problems(dataset: Path, recipe: ClassifyRecipe) -> Iterator[VolsegError]:
     """Yield what does not fit the recipe in the column that a dataset is to be learned from."""
-    from volseg.planning.targets import TargetCells
-
     survey, recipe = ImageDataset(dataset, recipe).survey()
     name = recipe.data.target
     cells = TargetCells(name, {case.id: case.cells.get(name, "") for case in survey.cases})

@@ -25,6 +25,7 @@ from volseg.commands.image_data import (
 from volseg.commands.image_planning import NOT_PLANNED, NOT_PLANNED_WHY
 from volseg.commands.image_start import Start
 from volseg.commands.image_time import ImageTime
+from volseg.commands.seen_images import SEEN, write_seen
 from volseg.commands.training_call import (
     PREPARED_FOLDER,
     WORK_FOLDER,
@@ -148,7 +149,10 @@ class _ImageTraining:
         names = [f"{classifier_name(index)}.safetensors" for index in range(MAX_FOLDS)]
         histories = [history_name(number) for number in range(MAX_FOLDS)]
         self._call.outputs.check_overwrites(
-            [DESCRIPTION, "card.md", *names, *histories, VALIDATION, CURVES, PREVIEW, *BASELINES]
+            [
+                *(DESCRIPTION, "card.md", *names, *histories, VALIDATION, SEEN, CURVES, PREVIEW),
+                *BASELINES,
+            ]
         )
         self._call.outputs.work_folder(WORK_FOLDER)
         self._call.progress("Starting", 0.0, str(self._options.dataset))
@@ -388,6 +392,7 @@ class _ImageTraining:
             if baselines:
                 save_baselines(baselines, commit.folder)
             commit.write(VALIDATION, _validation_table(folds, recipe, judgement.temperature))
+            commit.write(SEEN, partial(write_seen, keys=_learned_from(data, folds)))
             commit.finish(last=DESCRIPTION)
         return load_image_bundle(self._options.out)
 
@@ -455,6 +460,12 @@ def _outputs(folds: Sequence[_Fold]) -> tuple[np.ndarray, np.ndarray]:
     """Return the outputs of the validation images of all networks, and their targets."""
     logits = np.concatenate([fold.outputs.logits for fold in folds])
     return logits, np.concatenate([fold.outputs.targets for fold in folds])
+
+
+def _learned_from(data: LoadedImages, folds: Sequence[_Fold]) -> list[str]:
+    """Return the keys of the images that a network learned from: of several folds, all."""
+    held_out = {case.id for case in folds[0].validation.cases} if len(folds) == 1 else set()
+    return [case.sha256 for case in data.images.cases if case.id not in held_out]
 
 
 def _judged(

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from volseg.bundle import DESCRIPTION
 from volseg.commands.image_start import PRETRAINED
 from volseg.commands.planning import budget_of
 from volseg.errors import VolsegError
@@ -39,6 +38,8 @@ def refuse_finished(out: Path) -> None:
     Raises:
         VolsegError: it does.
     """
+    from volseg.bundle import DESCRIPTION  # torch takes seconds to import
+
     for name in (DESCRIPTION, PRETRAINED):
         if (out / name).exists():
             raise VolsegError(

@@ -23,7 +23,7 @@ class PreparedImage:
     Args:
         group: images that must stay in one fold share it: those of a patient, and near duplicates.
         target: index of the class, indices of the labels, or the number; None if unknown.
-        sha256: of the file that it was made from.
+        sha256: of the file that it was made from; with # and a number, of that image in the file.
     """
 
     id: str
