@@ -36,8 +36,8 @@ def main() -> int:
     started = time.monotonic()
     if not (out / "model" / "model.json").exists():
         console.print(
-            f"training on the phantoms of {FOLDER.name}/ (train and val): about 3 min on two "
-            "cores, longer on a busy machine …"
+            f"training on the phantoms of {FOLDER.name}/ (train and val): 3 to 14 min on two "
+            "cores, depending on the processor, longer on a busy machine …"
         )
         volseg.train(
             FOLDER,
