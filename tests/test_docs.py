@@ -14,10 +14,14 @@ from image_sets import folder_of_classes
 import volseg
 
 ROOT = Path(__file__).parents[1]
+LONG = {"volseg.commands.quantising"}  # modules whose examples take long
 EXAMPLES = [
-    ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    for path in sorted((ROOT / "volseg").rglob("*.py"))
-    if ">>> " in path.read_text(encoding="utf-8")
+    pytest.param(name, marks=pytest.mark.slow) if name in LONG else name
+    for name in (
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in sorted((ROOT / "volseg").rglob("*.py"))
+        if ">>> " in path.read_text(encoding="utf-8")
+    )
 ]
 PAGES = sorted(path for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 

@@ -551,6 +551,7 @@ def test_a_closed_stdout_and_one_without_a_reader_are_exit_code_5_and_one_line()
     assert "its reader has closed it" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_stderr_that_cannot_be_written_does_not_stop_the_work(tmp_path):
     pair = f"--image {scan(tmp_path / 'scan.nii.gz')} --mask {mask(tmp_path / 'mask.nii.gz')}"
     folder = tmp_path / "out"

@@ -315,6 +315,7 @@ def test_where_every_pair_fails_the_rows_of_the_same_masks_stay(min_iou, study, 
     assert (out / "evaluation.csv").read_bytes() == files["evaluation.csv"]
 
 
+@pytest.mark.slow
 def test_where_one_pair_fails_its_row_stays_if_its_masks_and_the_overlap_are_the_same(
     folders, tmp_path, monkeypatch
 ):

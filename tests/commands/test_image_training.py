@@ -161,6 +161,7 @@ def test_an_interrupted_run_resumes_to_the_weights_of_an_unbroken_one(table, tmp
     assert not list((tmp_path / "parts" / ".training").rglob("*.npy"))
 
 
+@pytest.mark.slow
 def test_another_data_set_or_recipe_is_not_resumed(table, tmp_path):
     """The images of the interrupted run are kept, and would be trained on unasked."""
     stated = recipe("shape", {"epochs": 3})
@@ -462,6 +463,7 @@ def test_pretrained_weights_are_a_start(table, tmp_path):
     assert "2 random" in summary  # the head alone
 
 
+@pytest.mark.slow
 def test_no_model_is_trained_over_another(model, table, tmp_path):
     """Their files have the same names, and volseg may overwrite what it wrote."""
     volseg.pretrain(table, recipe=recipe("shape", {"epochs": 1}), out=tmp_path / "p")
@@ -674,6 +676,7 @@ def test_slices_are_judged_by_the_data_set_that_they_were_trained_on(target, tmp
             assert truths[name]["patient"] == row["image"][7:10]
 
 
+@pytest.mark.slow
 def test_lesions_are_judged_by_the_class_of_their_scan(tmp_path):
     scans = scans_of_lesions(tmp_path / "data", n=8)
     data = {"target": "kind", "input": "lesion"}

@@ -86,6 +86,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_another_program_changed_is_refused_in_one_line(
     dataset, quick_recipe, tmp_path
 ):
@@ -363,6 +364,7 @@ def test_the_metrics_of_the_card_are_those_of_the_saved_weights(dataset, tiny_re
     assert "4 training cases" in (tmp_path / "m" / "card.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_data_that_go_bad_midway_leave_the_best_weights_before(dataset, quick_recipe, tmp_path):
     volseg.preprocess(dataset, recipe=quick_recipe, out=tmp_path / "p")
 

@@ -164,6 +164,7 @@ def test_probabilities_of_the_model_outlive_a_correction_of_its_mask(model, data
     assert stored.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_other_results_that_were_changed_by_hand_are_refused_not_replaced(
     model, data, tmp_path, refused
 ):
@@ -428,6 +429,7 @@ def test_a_label_name_that_cannot_be_encoded_does_not_end_the_batch(data, tmp_pa
     assert len(rows(tmp_path / "out" / "cases.csv")) == 2
 
 
+@pytest.mark.slow
 def test_a_full_disk_in_the_first_case_loses_nothing(data, tmp_path):
     """Limit the size of files, which ends a write as a full disk does."""
     out = tmp_path / "out"
@@ -457,6 +459,7 @@ def test_a_full_disk_in_the_first_case_loses_nothing(data, tmp_path):
     assert digests(out)["lesions.csv"] == before["lesions.csv"]
 
 
+@pytest.mark.slow
 def test_a_mask_restored_to_an_earlier_result_is_kept_as_a_correction(model, data, tmp_path):
     out, other = tmp_path / "out", tmp_path / "other"
     shutil.copytree(model, other)

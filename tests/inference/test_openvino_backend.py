@@ -85,6 +85,7 @@ def test_openvino_does_not_copy_the_logits():
     assert peak < size / 2
 
 
+@pytest.mark.slow
 @needs_openvino
 def test_a_large_patch_of_constant_air_does_not_blur_the_statistics_of_normalisation():
     unet = network()
@@ -117,6 +118,7 @@ def test_fp32_is_fp32_and_half_precision_is_refused_where_the_chip_has_none(monk
         choose_backend("openvino", "cpu", "fp16")
 
 
+@pytest.mark.slow
 @needs_openvino
 def test_openvino_telemetry_is_not_imported():
     code = """

@@ -77,7 +77,7 @@ def blended_at_once(array, network, patch, overlap):
     return (total / weights)[(slice(None), *inside)]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(SHAPES, PATCHES, st.floats(0, 0.8), st.integers(0, 2), st.integers(1, 4))
 def test_streaming_equals_blending_all_at_once(shape, patch, overlap, axis, batch_size):
     array = scan(shape)
@@ -95,7 +95,7 @@ def test_streaming_equals_blending_all_at_once(shape, patch, overlap, axis, batc
     np.testing.assert_allclose(half, logits, atol=5e-3 * max(1, np.abs(logits).max()))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(SHAPES, PATCHES, st.floats(0, 0.8), st.sets(st.integers(0, 2)), st.integers(0, 5))
 def test_equal_tiles_blend_to_the_volume(shape, patch, overlap, mirror, margin):
     array = scan(shape)
