@@ -9,7 +9,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-WORKERS = $(shell $(PYTHON) -c "import os; print((os.cpu_count() or 1) + 1)")
 
 .PHONY: demo demo-classify test lint docs pictures bench clean
 
@@ -19,10 +18,9 @@ demo: $(INSTALLED)
 demo-classify: $(INSTALLED)
 	$(BIN)/python sample_data/demo_classify.py --out demo_classify_results
 
-# A process per core, of one thread each: more threads than cores wait for each other. One process
-# more, as many tests wait for a browser or for commands that they start.
+# A process per core, of one thread each: more threads than cores wait for each other.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not gpu"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -14,7 +14,10 @@ from image_sets import folder_of_classes
 import volseg
 
 ROOT = Path(__file__).parents[1]
-LONG = {"volseg.commands.quantising"}  # modules whose examples take long
+LONG = {
+    "volseg.commands.quantising",
+    "volseg.commands.in_memory",
+}  # modules whose examples take long
 EXAMPLES = [
     pytest.param(name, marks=pytest.mark.slow) if name in LONG else name
     for name in (

@@ -65,6 +65,7 @@ def run(root, *arguments):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_commands_know_the_format(copy):
     run(copy, "-c", USE)
 

@@ -94,6 +94,7 @@ def test_an_ordinary_mask_has_no_such_warning(tmp_path):
     assert "W_SPECKS" not in rows_of(tmp_path / "out" / "cases.csv")[0]["warnings"]
 
 
+@pytest.mark.slow
 def test_a_budget_that_is_too_small_gives_a_failed_row_that_names_a_sufficient_one(tmp_path):
     scan, mask, _ = write_noise(tmp_path, (40, 40, 30), 0.05, 3)
     report = volseg.measure(image=scan, mask=mask, out=tmp_path / "out", max_ram="100M")

@@ -111,6 +111,7 @@ def run(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_openvino_segments_what_torch_segments(model, dataset, tmp_path):
     from volseg.io.volumes import read_mask
 

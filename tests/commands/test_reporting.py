@@ -100,6 +100,7 @@ def test_making_a_page_takes_the_memory_that_is_planned_for_it(tmp_path):
     assert f"Showing the first 1000 of {len(rows)} lesions" in page.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_report_html_lists_the_largest_lesions_in_the_memory_that_is_planned_for_it(tmp_path):
     """Memory does not grow with the number of lesions of all cases."""
     geometry = grid_around(12, oblique((1.0, 1.2, 2.0)))

@@ -41,6 +41,7 @@ class Recorder:
         return max(later - earlier for earlier, later in pairwise(moments))
 
 
+@pytest.mark.slow
 def test_a_short_budget_is_refused_after_the_first_case_which_is_kept(
     dataset, tiny_recipe, tmp_path
 ):

@@ -381,6 +381,7 @@ def test_data_that_go_bad_midway_leave_the_best_weights_before(dataset, quick_re
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "m").values())
 
 
+@pytest.mark.slow
 def test_warnings_about_the_data_come_before_the_first_step(dataset, quick_recipe, tmp_path):
     shutil.copytree(dataset, tmp_path / "data")
     path = tmp_path / "data" / "labels" / "scan_1.nii.gz"
@@ -513,6 +514,7 @@ def test_a_run_is_resumed_with_the_folds_that_it_was_begun_with(dataset, quick_r
         volseg.train(dataset, recipe=quick_recipe, folds=7, out=tmp_path / "n", device="cpu")
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_last_validation_keeps_what_was_trained(
     dataset, quick_recipe, tmp_path, monkeypatch
 ):

@@ -479,7 +479,7 @@ def test_a_mask_restored_to_an_earlier_result_is_kept_as_a_correction(model, dat
     assert mask.read_bytes() == earlier
 
 
-@pytest.mark.parametrize("is_measured", [False, True])
+@pytest.mark.parametrize("is_measured", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_corrected_mask_is_not_the_result_of_another_scan_of_that_name(
     is_measured, model, data, tmp_path
 ):

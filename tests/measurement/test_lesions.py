@@ -291,7 +291,13 @@ def test_lesions_add_up_to_the_mask(seed):
     [SPACING_MM, pytest.param((0.625, 0.625, 0.625), marks=pytest.mark.slow)],
     ids=str,
 )
-@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS.keys())
+@pytest.mark.parametrize(
+    "grid",
+    [
+        pytest.param(grid, id=name, marks=() if name == "oblique" else pytest.mark.slow)
+        for name, grid in GRIDS.items()
+    ],
+)
 def test_all_48_orientations_give_identical_rows(grid, spacing_mm):
     image, mask = random_scan(background=0.97)
     image[mask == 3] = np.random.default_rng(1).choice(
