@@ -90,8 +90,9 @@ def test_the_best_plan_fits_all_folds_else_one_network_else_it_is_the_smallest()
 def test_a_refusal_names_a_time_that_holds_what_is_needed():
     for needed in (3, 59, 61, 100, 130, 3000, 50_000):
         text = suggested(needed)
-        number, unit = re.fullmatch(r"(\d+)([sm])", text).groups()
-        assert needed < int(number) * {"s": 1, "m": 60}[unit] < 2 * needed + 60
+        number, unit = re.fullmatch(r"([\d.]+)([smh])", text).groups()
+        assert needed < float(number) * {"s": 1, "m": 60, "h": 3600}[unit] < 2 * needed + 60
+    assert suggested(50_000).endswith("h")
     words = "budget of 60 s is too short: all of it; to fix: give --time-budget 3m or more; keep"
     with pytest.raises(VolsegError, match=words):
         refuse_time(60, 110, "all of it", kept="; keep")

@@ -143,4 +143,8 @@ def refuse_time(
 def suggested(needed: float) -> str:
     """Return a value for `--time-budget` that holds the needed seconds, with room."""
     seconds = SUGGESTED * needed
-    return f"{math.ceil(seconds / 10) * 10}s" if seconds < 115 else f"{math.ceil(seconds / 60)}m"
+    if seconds < 115:
+        return f"{math.ceil(seconds / 10) * 10}s"
+    if seconds < 7200:
+        return f"{math.ceil(seconds / 60)}m"
+    return f"{math.ceil(seconds / 360) / 10:g}h"
