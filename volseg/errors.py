@@ -6,7 +6,8 @@ The command line prints an error in one line, without a traceback.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 
@@ -57,6 +58,15 @@ class ScanError(VolsegError):
     """One scan or mask cannot be used; the other cases of a batch are unaffected."""
 
     exit_code = 4
+
+
+@contextmanager
+def named(path: Path, kind: type[VolsegError] = VolsegError) -> Iterator[None]:
+    """Name a file in errors about its content, which become errors of this kind."""
+    try:
+        yield
+    except VolsegError as error:
+        raise kind(f"{path}: {error.problem}", fix=error.fix, code=error.code) from error
 
 
 class UnexpectedError(ScanError):

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from volseg.commands.batch import reason_of
-from volseg.commands.image_sources import LESION, named, source_of, survey_lesions
+from volseg.commands.image_sources import LESION, source_of, survey_lesions
 from volseg.commands.image_start import Start
 from volseg.commands.seen_images import image_key
-from volseg.errors import ScanError, VolsegError
+from volseg.errors import ScanError, VolsegError, named
 from volseg.evaluation.duplicates import ImagePrint, groups_of, print_of
 from volseg.io.cases import dataset_error
 from volseg.io.files import json_text, sha256_of
@@ -220,7 +220,7 @@ class ImageDataset:
             try:
                 image = source.picture(case)
                 if recipe.images.normalise != AUTO:
-                    with named(case.path):
+                    with named(case.path, ScanError):
                         closed(recipe.images.normalise).check(image.largest)
                 prints = print_of(image.array, image.largest)
                 pixels = image.array.ravel()[:: max(1, image.array.size // INTENSITIES)]

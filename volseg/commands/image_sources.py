@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -12,7 +11,7 @@ from scipy import ndimage
 
 from volseg.commands.batch import reason_of
 from volseg.commands.placing import place_mask
-from volseg.errors import ScanError, VolsegError
+from volseg.errors import ScanError, VolsegError, named
 from volseg.image import Image2D
 from volseg.io.cases import Case, dataset_error
 from volseg.io.image_cases import ImageCase
@@ -65,7 +64,7 @@ class FileSource:
 
     def network_input(self, case: ImageCase, settings: Images) -> np.ndarray:
         image = self.picture(case)
-        with named(case.path):
+        with named(case.path, ScanError):
             return to_input(image, settings)
 
 
@@ -86,7 +85,7 @@ class LesionSource:
 
     def network_input(self, case: ImageCase, settings: Images) -> np.ndarray:
         image, inside = self._lesion(case, LesionView.of(settings))
-        with named(case.path):
+        with named(case.path, ScanError):
             return lesion_input(image, inside, settings)
 
     def _lesion(self, case: ImageCase, view: LesionView) -> tuple[Volume, np.ndarray]:
@@ -103,15 +102,6 @@ class LesionSource:
         self._scan, self._ids = read_lesions(case.path, case.mask)
         self._boxes = ndimage.find_objects(self._ids)
         self._paths = (case.path, case.mask)
-
-
-@contextmanager
-def named(path: Path) -> Iterator[None]:
-    """Name the file in errors about its intensities."""
-    try:
-        yield
-    except VolsegError as error:
-        raise ScanError(f"{path}: {error.problem}", fix=error.fix, code=error.code) from error
 
 
 def read_lesions(path: Path, mask_path: Path | None) -> tuple[Volume, np.ndarray]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from volseg.errors import VolsegError
+from volseg.errors import VolsegError, named
 from volseg.inputs import read_json
 from volseg.recipe import ClassifyRecipe, parse_image_recipe
 from volseg.recipe.images import Images, ScaleImage, UnitNormaliser
@@ -157,7 +157,7 @@ class Start:
 
     def adapted_to(self, network: Any) -> tuple[Weights, list[str]]:
         """Return the tensors that fit a network, and sentences on what fitted and what did not."""
-        from volseg.networks.adapt import Status, adapt, named
+        from volseg.networks.adapt import Status, adapt
 
         with named(self.path):
             adapted = adapt(network, self.tensors)

@@ -6,7 +6,6 @@ import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from volseg.errors import VolsegError, missing_path
+from volseg.errors import VolsegError, missing_path, named
 from volseg.inputs import open_regular, shorten
 from volseg.networks import architecture, check_finite, image_network_names, unique_tensors
 from volseg.networks.image_network import HEAD, ImageArchitecture, ImageNetwork
@@ -149,15 +148,6 @@ def read_weights(path: Path) -> WeightFile:
         check_finite(tensors)
     source = metadata.get("source", file.name)
     return WeightFile(tensors, _scaling(tensors, metadata), shorten(source, 200))
-
-
-@contextmanager
-def named(path: Path) -> Iterator[None]:
-    """Name the file in errors about its weights."""
-    try:
-        yield
-    except VolsegError as error:
-        raise VolsegError(f"{path}: {error.problem}", fix=error.fix, code=error.code) from error
 
 
 def adapt(network: ImageNetwork, tensors: Mapping[str, torch.Tensor]) -> Adapted:
