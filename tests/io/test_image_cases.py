@@ -12,7 +12,9 @@ from PIL import Image
 from volseg.errors import VolsegError
 from volseg.io.image_cases import find_images, looks_like_images, survey_images
 from volseg.io.images import read_image
+from volseg.io.targets import TargetCells
 from volseg.io.volumes import write_volume
+from volseg.recipe.classification import Target
 from volseg.volume import Geometry, Volume
 
 DATA = Path(__file__).parents[2].parent / "shared/data"
@@ -283,7 +285,7 @@ def test_a_medmnist_file_states_splits_and_labels(n_labels, tmp_path):
         content[f"{split}_images"] = rng.integers(0, 255, (n, 8, 8), np.uint8)
         content[f"{split}_labels"] = rng.integers(0, 2, (n, n_labels))
     np.savez(tmp_path / "x.npz", **content)
-    names = ["label"] if n_labels == 1 else ["label_0", "label_1", "label_2"]
+    names = ["label"] if n_labels == 1 else ["label", "label_0", "label_1", "label_2"]
     table(tmp_path, "image,patient,note\nx.npz,all,made")  # as of one scan: adds nothing
     for dataset in (tmp_path / "x.npz", tmp_path):
         assert looks_like_images(dataset)
@@ -293,12 +295,42 @@ def test_a_medmnist_file_states_splits_and_labels(n_labels, tmp_path):
         case = survey.cases[7]
         expected = content["val_labels"][1]
         assert case.id == "val_1"
-        assert case.cells == {name: str(value) for name, value in zip(names, expected)}
+        cells = dict(zip(names[-n_labels:], map(str, expected)))
+        if n_labels > 1:
+            cells["label"] = "|".join(f"{k}" for k in range(3) if expected[k]) or "|"
+        assert case.cells == cells
     content["val_labels"] = content["val_labels"][:2]
     np.savez(tmp_path / "x.npz", **content)
     with pytest.raises(VolsegError, match="give 4 rows of whole numbers") as caught:
         survey_images(tmp_path / "x.npz")
     assert caught.value.code == "E_LABELS"
+
+
+def test_columns_of_flags_are_several_labels_at_once(tmp_path):
+    flags = np.array([[1, 0, 0], [0, 0, 0], [1, 1, 0], [0, 0, 1], [1, 0, 1], [0, 1, 0]])
+    images = np.random.default_rng(0).integers(0, 255, (6, 8, 8), np.uint8)
+    np.savez(tmp_path / "x.npz", train_images=images, train_labels=flags)
+    survey = survey_images(tmp_path / "x.npz")
+    assert survey.likely_target == "label"
+    (column,) = (column for column in survey.target_columns if column.name == "label")
+    assert (column.kind, column.values, column.n_empty) == ("labels", ("0", "1", "2"), 0)
+    cells = {case.id: case.cells["label"] for case in survey.cases}
+    data = TargetCells("label", cells).describe(Target(target="label"))
+    values, mistakes = TargetCells("label", cells).values(data)
+    assert data.kind == "labels" and not mistakes
+    assert [values[f"train_{row}"] for row in range(6)] == [
+        tuple(np.flatnonzero(row).tolist()) for row in flags
+    ]
+    np.savez(tmp_path / "x.npz", train_images=images, train_labels=2 * flags)  # grades, no flags
+    assert survey_images(tmp_path / "x.npz").likely_target is None
+
+
+def test_pictures_of_a_format_that_is_not_read_are_named(tmp_path):
+    touch(tmp_path, "a/1.png", "a/2.GIF", "b/3.png", "b/4.webp", "b/notes.txt")
+    survey = survey_images(tmp_path)
+    assert [case.path.name for case in survey.cases] == ["1.png", "3.png"]
+    (remark,) = (text for text in survey.remarks if text.startswith("W_FORMAT: "))
+    assert f"left out 2 pictures of a format that is not read, first {Path('a/2.GIF')}" in remark
 
 
 # ---- images to classify

@@ -14,6 +14,7 @@ from volseg.image import Image2D
 from volseg.io.image_cases import ImageCase, ImageSurvey, survey_images
 from volseg.io.images import ImageReader
 from volseg.io.target_cells import plain_name
+from volseg.recipe.classification import CLASSES, LABELS, split_names
 from volseg.words import format_count, format_list, format_sizes
 
 MAX_NAMES = 5  # sizes named in one finding
@@ -79,10 +80,13 @@ def _unlabelled(survey: ImageSurvey, where: str) -> Iterator[Problem]:
         yield problem_at(where, "W_NO_TARGET", text, "fill it in; training leaves out the image")
 
 
+def _kind_of(survey: ImageSurvey, target: str | None) -> str | None:
+    return next((column.kind for column in survey.target_columns if column.name == target), None)
+
+
 def _classes_of(survey: ImageSurvey, target: str | None) -> str | None:
-    """Return the target if it is one of classes, whose duplicates should agree."""
-    kinds = {column.name: column.kind for column in survey.target_columns}
-    return target if target is not None and kinds.get(target) == "classes" else None
+    """Return the target if it is one of classes or labels, in which duplicates should agree."""
+    return target if _kind_of(survey, target) in (CLASSES, LABELS) else None
 
 
 def _class_problems(survey: ImageSurvey, target: str | None, where: str) -> Iterator[Problem]:
@@ -90,12 +94,15 @@ def _class_problems(survey: ImageSurvey, target: str | None, where: str) -> Iter
     name = _classes_of(survey, target)
     if name is None:
         return
+    several = _kind_of(survey, name) == LABELS
     splits, shown = defaultdict[str, set[str]](set), dict[str, str]()
     for case in survey.cases:
-        value = plain_name(case.cells.get(name, ""))
-        if case.split is not None and value:
-            splits[value].add(case.split)
-            shown.setdefault(value, case.cells[name])
+        cell = case.cells.get(name, "")
+        for part in split_names(cell) if several else [cell]:
+            value = plain_name(part)
+            if case.split is not None and value:
+                splits[value].add(case.split)
+                shown.setdefault(value, part)
     everywhere = sorted(set().union(*splits.values()))
     for value, places in sorted(splits.items()):
         if len(places) == 1 < len(everywhere):

@@ -25,7 +25,7 @@ from volseg.io.image_tables import HEADS, SLICE, is_arrays
 from volseg.io.tables import read_table
 from volseg.io.targets import LARGEST, value_of
 from volseg.recipe.classification import CLASSES as EXCLUSIVE
-from volseg.recipe.classification import LABELS, NUMBER, SEPARATOR, Target
+from volseg.recipe.classification import LABELS, NUMBER, SEPARATOR, Target, split_names
 from volseg.store.tables import read_class_rows, read_value_rows
 from volseg.words import format_count, format_list
 
@@ -501,7 +501,7 @@ def _check_rows(
     needed = dict.fromkeys(() if stated is None else stated.names)
     for row in rows:
         if isinstance(row, ClassRow) and row.class_name:
-            needed |= dict.fromkeys(row.class_name.split(SEPARATOR))
+            needed |= dict.fromkeys(split_names(row.class_name))
     lost = [name for name in needed if name not in classes]
     if lost:
         raise ValueError(f"has no column {PROBABILITY + lost[0]!r}, and {lost[0]!r} is a class")

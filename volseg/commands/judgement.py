@@ -13,12 +13,13 @@ from volseg.commands.class_tables import TruthTable
 from volseg.evaluation.agreement import Agreement, agreement
 from volseg.evaluation.calibration import calibration_error, error_if_calibrated
 from volseg.evaluation.class_intervals import Judged, MetricRow, text_of_metric
-from volseg.evaluation.class_rows import JudgedRow, joined, split_names
+from volseg.evaluation.class_rows import JudgedRow, joined
 from volseg.evaluation.classes import ClassPredictions, Value, confusion
 from volseg.evaluation.conformal import judge_sets
 from volseg.evaluation.regression import NumberPredictions
 from volseg.io.files import sha256_of
 from volseg.options import EvaluateOptions
+from volseg.recipe.classification import split_names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

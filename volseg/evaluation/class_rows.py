@@ -155,15 +155,6 @@ def joined(names: Sequence[str]) -> str:
     return SEPARATOR.join(names)
 
 
-def split_names(cell: str) -> list[str]:
-    """Return the classes in a cell.
-
-    >>> split_names("benign | malignant"), split_names("")
-    (['benign', 'malignant'], [])
-    """
-    return [name.strip() for name in cell.split(SEPARATOR) if name.strip()]
-
-
 def _fixed() -> tuple[list[str], list[str]]:
     """Return the columns before and after the probabilities."""
     names = [name for name in ClassRow.__dataclass_fields__ if name != "probabilities"]

@@ -30,12 +30,13 @@ from volseg.io.image_tables import (
     read_image_table,
     slices_of_scans,
 )
-from volseg.io.images import READABLE, is_image, through_axis
+from volseg.io.images import READABLE, UNREAD_SUFFIXES, is_image, through_axis
 from volseg.io.layouts import survey_cases
 from volseg.io.tables import read_table
 from volseg.io.target_cells import is_missing, is_number, kind_of
 from volseg.io.volumes import read_header, read_mask
-from volseg.recipe.classification import NUMBER
+from volseg.recipe.classification import CLASSES, LABELS, NUMBER, split_names
+from volseg.words import format_count
 
 __all__ = [
     "ImageCase",
@@ -54,7 +55,7 @@ MOST_CLASSES = 100
 MOST_DEPTHS = 4  # folders in folders that are searched
 SAMPLE = 2000  # entries of a folder, and rows of a table, from which its kind is told
 
-Kind = Literal["classes", "number", "mask"]
+Kind = Literal["classes", "labels", "number", "mask"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,8 @@ class TargetColumn:
     """A column that could be the target.
 
     Args:
-        kind: `classes`; `number`; or `mask`, which says of each slice whether it holds a label.
+        kind: `classes`; `labels`, several at once; `number`; or `mask`, which says of each slice
+            whether it holds a label.
         values: the distinct ones that are not empty, sorted; none of a mask, which is not read.
         n_empty: images without a value.
     """
@@ -239,9 +241,12 @@ def _read_images(dataset: Path) -> ImageListing | None:
     if table.is_file():
         return read_image_table(table) if looks_like_images(table) else None
     arrays = [path for path in visible_paths(dataset) if is_arrays(path)]
-    images = [path for path in _files_below(dataset) if is_image(path)]
+    files = list(_files_below(dataset))
+    images = [path for path in files if is_image(path)]
     if images:
-        return read_image_folders(dataset, images)
+        listing = read_image_folders(dataset, images)
+        listing.remarks += _unread(dataset, files)
+        return listing
     if len(arrays) > 1:
         raise VolsegError(
             f"{dataset}: holds {len(arrays)} .npz files: {listed(p.name for p in arrays[:5])}",
@@ -249,6 +254,19 @@ def _read_images(dataset: Path) -> ImageListing | None:
             code="E_DATASET",
         )
     return read_image_arrays(arrays[0]) if arrays else None
+
+
+def _unread(dataset: Path, files: Sequence[Path]) -> list[str]:
+    """Return a warning if there are pictures of a format that is not read."""
+    unread = [path for path in files if path.name.lower().endswith(UNREAD_SUFFIXES)]
+    if not unread:
+        return []
+    count = format_count(len(unread), "picture")
+    first = unread[0].relative_to(dataset)
+    return [
+        f"W_FORMAT: {dataset}: left out {count} of a format that is not read, first {first}; "
+        "convert to PNG"
+    ]
 
 
 def _slices(dataset: Path) -> ImageListing:
@@ -289,7 +307,9 @@ def _target_columns(cases: Sequence[ImageCase], masks: Collection[str]) -> list[
     for name in dict.fromkeys(name for case in cases for name in case.cells if name != SLICE):
         cells = [case.cells.get(name, "") for case in cases]
         texts = [text for text in cells if text and not is_missing(text)]
-        values = sorted(set(texts), key=_numbers_first)
+        several = kind_of(texts) == LABELS
+        parts = [part for text in texts for part in (split_names(text) if several else [text])]
+        values = sorted(set(parts), key=_numbers_first)
         kind = _kind_of(values, texts)
         if kind is not None:
             columns.append(TargetColumn(name, kind, tuple(values), len(cells) - len(texts)))
@@ -304,12 +324,13 @@ def _kind_of(values: Sequence[str], texts: Sequence[str]) -> Kind | None:
     """Tell what a column of these texts and distinct values is; None for names and remarks."""
     if len(values) < 2:
         return None
-    if kind_of(texts) == NUMBER:
+    kind = kind_of(texts)
+    if kind == NUMBER:
         return "number"
-    if all(map(is_number, values)):
+    if kind == CLASSES and all(map(is_number, values)):
         return "classes"
     # At least two images of a class on average: else the column is a name.
-    return "classes" if len(values) <= min(MOST_CLASSES, len(texts) // 2) else None
+    return kind if len(values) <= min(MOST_CLASSES, len(texts) // 2) else None
 
 
 def _numbers_first(text: str) -> tuple[bool, float, str]:

@@ -16,6 +16,7 @@ from volseg.io.medmnist import SUFFIX as NPZ_SUFFIX
 from volseg.io.medmnist import ImageArrays
 from volseg.io.tables import Table, read_table
 from volseg.io.volumes import read_header
+from volseg.recipe.classification import SEPARATOR
 
 LABEL = "label"  # column that a MedMNIST file gives; of the masks of volumes
 SLICE = "slice"
@@ -69,7 +70,10 @@ def is_arrays(path: Path) -> bool:
 
 
 def read_image_arrays(path: Path) -> ImageListing:
-    """List the images of a MedMNIST file; its labels are the column `label`, or `label_0`, ….
+    """List the images of a MedMNIST file; its labels are the column `label`.
+
+    Several columns of labels are `label_0`, …; if they hold only 0 and 1, `label` lists those of 1,
+    several labels at once.
 
     Raises:
         ScanError: it is no such file.
@@ -78,14 +82,18 @@ def read_image_arrays(path: Path) -> ImageListing:
     rows = ImageArrays(path).labels()
     n_labels = max((len(numbers) for _, numbers in rows), default=0)
     names = [LABEL] if n_labels == 1 else [f"{LABEL}_{number}" for number in range(n_labels)]
+    are_flags = n_labels > 1 and all(set(numbers) <= {0, 1} for _, numbers in rows)
     n_of = Counter[str]()
     for index, (split, numbers) in enumerate(rows):
         row, cells = n_of[split], dict(zip(names, map(str, numbers), strict=False))
+        if are_flags and numbers:
+            labels = [str(label) for label, is_set in enumerate(numbers) if is_set]
+            cells = {LABEL: SEPARATOR.join(labels) or SEPARATOR} | cells
         n_of[split] += 1
         where = f"{path.name} {split}_images[{row}]"
         case = ImageCase(f"{split}_{row}", path, index, None, split, cells, None, where)
         listing.cases.append(case)
-    listing.columns = names
+    listing.columns = [LABEL, *names] if are_flags else names
     return listing
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 SUFFIXES = PICTURE_SUFFIXES + DICOM_SUFFIXES  # of files that hold one image
+UNREAD_SUFFIXES = (".gif", ".webp", ".heic", ".avif", ".jp2", ".svg")  # of other pictures
 READABLE = ", ".join((*SUFFIXES, NPZ_SUFFIX))  # for messages
 PICTURES = ("PNG", "JPEG", "BMP", "TIFF")  # Pillow's names; other decoders stay shut
 MAX_FILE_BYTES = 2**30

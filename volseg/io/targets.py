@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from volseg.errors import VolsegError
 from volseg.inputs import shorten
 from volseg.io.target_cells import is_missing, is_number, kind_of, plain_name
-from volseg.recipe.classification import CLASSES, LABELS, MAX_CLASSES, NUMBER, SEPARATOR, Target
+from volseg.recipe.classification import (
+    CLASSES,
+    LABELS,
+    MAX_CLASSES,
+    NUMBER,
+    SEPARATOR,
+    Target,
+    split_names,
+)
 from volseg.recipe.section import AUTO
 from volseg.words import format_list
 
@@ -114,13 +122,13 @@ def value_of(cell: str, data: Target) -> Value:
 def _indices(text: str, data: Target) -> tuple[int, ...]:
     """Return the indices of the class or the labels in a cell."""
     names = {plain_name(name): index for index, name in enumerate(data.names)}
-    parts = [text] if data.kind == CLASSES else [part.strip() for part in text.split(SEPARATOR)]
-    unknown = [part for part in parts if part and plain_name(part) not in names]
+    parts = [text] if data.kind == CLASSES else split_names(text)
+    unknown = [part for part in parts if plain_name(part) not in names]
     if unknown:
         listed = format_list(list(data.names), 10)
         problem = f"{shorten(unknown[0])!r} is not one of the classes {listed}"
         raise ValueError(problem + _hint(unknown[0]))
-    return tuple(sorted({names[plain_name(part)] for part in parts if part}))
+    return tuple(sorted({names[plain_name(part)] for part in parts}))
 
 
 def count_classes(values: Sequence[Value], data: Target) -> dict[str, int]:
@@ -136,9 +144,7 @@ def count_classes(values: Sequence[Value], data: Target) -> dict[str, int]:
 
 def _names(texts: Sequence[str], *, several: bool) -> tuple[str, ...]:
     """Return the distinct names, numbers in ascending order, else in alphabetical order."""
-    parts = [
-        part.strip() for text in texts for part in (text.split(SEPARATOR) if several else [text])
-    ]
+    parts = [part for text in texts for part in (split_names(text) if several else [text.strip()])]
     by_plain = {plain_name(part): part for part in reversed(parts) if part}
     names = [plain_name(name) if is_number(name) else name for name in by_plain.values()]
     if all(map(is_number, names)):

@@ -39,6 +39,15 @@ MAX_CLASSES = 1000
 Range = tuple[Intensity, Intensity]
 
 
+def split_names(cell: str) -> list[str]:
+    """Return the classes or labels in a cell of several.
+
+    >>> split_names("benign | malignant"), split_names("|")
+    (['benign', 'malignant'], [])
+    """
+    return [name.strip() for name in cell.split(SEPARATOR) if name.strip()]
+
+
 class Target(Section):
     """What an image is, and what is predicted from it."""
 
