@@ -43,6 +43,7 @@ class ScanHeader:
         n_after: bytes of later volumes of a series, behind the voxels.
         data_path, data_offset: file and byte (after decompression) of the first voxel; None if
             the voxels are not stored one after another.
+        parts: files of a scan that has a file for each slice.
         warnings: oddities of header and file name.
     """
 
@@ -55,6 +56,7 @@ class ScanHeader:
     data_path: Path | None = None
     data_offset: int | None = None
     n_after: int = 0
+    parts: tuple[Path, ...] = ()
     warnings: tuple[ScanWarning, ...] = ()
 
     @property

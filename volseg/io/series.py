@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 NUMBER = re.compile(r"[1-9][0-9]{0,5}")
+KEY = re.compile(r"s[0-9a-f]{12}")  # of a DICOM series in a folder
 
 
 def split_volume(path: Path) -> tuple[Path, int | None]:
@@ -18,6 +19,18 @@ def split_volume(path: Path) -> tuple[Path, int | None]:
     if not name or not NUMBER.fullmatch(number) or path.exists():
         return path, None
     return path.with_name(name), int(number)
+
+
+def split_series(path: Path) -> tuple[Path, str | None]:
+    """Return the folder or file, and the key of the DICOM series in it; None if the path names none.
+
+    >>> split_series(Path("study#s0123456789ab"))[1]
+    's0123456789ab'
+    """
+    name, _, key = path.name.rpartition("#")
+    if not name or not KEY.fullmatch(key) or path.exists():
+        return path, None
+    return path.with_name(name), key
 
 
 def with_volume(path: Path, number: int) -> Path:

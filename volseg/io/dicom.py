@@ -1,0 +1,150 @@
+"""DICOM series as volumes: read a header; read voxels. `folder#key` is one of several volumes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from volseg.errors import ScanError
+from volseg.io.dicom_frames import MAX_FILE_BYTES, Frame
+from volseg.io.dicom_pixels import codec_problem, stored_dtype, stored_values
+from volseg.io.dicom_series import DicomFolder, DicomVolume, collect, read_folder
+from volseg.io.gzip_stream import opened_raw, refusal
+from volseg.io.header import ScanHeader, ScanWarning, checked_grid
+from volseg.io.series import split_series
+from volseg.words import format_list
+
+CODEC_FIX = (
+    "pip install pylibjpeg-libjpeg (GPL) decodes JPEG; or decompress the files, for example with "
+    "dcmdjpeg or gdcmconv --raw"
+)
+
+
+def find_volume(path: Path) -> DicomVolume:
+    """Return the volume that a path names, or the only one of its folder or file.
+
+    Raises:
+        ScanError: there is none, or several and none is named.
+    """
+    place, key = split_series(path)
+    folder = read_folder(place) if place.is_dir() else collect([place])
+    if key is not None:
+        chosen = [volume for volume in folder.volumes if volume.key == key]
+        if not chosen:
+            text = f"has no series {key}; it has {_listed(folder)}"
+            raise refusal(path, "E_SERIES", text, f"volseg check {place} lists the series")
+        return chosen[0]
+    usable = [volume for volume in folder.volumes if volume.error is None]
+    if len(usable) == 1:
+        return usable[0]
+    if not folder.volumes:
+        raise _none_found(folder, path)
+    if not usable:
+        return folder.volumes[0]
+    text = f"holds {len(usable)} series: {_listed(folder)}"
+    raise refusal(path, "E_SERIES", text, "choose one with --series, or give it a folder")
+
+
+def _listed(folder: DicomFolder) -> str:
+    return format_list([volume.key for volume in folder.volumes], 5) or "none"
+
+
+def _none_found(folder: DicomFolder, path: Path) -> ScanError:
+    reasons = list(dict.fromkeys(skipped.reason for skipped in folder.skipped))
+    if not reasons:
+        return refusal(path, "E_NOTIMAGE", "holds no DICOM files", "give a folder of a series")
+    code, colon, text = reasons[0].partition(": ")
+    if colon and code.startswith("E_"):
+        return refusal(path, code, text, "export the series again")
+    text = f"holds no DICOM image: {format_list(reasons, 3)}"
+    return refusal(path, "E_NOTIMAGE", text, "give the folder of the images")
+
+
+def read_header(path: Path) -> ScanHeader:
+    """Read and check the headers of a series, without pixels.
+
+    Raises:
+        ScanError: the series is no volume that can be trusted; `code` is the reason.
+
+    Source: DICOM PS3.3 C.7.6.2 (image plane), C.7.6.16 (functional groups), PS3.5 8 (pixels)
+    """
+    return header_of(find_volume(path), path)
+
+
+def header_of(volume: DicomVolume, path: Path) -> ScanHeader:
+    """Return the header of a volume, or refuse it, as `read_header` does."""
+    if volume.error is not None:
+        raise refusal(path, volume.error.code, volume.error.text, volume.error.fix)
+    assert volume.affine is not None
+    _refuse_pixels(volume, path)
+    geometry, warnings = checked_grid(volume.shape, volume.affine, path, source="DICOM header")
+    warnings += [ScanWarning(finding.code, finding.text) for finding in volume.findings]
+    scales = {(frame.slope, frame.intercept) for frame in volume.frames}
+    dtype, (slope, intercept) = np.dtype(np.float32), (1.0, 0.0)
+    if len(scales) == 1:
+        dtype, ((slope, intercept),) = stored_dtype(volume.frames[0].pixels), scales
+    return ScanHeader(
+        geometry=geometry,
+        dtype=dtype,
+        slope=slope,
+        intercept=intercept,
+        path=path,
+        parts=tuple(dict.fromkeys(frame.path for frame in volume.frames)),
+        warnings=tuple(warnings),
+    )
+
+
+def _refuse_pixels(volume: DicomVolume, path: Path) -> None:
+    """Refuse pixels that cannot be decoded, or differ in type between slices."""
+    problems = [codec_problem(syntax) for syntax in {f.pixels.syntax for f in volume.frames}]
+    problem = next(filter(None, problems), None)
+    if problem is not None:
+        raise refusal(path, "E_CODEC", problem, CODEC_FIX)
+    try:
+        dtypes = {stored_dtype(frame.pixels) for frame in volume.frames}
+    except ValueError as error:
+        raise refusal(path, "E_DTYPE", str(error), "export the series again") from error
+    if len(dtypes) > 1:
+        text = f"its slices are stored as {format_list(sorted(map(str, dtypes)), 3)}"
+        raise refusal(path, "E_DTYPE", text, "export the series again")
+
+
+def read_voxels(header: ScanHeader, path: Path) -> tuple[np.ndarray, str]:
+    """Return the stored (I, J, K) in Fortran order, and the SHA-256 of its files' SHA-256.
+
+    Slices with a slope of their own are returned as intensities in float32.
+
+    Raises:
+        ScanError: pixels are missing or damaged, or files were replaced after the header was read.
+    """
+    volume = find_volume(path)
+    again = header_of(volume, path)
+    if again.dtype != header.dtype or again.geometry.difference(header.geometry):
+        raise refusal(path, "E_CHANGED", "was replaced while it was being read", "run again")
+    array = np.empty(header.geometry.shape, header.dtype, order="F")
+    digests: dict[Path, str] = {}
+    for place, frame, content in _contents(volume):
+        if frame.path not in digests:
+            digests[frame.path] = hashlib.sha256(content).hexdigest()
+        values = stored_values(frame, content, path).T
+        if header.dtype.kind == "f":
+            values = values * frame.slope + frame.intercept
+        array[:, :, place] = values
+    joined = "+".join(digests[part] for part in header.parts)
+    return array, hashlib.sha256(joined.encode()).hexdigest()
+
+
+def _contents(volume: DicomVolume) -> Iterator[tuple[int, Frame, bytes]]:
+    """Yield index, frame and file of each slice; a file with several frames is read once."""
+    order = sorted(range(len(volume.frames)), key=lambda index: str(volume.frames[index].path))
+    last, content = None, b""
+    for index in order:
+        frame = volume.frames[index]
+        if frame.path != last:
+            with opened_raw(frame.path) as file:
+                content = file.read(MAX_FILE_BYTES)
+            last = frame.path
+        yield index, frame, content

@@ -1,0 +1,328 @@
+"""DICOM files: where each frame lies in the patient, and how its pixels are stored; no pixels."""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from volseg.errors import ScanError
+from volseg.inputs import shorten
+from volseg.io.gzip_stream import opened_raw
+
+PREAMBLE = 128  # bytes before the letters DICM
+START_BYTES = 2**20  # most headers are shorter; the rest of a file is read only if needed
+MAX_FILE_BYTES = 2**32
+MAX_FRAMES = 100_000  # of a file
+MAX_EDGE = 2**16  # pixels; DICOM stores the number in 16 bits
+MAX_SKEW = 1e-3  # of the axes of a slice from right angles and length 1
+LOCALIZER, MOSAIC = "LOCALIZER", "MOSAIC"
+# What is read of a header: nothing that names a person, but the series' own description.
+TAGS = (
+    *("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "Modality", "SeriesDescription"),
+    *("ImageType", "EchoTime", "SliceThickness", "NumberOfFrames", "Rows", "Columns"),
+    *("SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated", "BitsStored", "HighBit"),
+    *("PixelRepresentation", "PlanarConfiguration", "ImagePositionPatient"),
+    *("ImageOrientationPatient", "PixelSpacing", "RescaleSlope", "RescaleIntercept"),
+    *("ModalityLUTSequence", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PixelFormat:
+    """How the pixels of a file are stored.
+
+    Args:
+        syntax: UID of the transfer syntax.
+        shape: (rows, columns). offset: byte of the element with the pixels in the file; None if
+            it is not known, because the file is deflated.
+        high_bit: the highest of the `bits_stored` in `bits_allocated`.
+    """
+
+    syntax: str
+    shape: tuple[int, int]
+    bits_allocated: int
+    bits_stored: int
+    high_bit: int
+    is_signed: bool
+    offset: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Frame:
+    """A slice, and the file that holds it.
+
+    Args:
+        number: of the frame in its file, from 0.
+        series, modality, description: of its series.
+        position_mm: (3,) centre of the first pixel. axes: (2, 3) unit vectors along a row (to the
+            next column) and along a column (to the next row). Both in DICOM's LPS axes.
+        spacing_mm: between rows, and between columns.
+        slope, intercept: intensity = stored value × slope + intercept.
+        kind: image type and echo time; frames of several kinds are several volumes.
+    """
+
+    path: Path
+    number: int
+    series: str
+    modality: str
+    description: str
+    position_mm: np.ndarray
+    axes: np.ndarray
+    spacing_mm: tuple[float, float]
+    thickness_mm: float | None
+    slope: float
+    intercept: float
+    kind: str
+    pixels: PixelFormat
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A DICOM file without a slice of a volume, and why."""
+
+    path: Path
+    reason: str
+
+
+class _Unusable(Exception):
+    """A file or frame is no slice of a volume; the text is the reason."""
+
+
+def is_dicom(path: Path) -> bool:
+    """Check whether a file starts as DICOM does."""
+    try:
+        with opened_raw(path) as file:
+            return file.read(PREAMBLE + 4)[PREAMBLE:] == b"DICM"
+    except ScanError:
+        return False
+
+
+def read_frames(path: Path) -> list[Frame] | Skipped | None:
+    """Return the frames of a DICOM file, or why it holds none; None if it is not DICOM.
+
+    Raises:
+        ScanError: the file cannot be opened.
+    """
+    with opened_raw(path) as file:
+        start = file.read(START_BYTES)
+        if start[PREAMBLE : PREAMBLE + 4] != b"DICM":
+            return None
+        try:
+            try:
+                header, offset = _parse(start)
+            except EOFError:  # the header is longer, or there are no pixels
+                header, offset = _parse(start + file.read(MAX_FILE_BYTES), is_whole=True)
+            return _frames_of(header, offset, path)
+        except _Unusable as error:
+            return Skipped(path, str(error))
+
+
+def _frames_of(header: Any, offset: int | None, path: Path) -> list[Frame]:
+    if "SOPClassUID" not in header:
+        raise _Unusable("not an image")
+    if "Rows" not in header or "Columns" not in header:
+        raise _Unusable(f"not an image: {_text(header, 'Modality') or 'unknown'}")
+    modality = _text(header, "Modality")
+    if modality in ("SEG", "RTDOSE", "RWV", "PR"):
+        raise _Unusable(f"not an image: {modality}")
+    pixels = _pixel_format(header, offset)
+    _refuse_kinds(header)
+    n = _whole(header, "NumberOfFrames", 1, 1, MAX_FRAMES)
+    common = {
+        "path": path,
+        "series": _text(header, "SeriesInstanceUID"),
+        "modality": modality,
+        "description": _text(header, "SeriesDescription"),
+        "pixels": pixels,
+    }
+    if "PerFrameFunctionalGroupsSequence" in header:
+        return list(_enhanced(header, n, common))
+    if n > 1:
+        raise _Unusable(f"E_NOGEOM: {n} frames, no functional groups")
+    return [Frame(number=0, **_place([header]), **common)]
+
+
+def _parse(content: bytes, *, is_whole: bool = False) -> tuple[Any, int | None]:
+    """Return the header, and the byte at which the element with the pixels starts.
+
+    Raises:
+        EOFError: the content ends within the header, and is not the whole file.
+        _Unusable: it cannot be parsed.
+    """
+    from pydicom import dcmread
+    from pydicom.uid import DeflatedExplicitVRLittleEndian
+
+    file = io.BytesIO(content)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on values that are not used
+            header = dcmread(file, stop_before_pixels=True, specific_tags=list(TAGS))
+            syntax = str(header.file_meta.TransferSyntaxUID)
+            offset = file.tell()
+            if syntax == DeflatedExplicitVRLittleEndian:
+                return header, None
+            if offset >= len(content) and not is_whole:
+                raise EOFError
+            for name in TAGS:  # values are converted when they are asked for
+                header.get(name)
+    except EOFError as error:
+        if is_whole:
+            raise _Unusable("E_TRUNCATED: the header ends too early") from error
+        raise
+    except Exception as error:  # pydicom raises many types on damaged headers
+        raise _Unusable(f"E_DAMAGED: {_reason(error)}") from error
+    return header, offset
+
+
+def _reason(error: BaseException) -> str:
+    return shorten(" ".join(str(error).split()) or type(error).__name__, 100)
+
+
+def _refuse_kinds(header: Any) -> None:
+    """Refuse images that are no slices, by their type."""
+    types = _words(header, "ImageType")
+    if LOCALIZER in types:
+        raise _Unusable("localizer")
+    if MOSAIC in types:
+        raise _Unusable(
+            "E_MOSAIC: all slices in one picture; export the series as enhanced DICOM, or convert "
+            "it with dcm2niix"
+        )
+    samples = _whole(header, "SamplesPerPixel", 1, 1, 4)
+    if samples != 1 or _text(header, "PhotometricInterpretation") == "PALETTE COLOR":
+        raise _Unusable("E_RGB: colours, not intensities")
+    if header.get("ModalityLUTSequence"):
+        raise _Unusable("E_SCALE: intensities are in a lookup table; export the series again")
+
+
+def _pixel_format(header: Any, offset: int | None) -> PixelFormat:
+    allocated = _whole(header, "BitsAllocated", 16, 1, 64)
+    stored = _whole(header, "BitsStored", allocated, 1, allocated)
+    return PixelFormat(
+        syntax=str(header.file_meta.TransferSyntaxUID),
+        shape=(_whole(header, "Rows", 0, 1, MAX_EDGE), _whole(header, "Columns", 0, 1, MAX_EDGE)),
+        bits_allocated=allocated,
+        bits_stored=stored,
+        high_bit=_whole(header, "HighBit", stored - 1, stored - 1, allocated - 1),
+        is_signed=bool(_whole(header, "PixelRepresentation", 0, 0, 1)),
+        offset=offset,
+    )
+
+
+# ---- the place of a frame
+
+
+def _enhanced(header: Any, n: int, common: dict[str, Any]) -> Iterator[Frame]:
+    """Yield the frames of an enhanced file, each described by its own and the shared groups."""
+    each = list(header.PerFrameFunctionalGroupsSequence)
+    if len(each) != n:
+        raise _Unusable(f"E_NOGEOM: {n} frames, and {len(each)} of them are described")
+    shared = list(header.get("SharedFunctionalGroupsSequence") or [])[:1]
+    for number, groups in enumerate(each):
+        items = [*_items_in(groups), *(item for group in shared for item in _items_in(group))]
+        yield Frame(number=number, **_place([*items, header]), **common)
+
+
+def _items_in(groups: Any) -> Iterator[Any]:
+    """Yield the items of the sequences of a functional group."""
+    for element in groups:
+        if element.VR == "SQ" and element.value and not element.tag.is_private:
+            yield element.value[0]
+
+
+def _place(sources: Sequence[Any]) -> dict[str, Any]:
+    """Return the fields of a frame from the first of several data sets that has each of them."""
+    position = _numbers(sources, "ImagePositionPatient", 3)
+    axes = _numbers(sources, "ImageOrientationPatient", 6)
+    spacing = _numbers(sources, "PixelSpacing", 2)
+    for name, value in (
+        ("ImagePositionPatient", position),
+        ("ImageOrientationPatient", axes),
+        ("PixelSpacing", spacing),
+    ):
+        if value is None:
+            raise _Unusable(f"E_NOGEOM: has no usable {name}")
+    assert position is not None and axes is not None and spacing is not None
+    pair = axes.reshape(2, 3)
+    if np.abs(pair @ pair.T - np.eye(2)).max() > MAX_SKEW:
+        raise _Unusable("E_GEOM: its rows and columns are not at right angles")
+    if not (spacing > 0).all():
+        raise _Unusable(f"E_SPACING: pixel spacing is {spacing[0]:g} × {spacing[1]:g} mm")
+    scale = [_numbers(sources, name, 1) for name in ("RescaleSlope", "RescaleIntercept")]
+    slope, intercept = (
+        default if value is None else float(value[0])
+        for value, default in zip(scale, (1.0, 0.0), strict=True)
+    )
+    if slope == 0:
+        raise _Unusable("E_SCALE: RescaleSlope is 0")
+    thickness = _numbers(sources, "SliceThickness", 1)
+    echo = _numbers(sources, "EffectiveEchoTime", 1)
+    echo = _numbers(sources, "EchoTime", 1) if echo is None else echo
+    types = next((words for item in sources if (words := _types_of(item))), [])
+    return {
+        "position_mm": position,
+        "axes": pair / np.linalg.norm(pair, axis=1, keepdims=True),
+        "spacing_mm": (float(spacing[0]), float(spacing[1])),
+        "thickness_mm": None if thickness is None else float(thickness[0]),
+        "slope": slope,
+        "intercept": intercept,
+        "kind": "/".join(types) + ("" if echo is None else f" TE {echo[0]:g}"),
+    }
+
+
+def _types_of(item: Any) -> list[str]:
+    return _words(item, "FrameType") or _words(item, "ImageType")
+
+
+# ---- values of a header, which may be anything
+
+
+def _text(header: Any, name: str) -> str:
+    value = header.get(name)
+    return "" if value is None else str(value).strip()
+
+
+def _words(header: Any, name: str) -> list[str]:
+    value = header.get(name)
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else [str(word) for word in value]
+
+
+def _whole(header: Any, name: str, default: int, low: int, high: int) -> int:
+    """Return a whole number of the header.
+
+    Raises:
+        _Unusable: it is none, or not from `low` to `high`.
+    """
+    value = header.get(name)
+    try:
+        number = default if value is None or value == "" else int(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise _Unusable(f"E_HEADER: {name} is {shorten(str(value))!r}") from error
+    if not low <= number <= high:
+        raise _Unusable(f"E_HEADER: {name} is {number}, not {low} to {high}")
+    return number
+
+
+def _numbers(sources: Sequence[Any], name: str, n: int) -> np.ndarray | None:
+    """Return `n` finite numbers (n,) from the first data set that has them; None if none has."""
+    for item in sources:
+        value = item.get(name)
+        if value is None or value == "":
+            continue
+        values = value if not isinstance(value, str) and hasattr(value, "__len__") else [value]
+        try:
+            numbers = [float(number) for number in values]
+        except (TypeError, ValueError, OverflowError):
+            return None
+        is_usable = len(numbers) == n and all(map(math.isfinite, numbers))
+        return np.array(numbers) if is_usable else None
+    return None

@@ -1,0 +1,122 @@
+"""The pixels of DICOM frames, decoded by a stated plug-in and never by GDCM."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+
+from volseg.inputs import shorten
+from volseg.io.dicom_frames import Frame, PixelFormat
+from volseg.io.gzip_stream import COPY_AGAIN, refusal
+
+LITTLE, BIG = "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"
+IMPLICIT = "1.2.840.10008.1.2"
+PLAIN: Mapping[str, str] = MappingProxyType({IMPLICIT: "<", LITTLE: "<", BIG: ">"})  # byte order
+DEFLATED = "1.2.840.10008.1.2.1.99"
+JPEG = "1.2.840.10008.1.2.4."
+# Compressed transfer syntax → pydicom's plug-in, and the module that it needs. python-gdcm can
+# abort the process (sizes that are odd, little memory), so it is never left to choose.
+PLUGINS: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "1.2.840.10008.1.2.5": ("pydicom", "pydicom"),  # RLE
+        **{JPEG + end: ("pylibjpeg", "openjpeg") for end in ("90", "91", "201", "202", "203")},
+        **{JPEG + end: ("pyjpegls", "jpeg_ls") for end in ("80", "81")},
+        JPEG + "50": ("pillow", "PIL"),  # 8 bits
+        **{JPEG + end: ("pylibjpeg", "libjpeg") for end in ("51", "57", "70")},
+    }
+)
+
+
+def codec_problem(syntax: str) -> str | None:
+    """Return why pixels of a transfer syntax cannot be decoded here; None if they can."""
+    from pydicom.uid import UID
+
+    if syntax in PLAIN or syntax == DEFLATED:
+        return None
+    name = UID(syntax).name
+    if syntax not in PLUGINS:
+        return f"its pixels are compressed as {shorten(name)}, for which there is no decoder"
+    _, module = PLUGINS[syntax]
+    return None if find_spec(module) else f"its pixels are compressed as {name}"
+
+
+def stored_dtype(pixels: PixelFormat) -> np.dtype:
+    """Return the dtype of the stored values, in native byte order.
+
+    Raises:
+        ValueError: they are neither whole bytes nor at most 32 bits.
+    """
+    if pixels.bits_allocated not in (8, 16, 32):
+        raise ValueError(f"stores {pixels.bits_allocated} bits a pixel")
+    return np.dtype(f"{'i' if pixels.is_signed else 'u'}{pixels.bits_allocated // 8}")
+
+
+def stored_values(frame: Frame, content: bytes, path: Path) -> np.ndarray:
+    """Return the stored (rows, columns) of a frame, without the unused bits.
+
+    Args:
+        content: of the frame's file. path: of the volume, for messages.
+
+    Raises:
+        ScanError: pixels are missing (`E_TRUNCATED`) or damaged (`E_DAMAGED`).
+    """
+    pixels = frame.pixels
+    if pixels.syntax in PLAIN and pixels.offset is not None:
+        array = _plain(frame, content, path)
+    else:
+        array = _decoded(frame, content, path)
+    if array.shape != pixels.shape:
+        text = f"{frame.path.name} holds {array.shape} pixels, and its header says {pixels.shape}"
+        raise refusal(path, "E_DAMAGED", text, COPY_AGAIN)
+    return _without_unused_bits(array, pixels)
+
+
+def _plain(frame: Frame, content: bytes, path: Path) -> np.ndarray:
+    """Return the pixels of a frame that are stored one after another."""
+    pixels = frame.pixels
+    assert pixels.offset is not None
+    dtype = stored_dtype(pixels).newbyteorder(PLAIN[pixels.syntax])
+    # Tag, type and length of the element: 8 bytes without a type, else 12.
+    start = pixels.offset + (8 if pixels.syntax == IMPLICIT else 12)
+    n = pixels.shape[0] * pixels.shape[1]
+    start += frame.number * n * dtype.itemsize
+    if start + n * dtype.itemsize > len(content):
+        n_bytes = max(0, len(content) - start)
+        text = f"{frame.path.name} holds {n_bytes:,} of {n * dtype.itemsize:,} bytes of pixels"
+        raise refusal(path, "E_TRUNCATED", text, COPY_AGAIN)
+    return np.frombuffer(content, dtype, n, start).reshape(pixels.shape)
+
+
+def _decoded(frame: Frame, content: bytes, path: Path) -> np.ndarray:
+    from pydicom.pixels import pixel_array
+
+    plugin, _ = PLUGINS.get(frame.pixels.syntax, ("", ""))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            array = pixel_array(
+                io.BytesIO(content), index=frame.number, raw=True, decoding_plugin=plugin
+            )
+    except Exception as error:  # decoders raise many types on damaged pixels
+        reason = shorten(" ".join(str(error).split()) or type(error).__name__, 100)
+        text = f"the pixels of {frame.path.name} cannot be decoded ({reason})"
+        raise refusal(path, "E_DAMAGED", text, COPY_AGAIN) from error
+    return array
+
+
+def _without_unused_bits(array: np.ndarray, pixels: PixelFormat) -> np.ndarray:
+    """Return the stored bits alone: old files keep overlays in the bits above them."""
+    dtype = stored_dtype(pixels)
+    array = array.astype(dtype, copy=False)
+    above = pixels.bits_allocated - 1 - pixels.high_bit
+    unused = pixels.bits_allocated - pixels.bits_stored
+    if unused == 0:
+        return array
+    # Shifts of signed numbers keep the sign.
+    return np.right_shift(np.left_shift(array, above), unused)

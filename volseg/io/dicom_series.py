@@ -1,0 +1,222 @@
+"""DICOM series: which frames are one volume, and whether it can be trusted."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from volseg.io.dicom_frames import Frame, Skipped, read_frames
+from volseg.io.folders import visible_paths
+from volseg.words import format_count
+
+KEY_DIGITS = 12
+SAME_PLACE = 0.01  # of the distance of slices; also in mm
+GAP = 1.5  # distance of slices, in medians, from which one is missing
+UNEVEN, VERY_UNEVEN = 0.01, 0.1  # deviation from even slices, in their distance
+TILT_DEGREES, MAX_TILT_DEGREES = 0.05, 0.6  # of the stack from the normal of its slices
+# (axes, positions) in RAS, volseg's world, from LPS, DICOM's.
+TO_RAS = np.array([-1.0, -1.0, 1.0])
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What is wrong or unusual with a volume: a code such as `E_GAP`, one line, and the fix."""
+
+    code: str
+    text: str
+    fix: str = ""
+
+    @property
+    def is_error(self) -> bool:
+        return self.code.startswith("E_")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DicomVolume:
+    """Frames that make one volume, from the first slice to the last along their normal.
+
+    Args:
+        key: names it among the volumes of a folder; a hash, which says nothing of the patient.
+        frames: without repeated ones. affine: (4, 4) from voxel (column, row, slice) to RAS mm;
+            None if there is none.
+        findings: errors first; without errors the volume can be read.
+    """
+
+    key: str
+    frames: tuple[Frame, ...]
+    affine: np.ndarray | None
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        rows, columns = self.frames[0].pixels.shape
+        return columns, rows, len(self.frames)
+
+    @property
+    def error(self) -> Finding | None:
+        return next((finding for finding in self.findings if finding.is_error), None)
+
+
+@dataclass(slots=True)
+class DicomFolder:
+    """The volumes of a folder and of those below it, and the DICOM files that are none."""
+
+    volumes: list[DicomVolume] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+
+
+def read_folder(folder: Path) -> DicomFolder:
+    """List the volumes in a folder, and in those below it, without reading pixels.
+
+    Raises:
+        VolsegError: a folder or file cannot be opened.
+    """
+    return collect(_files_below(folder))
+
+
+def collect(paths: Iterable[Path]) -> DicomFolder:
+    """List the volumes in these files; those that are not DICOM are ignored."""
+    result, frames = DicomFolder(), list[Frame]()
+    for path in paths:
+        read = read_frames(path)
+        if isinstance(read, Skipped):
+            result.skipped.append(read)
+        else:
+            frames += read or ()
+    groups: dict[tuple[object, ...], list[Frame]] = defaultdict(list)
+    for frame in frames:
+        groups[_group_of(frame)].append(frame)
+    result.volumes = [
+        _volume_of(group, _key_of(name)) for name, group in sorted(groups.items(), key=_order)
+    ]
+    return result
+
+
+def _files_below(folder: Path) -> Iterable[Path]:
+    for path in visible_paths(folder):
+        if path.is_dir() and not path.is_symlink():
+            yield from _files_below(path)
+        elif path.is_file():
+            yield path
+
+
+def _group_of(frame: Frame) -> tuple[object, ...]:
+    """Return what frames of one volume share; numbers are rounded, as they are stored as text."""
+    return (
+        frame.series,
+        tuple((np.round(frame.axes.ravel(), 3) + 0.0).tolist()),  # + 0: no negative zero
+        tuple(np.round(frame.spacing_mm, 4).tolist()),
+        frame.pixels.shape,
+        frame.kind,
+        -1.0 if frame.thickness_mm is None else round(frame.thickness_mm, 2),
+    )
+
+
+def _key_of(group: tuple[object, ...]) -> str:
+    return "s" + hashlib.sha256(repr(group).encode()).hexdigest()[:KEY_DIGITS]
+
+
+def _order(item: tuple[tuple[object, ...], list[Frame]]) -> tuple[str, str, str]:
+    first = item[1][0]
+    return first.series, first.kind, repr(item[0])
+
+
+# ---- judging
+
+
+def _volume_of(group: Sequence[Frame], key: str) -> DicomVolume:
+    axes = group[0].axes
+    normal = np.cross(axes[0], axes[1])
+    along = np.array([frame.position_mm @ normal for frame in group])
+    order = np.argsort(along, kind="stable")
+    frames, along = [group[index] for index in order], along[order]
+    findings: list[Finding] = []
+    if len(frames) == 1:
+        text = "a single slice, whose distance to others is unknown"
+        return DicomVolume(
+            key=key,
+            frames=tuple(frames),
+            affine=None,
+            findings=(Finding("E_NDIM", text, "export the whole series"),),
+        )
+    starts = _first_of_places(along)
+    if len(starts) < len(frames):
+        repeats = np.diff([*starts, len(frames)])
+        text = (
+            f"{len(frames)} frames at {format_count(len(starts), 'place')}, {repeats.min()} to "
+            f"{repeats.max()} at each"
+        )
+        finding = Finding("E_4D", text, "export each phase, echo or time point as a series")
+        return DicomVolume(key=key, frames=tuple(frames), affine=None, findings=(finding,))
+    affine = _affine_of(frames)
+    findings += _gaps(along) or _unevenness(frames, affine)
+    findings += _tilt(affine)
+    findings.sort(key=lambda finding: not finding.is_error)
+    return DicomVolume(key=key, frames=tuple(frames), affine=affine, findings=tuple(findings))
+
+
+def _first_of_places(along: np.ndarray) -> list[int]:
+    """Return the index of the first frame at each place along the normal."""
+    steps = np.diff(along)
+    apart = steps[steps > SAME_PLACE]
+    limit = max(SAME_PLACE, SAME_PLACE * float(np.median(apart))) if len(apart) else SAME_PLACE
+    return [0, *(int(index) + 1 for index in np.flatnonzero(steps > limit))]
+
+
+def _affine_of(frames: Sequence[Frame]) -> np.ndarray:
+    """Return the affine (4, 4) from (column, row, slice) to RAS mm."""
+    first, last = frames[0], frames[-1]
+    affine = np.eye(4)
+    affine[:3, 0] = first.axes[0] * first.spacing_mm[1]
+    affine[:3, 1] = first.axes[1] * first.spacing_mm[0]
+    affine[:3, 2] = (last.position_mm - first.position_mm) / (len(frames) - 1)
+    affine[:3, 3] = first.position_mm
+    affine[:3] *= TO_RAS[:, None]
+    return affine
+
+
+def _gaps(along: np.ndarray) -> list[Finding]:
+    steps = np.diff(along)
+    median = float(np.median(steps))
+    places = np.flatnonzero(steps > GAP * median)
+    if not len(places):
+        return []
+    n = sum(max(1, round(steps[place] / median) - 1) for place in places)
+    text = (
+        f"{format_count(n, 'slice')} missing: slices {places[0] + 1} and {places[0] + 2} are "
+        f"{steps[places[0]]:.3g} mm apart, others {median:.3g} mm"
+    )
+    return [Finding("E_GAP", text, "copy or export the whole series again")]
+
+
+def _unevenness(frames: Sequence[Frame], affine: np.ndarray) -> list[Finding]:
+    positions = np.array([frame.position_mm for frame in frames]) * TO_RAS
+    even = affine[:3, 3] + np.arange(len(frames))[:, None] * affine[:3, 2]
+    off_mm = float(np.linalg.norm(positions - even, axis=1).max())
+    distance_mm = float(np.linalg.norm(affine[:3, 2]))
+    if off_mm > VERY_UNEVEN * distance_mm:
+        text = f"slices lie up to {off_mm:.3g} mm beside an even stack of {distance_mm:.4g} mm"
+        return [Finding("E_UNEVEN", text, "export it with even slices, or resample it")]
+    if off_mm > UNEVEN * distance_mm:
+        text = f"slices lie up to {off_mm:.3f} mm beside an even stack of {distance_mm:.4f} mm"
+        return [Finding("W_UNEVEN", text)]
+    return []
+
+
+def _tilt(affine: np.ndarray) -> list[Finding]:
+    normal = np.cross(affine[:3, 0], affine[:3, 1])
+    cosine = abs(float(normal @ affine[:3, 2]))
+    cosine /= float(np.linalg.norm(normal) * np.linalg.norm(affine[:3, 2]))
+    degrees = math.degrees(math.acos(min(1.0, cosine)))
+    if degrees > MAX_TILT_DEGREES:
+        text = f"the stack of slices is tilted by {degrees:.1f}°"
+        return [Finding("E_TILT", text, "resample it with dcm2niix")]
+    if degrees > TILT_DEGREES:
+        return [Finding("W_TILT", f"the stack of slices is tilted by {degrees:.2f}°")]
+    return []
