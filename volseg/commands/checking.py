@@ -20,6 +20,7 @@ from volseg.errors import VolsegError, given_path
 from volseg.evaluation.class_rows import CLASSES, described_columns
 from volseg.inputs import read_json
 from volseg.io.cases import Case
+from volseg.io.dicom_layout import are_slices
 from volseg.io.image_cases import looks_like_images
 from volseg.io.images import is_image, read_image
 from volseg.io.layouts import survey_cases
@@ -38,7 +39,13 @@ from volseg.store.tables import TABLES, VARIANTS
 from volseg.volume import Volume
 
 # Advice on a remark, where it is not to edit a table: a head that was understood needs none.
-ADVICE = {"N_HEAD": "", "W_LIST": "add them to the list, or delete the list"}
+ADVICE = {
+    "N_HEAD": "",
+    "N_SERIES": "",
+    "N_SKIPPED": "",
+    "W_SKIPPED": "export what is missing again",
+    "W_LIST": "add them to the list, or delete the list",
+}
 
 
 def check(path: Path | str, recipe: Path | str | AnyRecipe | None = None) -> list[Problem]:
@@ -115,7 +122,7 @@ def _check_model(path: Path) -> Iterable[Problem]:
 
 
 def _check_scan(path: Path) -> list[Problem]:
-    if is_image(path):
+    if is_image(path) and not are_slices([path]):
         read_image(path)
         return []
     warnings = read_header(path).warnings

@@ -140,7 +140,11 @@ def _find_scans(options: InferOptions, data: Data, remarks: list[str]) -> list[C
     allow_missing = data.missing == "empty"
     try:
         return find_scans(
-            options.scans, data.channels, allow_missing=allow_missing, remark=remarks.append
+            options.scans,
+            data.channels,
+            allow_missing=allow_missing,
+            series=options.series,
+            remark=remarks.append,
         )
     except VolsegError:
         images = next((path for path in options.scans if looks_like_images(path)), None)

@@ -30,6 +30,7 @@ from volseg.io.cases import ONE_CHANNEL, Case, listed
 from volseg.io.label_names import read_label_names
 from volseg.io.layouts import find_cases, find_scans
 from volseg.io.matching import pair_names
+from volseg.io.series import split_series
 from volseg.options import MaskOptions, MeasureOptions, command
 from volseg.pages.about import About
 from volseg.postprocessing.lesions import CONNECTIVITY, Objects
@@ -123,17 +124,18 @@ def _pairs(options: MeasureOptions, remark: Remark) -> tuple[list[Case], list[st
             fix="give --image and --mask, or --cases",
             code="E_USAGE",
         )
-    if image.is_dir() != mask.is_dir():
+    if image.is_dir() and image.resolve() == mask.resolve():
+        return _pairs_of_dataset(image, options.channel, remark), []
+    requested = (options.channel or ONE_CHANNEL,)
+    scans = _measured_channel(find_scans([image], requested, series=options.series, remark=remark))
+    is_series = any(split_series(scan.images[ONE_CHANNEL])[1] for scan in scans)
+    if image.is_dir() != mask.is_dir() and not is_series:
         raise VolsegError(
             f"{image} and {mask}: one is a folder, the other is not",
             fix="give two files or two folders",
             code="E_USAGE",
         )
-    if image.is_dir() and image.resolve() == mask.resolve():
-        return _pairs_of_dataset(image, options.channel, remark), []
-    requested = (options.channel or ONE_CHANNEL,)
-    scans = _measured_channel(find_scans([image], requested, remark=remark))
-    if image.is_dir():
+    if mask.is_dir():
         return _pairs_of_folders(scans, mask)
     if len(scans) > 1:
         raise VolsegError(

@@ -17,7 +17,7 @@ from volseg.columns import json_values
 from volseg.errors import ScanError
 from volseg.execution.memory import LIBRARIES, Budget
 from volseg.inputs import open_regular, read_json
-from volseg.io.series import split_volume
+from volseg.io.series import is_there
 from volseg.io.volumes import read_header, read_mask, read_volume
 from volseg.measurement.memory import LISTED, plan_page, plan_report
 from volseg.measurement.rows import CaseRow, LesionMeasurement
@@ -116,7 +116,7 @@ def remake_page(
     path, unit = source.scan, source.unit
     if path is None or source.sha256 is None or unit is None:
         return "its record does not name the scan"
-    if not split_volume(path)[0].exists():
+    if not is_there(path):
         return f"its scan {path.name} was moved or deleted"
     try:
         ids_path = file_of(results.path, name, record.files, LESION_IDS)

@@ -17,7 +17,7 @@ from volseg.comparison.pairs import MeasuredScan
 from volseg.errors import ScanError, VolsegError
 from volseg.inputs import read_json
 from volseg.io.files import sha256_of
-from volseg.io.series import split_volume, with_volume
+from volseg.io.series import is_there, split_volume, with_volume
 from volseg.io.volumes import read_mask, read_volume
 from volseg.measurement.rows import LesionMeasurement
 from volseg.measurement.specks import SPECKS
@@ -130,7 +130,7 @@ class TimePoint:
         if paths:
             return paths[0]
         scan = record.source.scan
-        return scan if scan is not None and os.path.isfile(split_volume(scan)[0]) else None
+        return scan if scan is not None and is_there(scan) else None
 
     def read(self, case: str, inputs: Sequence[str]) -> CaseAtTime:
         """Read the record and the lesion ids of a case.

@@ -13,7 +13,7 @@ from typing import TypeVar
 from volseg.errors import VolsegError
 from volseg.inputs import kind_of, shorten
 from volseg.io.formats import READABLE, stem_of
-from volseg.io.series import split_volume
+from volseg.io.series import is_there
 from volseg.io.tables import PATIENT, read_table
 from volseg.words import format_count, format_numbered
 
@@ -408,7 +408,7 @@ def _file_mistakes(rows: list[Row]) -> list[str]:
         f"{row.where}: file {shorten(str(path), 300)!r} {_path_problem(path)}"
         for row in rows
         for path in (*row.images.values(), row.reference)
-        if path is not None and not os.path.isfile(split_volume(path)[0])
+        if path is not None and not is_there(path)
     ]
 
 

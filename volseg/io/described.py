@@ -14,8 +14,9 @@ from volseg.errors import VolsegError
 from volseg.inputs import shorten
 from volseg.io.cases import Channels, Listing, Row, listed, safe_id
 from volseg.io.dataset_json import FILE, mistakes_in, read_dataset_json
-from volseg.io.folders import lone_mask, row_of_scan, scans_in, visible_paths
+from volseg.io.folders import lone_mask, row_of_scan, scans_in
 from volseg.io.formats import stem_of
+from volseg.io.paths import visible_paths
 from volseg.words import format_count, format_list
 
 NNUNET_SUFFIX = ".nii.gz"  # of the files of a dataset.json without `file_ending`

@@ -14,13 +14,19 @@ from volseg.io.dicom_pixels import codec_problem, stored_dtype, stored_values
 from volseg.io.dicom_series import DicomFolder, DicomVolume, collect, read_folder
 from volseg.io.gzip_stream import opened_raw, refusal
 from volseg.io.header import ScanHeader, ScanWarning, checked_grid
-from volseg.io.series import split_series
+from volseg.io.series import place_of, split_series
+from volseg.io.voxels import joined_digest
 from volseg.words import format_list
 
 CODEC_FIX = (
     "pip install pylibjpeg-libjpeg (GPL) decodes JPEG; or decompress the files, for example with "
     "dcmdjpeg or gdcmconv --raw"
 )
+
+
+def folder_of(place: Path) -> DicomFolder:
+    """List the volumes of a folder and of those below, or of a file."""
+    return read_folder(place) if place.is_dir() else collect([place])
 
 
 def find_volume(path: Path) -> DicomVolume:
@@ -30,7 +36,7 @@ def find_volume(path: Path) -> DicomVolume:
         ScanError: there is none, or several and none is named.
     """
     place, key = split_series(path)
-    folder = read_folder(place) if place.is_dir() else collect([place])
+    folder = folder_of(place)
     if key is not None:
         chosen = [volume for volume in folder.volumes if volume.key == key]
         if not chosen:
@@ -80,7 +86,9 @@ def header_of(volume: DicomVolume, path: Path) -> ScanHeader:
         raise refusal(path, volume.error.code, volume.error.text, volume.error.fix)
     assert volume.affine is not None
     _refuse_pixels(volume, path)
-    geometry, warnings = checked_grid(volume.shape, volume.affine, path, source="DICOM header")
+    # float32, so that a mask in NIfTI-1 has the same affine bit for bit.
+    affine = volume.affine.astype(np.float32)
+    geometry, warnings = checked_grid(volume.shape, affine, path, source="DICOM header")
     warnings += [ScanWarning(finding.code, finding.text) for finding in volume.findings]
     scales = {(frame.slope, frame.intercept) for frame in volume.frames}
     dtype, (slope, intercept) = np.dtype(np.float32), (1.0, 0.0)
@@ -91,7 +99,8 @@ def header_of(volume: DicomVolume, path: Path) -> ScanHeader:
         dtype=dtype,
         slope=slope,
         intercept=intercept,
-        path=path,
+        path=place_of(path),
+        content=volume,
         parts=tuple(dict.fromkeys(frame.path for frame in volume.frames)),
         warnings=tuple(warnings),
     )
@@ -120,21 +129,21 @@ def read_voxels(header: ScanHeader, path: Path) -> tuple[np.ndarray, str]:
     Raises:
         ScanError: pixels are missing or damaged, or files were replaced after the header was read.
     """
-    volume = find_volume(path)
-    again = header_of(volume, path)
-    if again.dtype != header.dtype or again.geometry.difference(header.geometry):
-        raise refusal(path, "E_CHANGED", "was replaced while it was being read", "run again")
+    volume = header.content
+    assert isinstance(volume, DicomVolume)
     array = np.empty(header.geometry.shape, header.dtype, order="F")
     digests: dict[Path, str] = {}
     for place, frame, content in _contents(volume):
         if frame.path not in digests:
+            if not frame.pixels.is_of(content):
+                text = f"{frame.path.name} was replaced while it was being read"
+                raise refusal(path, "E_CHANGED", text, "run again")
             digests[frame.path] = hashlib.sha256(content).hexdigest()
         values = stored_values(frame, content, path).T
         if header.dtype.kind == "f":
             values = values * frame.slope + frame.intercept
         array[:, :, place] = values
-    joined = "+".join(digests[part] for part in header.parts)
-    return array, hashlib.sha256(joined.encode()).hexdigest()
+    return array, joined_digest([digests[part] for part in header.parts])
 
 
 def _contents(volume: DicomVolume) -> Iterator[tuple[int, Frame, bytes]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import warnings
@@ -16,12 +17,14 @@ from volseg.errors import ScanError
 from volseg.inputs import shorten
 from volseg.io.gzip_stream import opened_raw
 
+SUFFIXES = (".dcm", ".dicom", ".ima")
 PREAMBLE = 128  # bytes before the letters DICM
-START_BYTES = 2**20  # most headers are shorter; the rest of a file is read only if needed
+START_BYTES = 2**16  # most headers are shorter; the rest of a file is read only if needed
 MAX_FILE_BYTES = 2**32
 MAX_FRAMES = 100_000  # of a file
 MAX_EDGE = 2**16  # pixels; DICOM stores the number in 16 bits
 MAX_SKEW = 1e-3  # of the axes of a slice from right angles and length 1
+NO_IMAGES = ("SEG", "RTDOSE", "RWV", "PR")  # although some have rows and columns
 LOCALIZER, MOSAIC = "LOCALIZER", "MOSAIC"
 # What is read of a header: nothing that names a person, but the series' own description.
 TAGS = (
@@ -42,6 +45,7 @@ class PixelFormat:
         syntax: UID of the transfer syntax.
         shape: (rows, columns). offset: byte of the element with the pixels in the file; None if
             it is not known, because the file is deflated.
+        digest: of the header before it, by which a replaced file is known.
         high_bit: the highest of the `bits_stored` in `bits_allocated`.
     """
 
@@ -52,6 +56,15 @@ class PixelFormat:
     high_bit: int
     is_signed: bool
     offset: int | None
+    digest: str
+
+    def is_of(self, content: bytes) -> bool:
+        """Check whether a file still has the header that was read."""
+        return self.digest == _digest(content, self.offset)
+
+
+def _digest(content: bytes, offset: int | None) -> str:
+    return hashlib.sha256(content[: START_BYTES if offset is None else offset]).hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -116,29 +129,25 @@ def read_frames(path: Path) -> list[Frame] | Skipped | None:
             return None
         try:
             try:
-                header, offset = _parse(start)
-            except EOFError:  # the header is longer, or there are no pixels
-                header, offset = _parse(start + file.read(MAX_FILE_BYTES), is_whole=True)
-            return _frames_of(header, offset, path)
+                header, offset = _parse(start, is_whole=len(start) < START_BYTES)
+            except _Unusable:
+                if len(start) < START_BYTES:
+                    raise
+                start += file.read(MAX_FILE_BYTES)  # the header is longer
+                header, offset = _parse(start, is_whole=True)
+            pixels = _pixel_format(header, offset, _digest(start, offset))
+            return _frames_of(header, pixels, path)
         except _Unusable as error:
             return Skipped(path, str(error))
 
 
-def _frames_of(header: Any, offset: int | None, path: Path) -> list[Frame]:
-    if "SOPClassUID" not in header:
-        raise _Unusable("not an image")
-    if "Rows" not in header or "Columns" not in header:
-        raise _Unusable(f"not an image: {_text(header, 'Modality') or 'unknown'}")
-    modality = _text(header, "Modality")
-    if modality in ("SEG", "RTDOSE", "RWV", "PR"):
-        raise _Unusable(f"not an image: {modality}")
-    pixels = _pixel_format(header, offset)
+def _frames_of(header: Any, pixels: PixelFormat, path: Path) -> list[Frame]:
     _refuse_kinds(header)
     n = _whole(header, "NumberOfFrames", 1, 1, MAX_FRAMES)
     common = {
         "path": path,
         "series": _text(header, "SeriesInstanceUID"),
-        "modality": modality,
+        "modality": _text(header, "Modality"),
         "description": _text(header, "SeriesDescription"),
         "pixels": pixels,
     }
@@ -149,12 +158,11 @@ def _frames_of(header: Any, offset: int | None, path: Path) -> list[Frame]:
     return [Frame(number=0, **_place([header]), **common)]
 
 
-def _parse(content: bytes, *, is_whole: bool = False) -> tuple[Any, int | None]:
+def _parse(content: bytes, *, is_whole: bool) -> tuple[Any, int | None]:
     """Return the header, and the byte at which the element with the pixels starts.
 
     Raises:
-        EOFError: the content ends within the header, and is not the whole file.
-        _Unusable: it cannot be parsed.
+        _Unusable: it cannot be parsed, or the content is not the whole file and ends within it.
     """
     from pydicom import dcmread
     from pydicom.uid import DeflatedExplicitVRLittleEndian
@@ -169,13 +177,13 @@ def _parse(content: bytes, *, is_whole: bool = False) -> tuple[Any, int | None]:
             if syntax == DeflatedExplicitVRLittleEndian:
                 return header, None
             if offset >= len(content) and not is_whole:
-                raise EOFError
+                raise _Unusable("E_TRUNCATED: the header ends too early")
             for name in TAGS:  # values are converted when they are asked for
                 header.get(name)
-    except EOFError as error:
-        if is_whole:
-            raise _Unusable("E_TRUNCATED: the header ends too early") from error
+    except _Unusable:
         raise
+    except EOFError as error:
+        raise _Unusable("E_TRUNCATED: the header ends too early") from error
     except Exception as error:  # pydicom raises many types on damaged headers
         raise _Unusable(f"E_DAMAGED: {_reason(error)}") from error
     return header, offset
@@ -183,6 +191,15 @@ def _parse(content: bytes, *, is_whole: bool = False) -> tuple[Any, int | None]:
 
 def _reason(error: BaseException) -> str:
     return shorten(" ".join(str(error).split()) or type(error).__name__, 100)
+
+
+def _refuse_others(header: Any) -> None:
+    """Refuse what is no image."""
+    if "SOPClassUID" not in header:
+        raise _Unusable("not an image")
+    modality = _text(header, "Modality") or "unknown"
+    if "Rows" not in header or "Columns" not in header or modality in NO_IMAGES:
+        raise _Unusable(f"not an image: {modality}")
 
 
 def _refuse_kinds(header: Any) -> None:
@@ -202,7 +219,8 @@ def _refuse_kinds(header: Any) -> None:
         raise _Unusable("E_SCALE: intensities are in a lookup table; export the series again")
 
 
-def _pixel_format(header: Any, offset: int | None) -> PixelFormat:
+def _pixel_format(header: Any, offset: int | None, digest: str) -> PixelFormat:
+    _refuse_others(header)
     allocated = _whole(header, "BitsAllocated", 16, 1, 64)
     stored = _whole(header, "BitsStored", allocated, 1, allocated)
     return PixelFormat(
@@ -213,6 +231,7 @@ def _pixel_format(header: Any, offset: int | None) -> PixelFormat:
         high_bit=_whole(header, "HighBit", stored - 1, stored - 1, allocated - 1),
         is_signed=bool(_whole(header, "PixelRepresentation", 0, 0, 1)),
         offset=offset,
+        digest=digest,
     )
 
 

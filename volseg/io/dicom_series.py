@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from volseg.io.dicom_frames import Frame, Skipped, read_frames
-from volseg.io.folders import visible_paths
+from volseg.io.paths import visible_paths
 from volseg.words import format_count
 
 KEY_DIGITS = 12

@@ -13,7 +13,7 @@ from volseg.io.cases import ONE_CHANNEL, Channels, Listing, Row, safe_id
 from volseg.io.files import RECORDS
 from volseg.io.formats import is_scan, stem_of
 from volseg.io.matching import Group, are_related, group_files
-from volseg.io.tables import unreadable
+from volseg.io.paths import visible_paths
 from volseg.words import format_count
 
 MAX_CANDIDATES = 3  # names listed for a mask without a scan
@@ -210,13 +210,3 @@ def row_of_scan(path: Path, channels: Channels, *, where: str, origin: Path) -> 
 
 def scans_in(folder: Path) -> list[Path]:
     return [path for path in visible_paths(folder) if is_scan(path)]
-
-
-def visible_paths(folder: Path) -> list[Path]:
-    """Return the sorted paths in a folder without hidden ones; [] if there is no such folder."""
-    try:
-        if not folder.is_dir():
-            return []
-        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    except OSError as error:
-        raise unreadable(folder, error) from error

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from volseg.io import mgh, nifti
+from volseg.io import dicom, mgh, nifti
+from volseg.io.dicom_frames import SUFFIXES as DICOM_SUFFIXES
+from volseg.io.dicom_frames import is_dicom
 from volseg.io.header import ScanHeader
-from volseg.io.series import split_volume
+from volseg.io.series import place_of, split_series, split_volume
 from volseg.io.voxels import FileContent, read_voxels
 from volseg.volume import Volume
 
@@ -44,10 +46,16 @@ class Format:
 
 
 def format_of(path: Path) -> Format:
-    """Return the format of a file by its name; NIfTI, which checks its contents, if unknown."""
-    name = split_volume(path)[0].name.lower()
+    """Return the format of a file by its name; if that is unknown, DICOM or NIfTI.
+
+    A folder is one of DICOM. NIfTI checks the contents.
+    """
+    place = place_of(path)
+    name = place.name.lower()
+    if place.is_dir() or name.endswith(DICOM_SUFFIXES):
+        return DICOM_SERIES
     matching = (row for row in FORMATS if name.endswith(row.suffixes + row.partner_suffixes))
-    return next(matching, NIFTI)
+    return next(matching, None) or (DICOM_SERIES if is_dicom(place) else NIFTI)
 
 
 def is_scan(path: Path) -> bool:
@@ -58,8 +66,12 @@ def is_scan(path: Path) -> bool:
 def stem_of(path: Path) -> str:
     """Return the file name without the suffix of its format, ignoring case.
 
-    The stem of `scan.nii.gz#3`, a volume of several in a file, is `scan_3`.
+    The stem of `scan.nii.gz#3`, a volume of several in a file, is `scan_3`; that of a DICOM series
+    its key, because names of folders may be those of patients.
     """
+    _, key = split_series(path)
+    if key is not None:
+        return key
     file, number = split_volume(path)
     row, mark = format_of(file), "" if number is None else f"_{number}"
     for suffix in sorted(row.suffixes + row.partner_suffixes, key=len, reverse=True):
@@ -68,6 +80,14 @@ def stem_of(path: Path) -> str:
     return path.name
 
 
+DICOM = "DICOM"
+DICOM_SERIES = Format(
+    name=DICOM,
+    suffixes=(),  # in a folder of scans such a file is a picture
+    read_header=dicom.read_header,
+    read_voxels=dicom.read_voxels,
+    holds_masks=False,
+)
 NIFTI = Format(
     name="NIfTI",
     suffixes=(".nii", ".nii.gz"),
@@ -88,6 +108,7 @@ FORMATS = (
         read_header=mgh.read_header,
         encode=mgh.encode,
     ),
+    DICOM_SERIES,
 )
 SUFFIXES = tuple(suffix for row in FORMATS for suffix in row.suffixes)
 READABLE = ", ".join(SUFFIXES)  # for messages

@@ -44,6 +44,7 @@ class ScanHeader:
         data_path, data_offset: file and byte (after decompression) of the first voxel; None if
             the voxels are not stored one after another.
         parts: files of a scan that has a file for each slice.
+        content: what the format's reader of voxels needs besides.
         warnings: oddities of header and file name.
     """
 
@@ -57,7 +58,13 @@ class ScanHeader:
     data_offset: int | None = None
     n_after: int = 0
     parts: tuple[Path, ...] = ()
+    content: object = None
     warnings: tuple[ScanWarning, ...] = ()
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files of the scan."""
+        return self.parts or tuple(dict.fromkeys((self.path, self.data_path or self.path)))
 
     @property
     def n_bytes(self) -> int:

@@ -16,8 +16,8 @@ import numpy as np
 
 from volseg.errors import ScanError, VolsegError, missing_path
 from volseg.io.cases import NO_SCANS, ONE_CHANNEL, Case, dataset_error, listed, safe_id
+from volseg.io.dicom_layout import are_slices
 from volseg.io.files import RECORDS
-from volseg.io.folders import visible_paths
 from volseg.io.formats import is_scan, stem_of
 from volseg.io.image_folders import CLASS, read_image_folders
 from volseg.io.image_listing import ImageCase, ImageListing, split_mistakes
@@ -32,6 +32,7 @@ from volseg.io.image_tables import (
 )
 from volseg.io.images import READABLE, UNREAD_SUFFIXES, is_image, through_axis
 from volseg.io.layouts import survey_cases
+from volseg.io.paths import visible_paths
 from volseg.io.tables import read_table
 from volseg.io.target_cells import is_missing, is_number, kind_of
 from volseg.io.volumes import read_header, read_mask
@@ -215,7 +216,7 @@ def _lists_images(path: Path) -> bool:
 
 def _has_images(folder: Path) -> bool:
     paths = list(islice(_files_below(folder), SAMPLE))
-    if any(map(is_scan, paths)):
+    if any(map(is_scan, paths)) or are_slices(list(filter(is_image, paths))):
         return False
     return any(is_image(path) or (path.parent == folder and is_arrays(path)) for path in paths)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from volseg.inputs import shorten
 from volseg.io.cases import SPLITS, is_valid_id
 from volseg.io.formats import READABLE as SCANS
 from volseg.io.images import READABLE
-from volseg.io.series import split_volume
+from volseg.io.series import is_there
 
 SLICE_DIGITS = 3
 NO_IMAGES = f"no images found; they end in {READABLE}, and volumes in {SCANS}"
@@ -62,7 +61,7 @@ class ImageListing:
             self.mistakes.append(NO_IMAGES)
         ids = dict[str, ImageCase]()
         paths = {case.path for case in self.cases}
-        is_file = {path: os.path.isfile(split_volume(path)[0]) for path in paths}
+        is_file = {path: is_there(path) for path in paths}
         usable = []
         for case in self.cases:
             first = ids.setdefault(case.id.casefold(), case)

@@ -13,7 +13,10 @@ from volseg.errors import VolsegError, missing_path
 from volseg.io.cases import ONE_CHANNEL, Case, Channels, Listing, Survey, read_cases_csv
 from volseg.io.dataset_json import FILE
 from volseg.io.described import read_described
+from volseg.io.dicom_layout import read_dicom
 from volseg.io.folders import read_folder, row_of_scan, scans_in
+from volseg.io.formats import DICOM, format_of
+from volseg.io.series import split_series
 
 
 def find_cases(
@@ -56,13 +59,16 @@ def find_scans(
     channels: Sequence[str] | None = (ONE_CHANNEL,),
     *,
     allow_missing: bool = False,
+    series: str | None = None,
     remark: Callable[[str], None] | None = None,
 ) -> list[Case]:
     """Return the cases to segment, from scans, folders of scans, CSV files and data sets.
 
-    Hidden files, among them the `._*` of macOS, are skipped.
+    Hidden files, among them the `._*` of macOS, are skipped. A folder without scans may hold
+    DICOM series.
 
     Args:
+        series: UID, key or description of the DICOM series to take of a folder, or `largest`.
         remark: called with each choice that was made in reading the inputs.
 
     Raises:
@@ -70,15 +76,31 @@ def find_scans(
     """
     listing = Listing()
     for path in map(Path, inputs):
-        if os.path.isdir(path) or path.suffix.lower() == ".csv":
-            part = _read_dataset(path, Channels(channels, allow_missing), may_split=True)
-            listing.rows += part.rows
-            listing.mistakes += part.mistakes
-            listing.remarks += part.remarks + part.split_remarks(str(path))
-        else:
-            row = row_of_scan(path, Channels(channels), where=str(path), origin=path)
-            listing.rows.append(row)
-    return _said(listing, remark).cases(", ".join(map(str, inputs)))
+        part = _read_scans(path, Channels(channels, allow_missing), series)
+        listing.rows += part.rows
+        listing.mistakes += part.mistakes
+        listing.remarks += part.remarks + part.split_remarks(str(path))
+    cases = _said(listing, remark).cases(", ".join(map(str, inputs)))
+    paths = (path for case in cases for path in case.images.values())
+    if series is not None and not any(split_series(path)[1] for path in paths):
+        raise VolsegError(
+            f"{', '.join(map(str, inputs))}: holds no DICOM series, but one is to be chosen",
+            fix="leave out --series",
+            code="E_USAGE",
+        )
+    return cases
+
+
+def _read_scans(path: Path, channels: Channels, series: str | None) -> Listing:
+    """Read the rows of a scan, a folder of scans, a CSV file or a data set."""
+    if os.path.isdir(path) or path.suffix.lower() == ".csv":
+        return _read_dataset(path, channels, may_split=True, series=series)
+    if os.path.isfile(path) and format_of(path).name == DICOM:
+        listing = read_dicom(path, channels, series)
+        if listing is not None:
+            return listing
+    row = row_of_scan(path, Channels(channels.names), where=str(path), origin=path)
+    return Listing([row])
 
 
 def _said(listing: Listing, remark: Callable[[str], None] | None) -> Listing:
@@ -105,7 +127,9 @@ def _has_description(folder: Path) -> bool:
     return (folder / FILE).is_file() and not scans_in(folder)
 
 
-def _read_dataset(dataset: Path, channels: Channels, *, may_split: bool = False) -> Listing:
+def _read_dataset(
+    dataset: Path, channels: Channels, *, may_split: bool = False, series: str | None = None
+) -> Listing:
     """Read the rows of a data set with the reader for its layout."""
     if not os.path.exists(dataset):
         raise missing_path(dataset)
@@ -121,4 +145,7 @@ def _read_dataset(dataset: Path, channels: Channels, *, may_split: bool = False)
             fix=f"add a {FILE} that names the channels",
             code="E_DATASET",
         )
-    return read_folder(dataset, channels, may_split=may_split)
+    listing = read_folder(dataset, channels, may_split=may_split)
+    if listing.rows or listing.mistakes:
+        return listing
+    return read_dicom(dataset, channels, series) or listing

@@ -1,7 +1,8 @@
-"""Files that hold several volumes: `scan.nii.gz#3` is the third volume of `scan.nii.gz`."""
+"""Paths of volumes: `scan.nii.gz#3` is the third of a file, `folder#s…` a DICOM series."""
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def split_volume(path: Path) -> tuple[Path, int | None]:
 
 
 def split_series(path: Path) -> tuple[Path, str | None]:
-    """Return the folder or file, and the key of the DICOM series in it; None if the path names none.
+    """Return the folder or file, and the key of the DICOM series in it; None if none is named.
 
     >>> split_series(Path("study#s0123456789ab"))[1]
     's0123456789ab'
@@ -31,6 +32,22 @@ def split_series(path: Path) -> tuple[Path, str | None]:
     if not name or not KEY.fullmatch(key) or path.exists():
         return path, None
     return path.with_name(name), key
+
+
+def place_of(path: Path) -> Path:
+    """Return the file or folder that holds a volume."""
+    return split_series(split_volume(path)[0])[0]
+
+
+def is_there(path: Path) -> bool:
+    """Check whether the file of a volume exists, or the folder of a DICOM series."""
+    place = place_of(path)
+    return os.path.isfile(place) or os.path.isdir(place)
+
+
+def with_series(place: Path, key: str) -> Path:
+    """Return the path of a DICOM series in a folder or file."""
+    return place.with_name(f"{place.name}#{key}")
 
 
 def with_volume(path: Path, number: int) -> Path:

@@ -12,7 +12,7 @@ import numpy as np
 
 from volseg.errors import ScanError, VolsegError, given_path
 from volseg.io import nifti
-from volseg.io.formats import WRITABLE, format_of, is_scan
+from volseg.io.formats import DICOM, WRITABLE, format_of, is_scan
 from volseg.io.gzip_stream import opened_raw, refusal, skip
 from volseg.io.header import MAX_BYTES, ScanHeader, check_size, is_compressed
 from volseg.io.series import split_volume, with_volume
@@ -21,6 +21,7 @@ from volseg.io.voxels import (
     finite_range,
     highest_label,
     holds_fractions,
+    joined_digest,
     value_range,
     write_content,
 )
@@ -54,7 +55,8 @@ def volume_of(path: Path, number: int) -> Path:
     try:
         read_header(path)
     except ScanError as error:
-        return with_volume(path, number) if error.code == "E_NDIM" else path
+        is_series = format_of(path).name == DICOM  # a volume for each series
+        return with_volume(path, number) if error.code == "E_NDIM" and not is_series else path
     return path
 
 
@@ -168,12 +170,12 @@ def scan_digest(path: Path) -> str:
         ScanError: the scan cannot be read.
     """
     header, digests = read_header(path), []
-    for file in dict.fromkeys((header.path, header.data_path or header.path)):
+    for file in header.files:
         digest = hashlib.sha256()
         with opened_raw(file, digest) as stream:
             skip(stream, sys.maxsize)
         digests.append(digest.hexdigest())
-    return "+".join(digests) + _volume_mark(path)
+    return joined_digest(digests) + _volume_mark(path)
 
 
 def _volume_mark(path: Path | str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
@@ -54,6 +54,12 @@ def read_voxels(header: ScanHeader, path: Path) -> tuple[np.ndarray, str]:
     if not flat.dtype.isnative:
         flat = flat.byteswap(inplace=True).view(flat.dtype.newbyteorder("="))
     return flat.reshape(header.geometry.shape, order="F"), before + digest.hexdigest()
+
+
+def joined_digest(digests: Sequence[str]) -> str:
+    """Return one digest for the SHA-256 of all files of a scan, in their order."""
+    joined = "+".join(digests)
+    return joined if len(digests) <= 2 else hashlib.sha256(joined.encode()).hexdigest()
 
 
 # ---- writing

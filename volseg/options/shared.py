@@ -98,6 +98,11 @@ class OfSeries(Options):
         default=None,
         values=Range(1, 999_999),
     )
+    series: str | None = option(
+        "DICOM series to take, if a folder holds several: its UID, key or description, or largest; "
+        "by default all of them.",
+        default=None,
+    )
 
 
 @options

@@ -1,0 +1,124 @@
+"""Folders of DICOM series as cases, whose ids are hashes: names of folders may be of patients."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from volseg.errors import VolsegError
+from volseg.inputs import shorten
+from volseg.io.cases import ONE_CHANNEL, Channels, Listing, Row
+from volseg.io.dicom import folder_of
+from volseg.io.dicom_frames import SUFFIXES
+from volseg.io.dicom_series import DicomFolder, DicomVolume, collect
+from volseg.io.series import with_series
+from volseg.words import format_count, format_list
+
+LARGEST = "largest"  # --series: the one with most voxels
+SAMPLE = 10  # files by which slices are told from pictures
+SINGLE = "E_NDIM"  # images of one slice, such as surveys, are no scans
+
+
+def read_dicom(place: Path, channels: Channels, series: str | None = None) -> Listing | None:
+    """List the series in a DICOM file or folder as scans; None if there is no DICOM file.
+
+    Series that cannot be read are cases too, so that none is lost: reading them says why.
+
+    Args:
+        series: UID, key or description of the series to take, or `largest`.
+
+    Raises:
+        VolsegError: no series is the one to take, or the recipe needs several channels.
+    """
+    folder = folder_of(place)
+    if not folder.volumes and not folder.skipped:
+        return None
+    listing = Listing(remarks=list(_remarks(place, folder)))
+    volumes = [volume for volume in folder.volumes if not _is_single(volume)]
+    if not volumes:
+        reasons = [skipped.reason for skipped in folder.skipped] or ["single slices"]
+        text = format_list(list(dict.fromkeys(reasons)), 3)
+        listing.mistakes.append(f"{place}: holds DICOM files, but no volume: {text}")
+    for volume in volumes if series is None else _chosen(place, volumes, series):
+        path = with_series(_home_of(volume), volume.key)
+        images = channels.pick({ONE_CHANNEL: path}, str(place))
+        why = f"a DICOM series of {format_count(len(volume.frames), 'slice')}"
+        listing.rows.append(Row(where=str(place), id=volume.key, images=images, why=why))
+    return listing
+
+
+def are_slices(paths: Sequence[Path]) -> bool:
+    """Tell whether these files are DICOM slices of volumes, from some of them.
+
+    Radiographs are not: each is a series of its own, or has no place in the patient.
+    """
+    if not all(path.suffix.lower() in SUFFIXES for path in paths):
+        return False
+    return any(len(volume.frames) > 1 for volume in collect(paths[:SAMPLE]).volumes)
+
+
+def _is_single(volume: DicomVolume) -> bool:
+    return volume.error is not None and volume.error.code == SINGLE
+
+
+def _home_of(volume: DicomVolume) -> Path:
+    """Return the file of a volume, or the deepest folder that holds all of its files."""
+    paths = list(dict.fromkeys(frame.path for frame in volume.frames))
+    if len(paths) == 1:
+        return paths[0]
+    home = paths[0].parent
+    while not all(path.is_relative_to(home) for path in paths):
+        home = home.parent
+    return home
+
+
+def _chosen(place: Path, volumes: Sequence[DicomVolume], series: str) -> list[DicomVolume]:
+    """Return the volumes that `--series` names.
+
+    Raises:
+        VolsegError: none is.
+    """
+    if series.casefold() == LARGEST:
+        usable = [volume for volume in volumes if volume.error is None] or list(volumes)
+        return [max(usable, key=lambda volume: int(np.prod(volume.shape)))] if usable else []
+    chosen = [volume for volume in volumes if series in (volume.key, volume.frames[0].series)]
+    if not chosen:
+        word = series.casefold()
+        chosen = [v for v in volumes if v.frames[0].description.casefold() == word]
+    if not chosen:
+        shown = [f"{v.key} ({shorten(v.frames[0].description, 40)})" for v in volumes]
+        raise VolsegError(
+            f"{place}: no series is {shorten(series)!r}; there are {format_list(shown, 5)}",
+            fix="give --series a key, UID or description of one of them, or largest",
+            code="E_SERIES",
+        )
+    return chosen
+
+
+def _remarks(place: Path, folder: DicomFolder) -> Iterator[str]:
+    """Say in one line each which series there are, and which files are none."""
+    for volume in folder.volumes:
+        yield f"N_SERIES: {place}: {describe(volume)}"
+    if folder.skipped:
+        counts = Counter(skipped.reason.partition(";")[0] for skipped in folder.skipped)
+        reasons = [f"{reason} ({n})" for reason, n in counts.items()]
+        count = format_count(len(folder.skipped), "DICOM file")
+        text = f"{count} left out: {format_list(reasons, 5)}"
+        is_lost = any(reason.startswith("E_") for reason in counts)
+        yield f"{'W' if is_lost else 'N'}_SKIPPED: {place}: {text}"
+
+
+def describe(volume: DicomVolume) -> str:
+    """Return key, modality, description, size and verdict of a volume in one line."""
+    first = volume.frames[0]
+    spacing = ""
+    if volume.affine is not None:
+        sizes = np.linalg.norm(volume.affine[:3, :3], axis=0)
+        spacing = f", {' × '.join(f'{size:.4g}' for size in sizes)} mm"
+    words = [first.modality or "unknown modality", *filter(None, (shorten(first.description, 40),))]
+    size = "×".join(map(str, volume.shape))
+    verdict = "; ".join(f"{finding.code} {finding.text}" for finding in volume.findings) or "sound"
+    return f"{volume.key}: {' '.join(words)}, {size}{spacing}: {verdict}"
