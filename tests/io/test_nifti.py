@@ -129,7 +129,8 @@ CONTAINERS = {
     "text_file": ("scan.nii", b"hello", "E_NOTNIFTI"),
     "html_login_page": ("scan.nii", b"<!DOCTYPE html>" + b" " * 500, "E_NOTNIFTI"),
     "lfs_pointer": ("scan.nii", b"version https://git-lfs.github.com/spec/v1\n", "E_NOTNIFTI"),
-    "dicom": ("scan.dcm", bytes(128) + b"DICM" + bytes(900), "E_NOTNIFTI"),
+    "dicom": ("scan.dcm", bytes(128) + b"DICM" + bytes(900), "E_DAMAGED"),
+    "dicom under another name": ("scan.nii", bytes(128) + b"DICM" + bytes(900), "E_NOTNIFTI"),
 }
 HEADERS = {
     "huge_dims": ("scan.nii", HUGE, "E_TOOBIG"),

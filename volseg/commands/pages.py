@@ -17,7 +17,7 @@ from volseg.columns import json_values
 from volseg.errors import ScanError
 from volseg.execution.memory import LIBRARIES, Budget
 from volseg.inputs import open_regular, read_json
-from volseg.io.series import is_there
+from volseg.io.formats import is_there
 from volseg.io.volumes import read_header, read_mask, read_volume
 from volseg.measurement.memory import LISTED, plan_page, plan_report
 from volseg.measurement.rows import CaseRow, LesionMeasurement

@@ -17,7 +17,8 @@ from volseg.comparison.pairs import MeasuredScan
 from volseg.errors import ScanError, VolsegError
 from volseg.inputs import read_json
 from volseg.io.files import sha256_of
-from volseg.io.series import is_there, split_volume, with_volume
+from volseg.io.formats import is_there
+from volseg.io.series import split_volume, with_volume
 from volseg.io.volumes import read_mask, read_volume
 from volseg.measurement.rows import LesionMeasurement
 from volseg.measurement.specks import SPECKS

@@ -12,8 +12,7 @@ from typing import TypeVar
 
 from volseg.errors import VolsegError
 from volseg.inputs import kind_of, shorten
-from volseg.io.formats import READABLE, stem_of
-from volseg.io.series import is_there
+from volseg.io.formats import READABLE, is_there, stem_of
 from volseg.io.tables import PATIENT, read_table
 from volseg.words import format_count, format_numbered
 

@@ -61,7 +61,8 @@ def _listed(folder: DicomFolder) -> str:
 def _none_found(folder: DicomFolder, path: Path) -> ScanError:
     reasons = list(dict.fromkeys(skipped.reason for skipped in folder.skipped))
     if not reasons:
-        return refusal(path, "E_NOTIMAGE", "holds no DICOM files", "give a folder of a series")
+        text, fix = "is a folder without DICOM files", "give a scan, or the folder of a series"
+        return refusal(path, "E_NOTFILE", text, fix)
     code, colon, text = reasons[0].partition(": ")
     if colon and code.startswith("E_"):
         return refusal(path, code, text, "export the series again")

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,10 @@ import numpy as np
 
 from volseg.errors import ScanError
 from volseg.inputs import shorten
-from volseg.io.gzip_stream import opened_raw
+from volseg.io.gzip_stream import opened_raw, refusal
 
 SUFFIXES = (".dcm", ".dicom", ".ima")
+LOOKED_AT = 100  # files of a folder until it is taken for one without DICOM
 PREAMBLE = 128  # bytes before the letters DICM
 START_BYTES = 2**16  # most headers are shorter; the rest of a file is read only if needed
 MAX_FILE_BYTES = 2**32
@@ -117,6 +121,12 @@ def is_dicom(path: Path) -> bool:
         return False
 
 
+def holds_dicom(folder: Path) -> bool:
+    """Check whether one of the first files of a folder, or of those below, is DICOM."""
+    paths = (Path(parent, name) for parent, _, names in os.walk(folder) for name in sorted(names))
+    return any(map(is_dicom, islice(paths, LOOKED_AT)))
+
+
 def read_frames(path: Path) -> list[Frame] | Skipped | None:
     """Return the frames of a DICOM file, or why it holds none; None if it is not DICOM.
 
@@ -127,6 +137,7 @@ def read_frames(path: Path) -> list[Frame] | Skipped | None:
         start = file.read(START_BYTES)
         if start[PREAMBLE : PREAMBLE + 4] != b"DICM":
             return None
+        _require_pydicom(path)
         try:
             try:
                 header, offset = _parse(start, is_whole=len(start) < START_BYTES)
@@ -135,10 +146,20 @@ def read_frames(path: Path) -> list[Frame] | Skipped | None:
                     raise
                 start += file.read(MAX_FILE_BYTES)  # the header is longer
                 header, offset = _parse(start, is_whole=True)
-            pixels = _pixel_format(header, offset, _digest(start, offset))
-            return _frames_of(header, pixels, path)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # on values that are not used
+                pixels = _pixel_format(header, offset, _digest(start, offset))
+                return _frames_of(header, pixels, path)
         except _Unusable as error:
             return Skipped(path, str(error))
+        except Exception as error:  # pydicom converts a value when it is asked for
+            return Skipped(path, f"E_DAMAGED: {_reason(error)}")
+
+
+def _require_pydicom(path: Path) -> None:
+    if find_spec("pydicom") is None:
+        problem = "is DICOM, and pydicom is not installed"
+        raise refusal(path, "E_BACKEND", problem, "pip install 'volseg[dicom]'")
 
 
 def _frames_of(header: Any, pixels: PixelFormat, path: Path) -> list[Frame]:
@@ -178,8 +199,6 @@ def _parse(content: bytes, *, is_whole: bool) -> tuple[Any, int | None]:
                 return header, None
             if offset >= len(content) and not is_whole:
                 raise _Unusable("E_TRUNCATED: the header ends too early")
-            for name in TAGS:  # values are converted when they are asked for
-                header.get(name)
     except _Unusable:
         raise
     except EOFError as error:

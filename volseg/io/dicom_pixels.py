@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
+from typing import Literal
 
 import numpy as np
 
 from volseg.inputs import shorten
-from volseg.io.dicom_frames import Frame, PixelFormat
-from volseg.io.gzip_stream import COPY_AGAIN, refusal
+from volseg.io.dicom_frames import MAX_FILE_BYTES, Frame, PixelFormat
+from volseg.io.gzip_stream import COPY_AGAIN, opened_raw, refusal
 
 LITTLE, BIG = "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"
 IMPLICIT = "1.2.840.10008.1.2"
-PLAIN: Mapping[str, str] = MappingProxyType({IMPLICIT: "<", LITTLE: "<", BIG: ">"})  # byte order
+PLAIN: Mapping[str, Literal["<", ">"]] = MappingProxyType(  # byte order
+    {IMPLICIT: "<", LITTLE: "<", BIG: ">"}
+)
 DEFLATED = "1.2.840.10008.1.2.1.99"
 JPEG = "1.2.840.10008.1.2.4."
 # Compressed transfer syntax → pydicom's plug-in, and the module that it needs. python-gdcm can
@@ -39,11 +43,10 @@ def codec_problem(syntax: str) -> str | None:
 
     if syntax in PLAIN or syntax == DEFLATED:
         return None
-    name = UID(syntax).name
     if syntax not in PLUGINS:
-        return f"its pixels are compressed as {shorten(name)}, for which there is no decoder"
+        return f"its transfer syntax {shorten(syntax, 70)} has no decoder"
     _, module = PLUGINS[syntax]
-    return None if find_spec(module) else f"its pixels are compressed as {name}"
+    return None if find_spec(module) else f"its pixels are compressed as {UID(syntax).name}"
 
 
 def stored_dtype(pixels: PixelFormat) -> np.dtype:
@@ -55,6 +58,20 @@ def stored_dtype(pixels: PixelFormat) -> np.dtype:
     if pixels.bits_allocated not in (8, 16, 32):
         raise ValueError(f"stores {pixels.bits_allocated} bits a pixel")
     return np.dtype(f"{'i' if pixels.is_signed else 'u'}{pixels.bits_allocated // 8}")
+
+
+def have_equal_pixels(frames: Sequence[Frame]) -> bool:
+    """Check whether frames of one place are copies: files whose pixels are equal byte by byte.
+
+    Raises:
+        ScanError: a file cannot be opened.
+    """
+    digests = set[bytes]()
+    for frame in frames:
+        with opened_raw(frame.path) as file:
+            file.seek(frame.pixels.offset or 0)
+            digests.add(hashlib.sha256(file.read(MAX_FILE_BYTES)).digest())
+    return len(digests) == 1 and len({frame.path for frame in frames}) == len(frames)
 
 
 def stored_values(frame: Frame, content: bytes, path: Path) -> np.ndarray:
@@ -94,15 +111,15 @@ def _plain(frame: Frame, content: bytes, path: Path) -> np.ndarray:
 
 
 def _decoded(frame: Frame, content: bytes, path: Path) -> np.ndarray:
+    from pydicom import dcmread
     from pydicom.pixels import pixel_array
 
     plugin, _ = PLUGINS.get(frame.pixels.syntax, ("", ""))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            array = pixel_array(
-                io.BytesIO(content), index=frame.number, raw=True, decoding_plugin=plugin
-            )
+            whole = dcmread(io.BytesIO(content))
+            array = pixel_array(whole, index=frame.number, raw=True, decoding_plugin=plugin)
     except Exception as error:  # decoders raise many types on damaged pixels
         reason = shorten(" ".join(str(error).split()) or type(error).__name__, 100)
         text = f"the pixels of {frame.path.name} cannot be decoded ({reason})"

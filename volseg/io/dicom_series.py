@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -12,6 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from volseg.io.dicom_frames import Frame, Skipped, read_frames
+from volseg.io.dicom_pixels import have_equal_pixels
+from volseg.io.header import MAX_COSINE
 from volseg.io.paths import visible_paths
 from volseg.words import format_count
 
@@ -19,7 +22,6 @@ KEY_DIGITS = 12
 SAME_PLACE = 0.01  # of the distance of slices; also in mm
 GAP = 1.5  # distance of slices, in medians, from which one is missing
 UNEVEN, VERY_UNEVEN = 0.01, 0.1  # deviation from even slices, in their distance
-TILT_DEGREES, MAX_TILT_DEGREES = 0.05, 0.6  # of the stack from the normal of its slices
 # (axes, positions) in RAS, volseg's world, from LPS, DICOM's.
 TO_RAS = np.array([-1.0, -1.0, 1.0])
 
@@ -50,7 +52,7 @@ class DicomVolume:
 
     key: str
     frames: tuple[Frame, ...]
-    affine: np.ndarray | None
+    affine: np.ndarray | None = None
     findings: tuple[Finding, ...] = ()
 
     @property
@@ -131,42 +133,51 @@ def _order(item: tuple[tuple[object, ...], list[Frame]]) -> tuple[str, str, str]
 
 
 def _volume_of(group: Sequence[Frame], key: str) -> DicomVolume:
-    axes = group[0].axes
-    normal = np.cross(axes[0], axes[1])
-    along = np.array([frame.position_mm @ normal for frame in group])
-    order = np.argsort(along, kind="stable")
-    frames, along = [group[index] for index in order], along[order]
+    """Put the frames of a group in order, and judge them."""
+    frames, along = _sorted(group)
+    places = _places(along)
     findings: list[Finding] = []
+    if len(places) < len(frames):
+        repeated = [frames[part] for part in places if part.stop - part.start > 1]
+        if not all(map(have_equal_pixels, repeated)):
+            return DicomVolume(key=key, frames=tuple(frames), findings=(_four_dimensional(places),))
+        text = f"{format_count(len(frames) - len(places), 'slice')} left out that are copies"
+        findings.append(Finding("W_TWICE", text))
+        frames, along = _sorted([frames[part.start] for part in places])
     if len(frames) == 1:
         text = "a single slice, whose distance to others is unknown"
-        return DicomVolume(
-            key=key,
-            frames=tuple(frames),
-            affine=None,
-            findings=(Finding("E_NDIM", text, "export the whole series"),),
-        )
-    starts = _first_of_places(along)
-    if len(starts) < len(frames):
-        repeats = np.diff([*starts, len(frames)])
-        text = (
-            f"{len(frames)} frames at {format_count(len(starts), 'place')}, {repeats.min()} to "
-            f"{repeats.max()} at each"
-        )
-        finding = Finding("E_4D", text, "export each phase, echo or time point as a series")
-        return DicomVolume(key=key, frames=tuple(frames), affine=None, findings=(finding,))
+        finding = Finding("E_NDIM", text, "export the whole series")
+        return DicomVolume(key=key, frames=tuple(frames), findings=(finding,))
     affine = _affine_of(frames)
-    findings += _gaps(along) or _unevenness(frames, affine)
-    findings += _tilt(affine)
+    findings += [*(_gaps(along) or _unevenness(frames, affine)), *_tilt(affine)]
     findings.sort(key=lambda finding: not finding.is_error)
     return DicomVolume(key=key, frames=tuple(frames), affine=affine, findings=tuple(findings))
 
 
-def _first_of_places(along: np.ndarray) -> list[int]:
-    """Return the index of the first frame at each place along the normal."""
+def _sorted(group: Sequence[Frame]) -> tuple[list[Frame], np.ndarray]:
+    """Return frames and their places (n,) in mm along the normal of the slices."""
+    normal = np.cross(group[0].axes[0], group[0].axes[1])
+    along = np.array([frame.position_mm @ normal for frame in group])
+    order = np.argsort(along, kind="stable")
+    return [group[index] for index in order], along[order]
+
+
+def _four_dimensional(places: Sequence[slice]) -> Finding:
+    counts = [part.stop - part.start for part in places]
+    text = (
+        f"{sum(counts)} frames at {format_count(len(places), 'place')}, {min(counts)} to "
+        f"{max(counts)} at each"
+    )
+    return Finding("E_4D", text, "export each phase, echo or time point as a series of its own")
+
+
+def _places(along: np.ndarray) -> list[slice]:
+    """Return the frames at each place along the normal."""
     steps = np.diff(along)
     apart = steps[steps > SAME_PLACE]
     limit = max(SAME_PLACE, SAME_PLACE * float(np.median(apart))) if len(apart) else SAME_PLACE
-    return [0, *(int(index) + 1 for index in np.flatnonzero(steps > limit))]
+    starts = [0, *(int(index) + 1 for index in np.flatnonzero(steps > limit)), len(along)]
+    return list(itertools.starmap(slice, itertools.pairwise(starts)))
 
 
 def _affine_of(frames: Sequence[Frame]) -> np.ndarray:
@@ -211,12 +222,10 @@ def _unevenness(frames: Sequence[Frame], affine: np.ndarray) -> list[Finding]:
 
 def _tilt(affine: np.ndarray) -> list[Finding]:
     normal = np.cross(affine[:3, 0], affine[:3, 1])
-    cosine = abs(float(normal @ affine[:3, 2]))
-    cosine /= float(np.linalg.norm(normal) * np.linalg.norm(affine[:3, 2]))
-    degrees = math.degrees(math.acos(min(1.0, cosine)))
-    if degrees > MAX_TILT_DEGREES:
-        text = f"the stack of slices is tilted by {degrees:.1f}°"
+    along = affine[:3, 2] / np.linalg.norm(affine[:3, 2])
+    beside = along - (along @ normal) * normal / (normal @ normal)
+    sine = float(np.linalg.norm(beside))
+    if sine > MAX_COSINE:
+        text = f"the stack of slices is tilted by {math.degrees(math.asin(min(1.0, sine))):.3g}°"
         return [Finding("E_TILT", text, "resample it with dcm2niix")]
-    if degrees > TILT_DEGREES:
-        return [Finding("W_TILT", f"the stack of slices is tilted by {degrees:.2f}°")]
     return []

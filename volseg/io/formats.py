@@ -5,6 +5,7 @@ To add one, write `io/<name>.py` and its row at the foot of this file.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 
 from volseg.io import dicom, mgh, nifti
 from volseg.io.dicom_frames import SUFFIXES as DICOM_SUFFIXES
-from volseg.io.dicom_frames import is_dicom
+from volseg.io.dicom_frames import holds_dicom, is_dicom
 from volseg.io.header import ScanHeader
 from volseg.io.series import place_of, split_series, split_volume
 from volseg.io.voxels import FileContent, read_voxels
@@ -52,10 +53,18 @@ def format_of(path: Path) -> Format:
     """
     place = place_of(path)
     name = place.name.lower()
-    if place.is_dir() or name.endswith(DICOM_SUFFIXES):
-        return DICOM_SERIES
     matching = (row for row in FORMATS if name.endswith(row.suffixes + row.partner_suffixes))
-    return next(matching, None) or (DICOM_SERIES if is_dicom(place) else NIFTI)
+    row = next(matching, None)
+    if row is not None:
+        return row
+    is_series = name.endswith(DICOM_SUFFIXES) or os.path.isdir(place) or is_dicom(place)
+    return DICOM_SERIES if is_series else NIFTI
+
+
+def is_there(path: Path) -> bool:
+    """Check whether the file of a volume exists, or a folder with DICOM files."""
+    place = place_of(path)
+    return os.path.isfile(place) or (os.path.isdir(place) and holds_dicom(place))
 
 
 def is_scan(path: Path) -> bool:

@@ -9,8 +9,8 @@ from pathlib import Path
 from volseg.inputs import shorten
 from volseg.io.cases import SPLITS, is_valid_id
 from volseg.io.formats import READABLE as SCANS
+from volseg.io.formats import is_there
 from volseg.io.images import READABLE
-from volseg.io.series import is_there
 
 SLICE_DIGITS = 3
 NO_IMAGES = f"no images found; they end in {READABLE}, and volumes in {SCANS}"

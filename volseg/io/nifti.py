@@ -364,5 +364,5 @@ _OTHER_FORMATS = (
     (0, b"ObjectType", "MetaImage", "convert it to NIfTI"),
     (0, b"\x89HDF", "HDF5 or MINC", "convert it to NIfTI"),
     (0, b"\x93NUMPY", "a NumPy array", "store it as NIfTI, with its affine"),
-    (128, b"DICM", "DICOM", "convert the series to NIfTI, for example with dcm2niix"),
+    (128, b"DICM", "DICOM", "give its name the end .dcm, or give the folder of the series"),
 )

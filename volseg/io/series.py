@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
@@ -37,12 +36,6 @@ def split_series(path: Path) -> tuple[Path, str | None]:
 def place_of(path: Path) -> Path:
     """Return the file or folder that holds a volume."""
     return split_series(split_volume(path)[0])[0]
-
-
-def is_there(path: Path) -> bool:
-    """Check whether the file of a volume exists, or the folder of a DICOM series."""
-    place = place_of(path)
-    return os.path.isfile(place) or os.path.isdir(place)
 
 
 def with_series(place: Path, key: str) -> Path:

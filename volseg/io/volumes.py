@@ -123,6 +123,7 @@ def read_mask(
     """
     path = given_path(path)
     if not format_of(path).holds_masks:
+        read_header(path)  # refuses what is no such file at all
         problem = f"{format_of(path).name} holds intensities only, no mask"
         raise refusal(path, "E_LABELS", problem, "give the mask in another format, such as NIfTI")
     return checked_mask(_read_stored(path), path, max_labels=max_labels, threshold=threshold)
