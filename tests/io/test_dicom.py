@@ -170,10 +170,10 @@ def test_kinds_stacks_and_series_in_a_folder_are_volumes_of_their_own(tmp_path):
     write_series(volumes["a"], tmp_path / "study" / "a2", Series(edit=as_phase))
     cases = find_scans([tmp_path / "study"])
     assert len(cases) == 4 and len({case.id for case in cases}) == 4
-    found = [read_volume(case.images["image"]) for case in cases]
+    volumes_read = [read_volume(case.images["image"]) for case in cases]
     for volume in volumes.values():
         expected = np.sort(volume.array, axis=None)
-        same = [np.array_equal(np.sort(one.array, axis=None), expected) for one in found]
+        same = [np.array_equal(np.sort(one.array, axis=None), expected) for one in volumes_read]
         assert sum(same) == 1 + (volume is volumes["a"])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from volseg.errors import VolsegError, given_path
 from volseg.evaluation.class_rows import CLASSES, described_columns
 from volseg.inputs import read_json
 from volseg.io.cases import Case
-from volseg.io.dicom_layout import are_slices
+from volseg.io.dicom_layout import are_slices, descriptions
 from volseg.io.image_cases import looks_like_images
 from volseg.io.images import is_image, read_image
 from volseg.io.layouts import survey_cases
@@ -134,7 +134,7 @@ def _check_dataset(path: Path, recipe: Recipe | None) -> Iterator[Problem]:
     survey = survey_cases(path) if recipe is None else TrainingSet(path, recipe).survey()
     for mistake in survey.mistakes:
         yield problem_at(str(path), "E_DATASET", mistake, "correct the dataset")
-    for remark in survey.remarks:
+    for remark in _with_descriptions(survey.remarks, path):
         code, _, text = remark.partition(": ")
         fix = ADVICE.get(code, "`volseg cases` writes a table to look at and edit")
         yield problem_at(str(path), code, text, fix)
@@ -151,6 +151,14 @@ def _check_dataset(path: Path, recipe: Recipe | None) -> Iterator[Problem]:
                 f"no mask holds label {name!r} (value {value}) of recipe {recipe.name!r}",
                 "correct data.labels in the recipe, or add cases with this label",
             )
+
+
+def _with_descriptions(remarks: Sequence[str], path: Path) -> Iterator[str]:
+    """Yield remarks; those on DICOM series with what the scanner calls them."""
+    names = descriptions(path) if any(text.startswith("N_SERIES") for text in remarks) else {}
+    for remark in remarks:
+        key = next((key for key in names if f": {key}: " in remark), None)
+        yield remark if key is None else remark.replace(key, f"{key} ({names[key]})", 1)
 
 
 class _CaseChecker:

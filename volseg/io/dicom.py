@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from volseg.errors import ScanError
+from volseg.errors import ScanError, VolsegError
 from volseg.io.dicom_frames import MAX_FILE_BYTES, Frame
 from volseg.io.dicom_pixels import codec_problem, stored_dtype, stored_values
-from volseg.io.dicom_series import DicomFolder, DicomVolume, collect, read_folder
+from volseg.io.dicom_series import DicomFolder, DicomVolume, collect, key_for, read_folder
 from volseg.io.gzip_stream import opened_raw, refusal
 from volseg.io.header import ScanHeader, ScanWarning, checked_grid
 from volseg.io.series import place_of, split_series
@@ -38,11 +38,11 @@ def find_volume(path: Path) -> DicomVolume:
     place, key = split_series(path)
     folder = folder_of(place)
     if key is not None:
-        chosen = [volume for volume in folder.volumes if volume.key == key]
-        if not chosen:
+        matching = [volume for volume in folder.volumes if volume.key == key]
+        if not matching:
             text = f"has no series {key}; it has {_listed(folder)}"
             raise refusal(path, "E_SERIES", text, f"volseg check {place} lists the series")
-        return chosen[0]
+        return matching[0]
     usable = [volume for volume in folder.volumes if volume.error is None]
     if len(usable) == 1:
         return usable[0]
@@ -52,6 +52,14 @@ def find_volume(path: Path) -> DicomVolume:
         return folder.volumes[0]
     text = f"holds {len(usable)} series: {_listed(folder)}"
     raise refusal(path, "E_SERIES", text, "choose one with --series, or give it a folder")
+
+
+def key_of(path: Path) -> str:
+    """Return the key of the volume at a path; of its name if there is none to read."""
+    try:
+        return find_volume(path).key
+    except VolsegError:
+        return key_for(path.name)
 
 
 def _listed(folder: DicomFolder) -> str:

@@ -259,11 +259,11 @@ def _pixel_format(header: Any, offset: int | None, digest: str) -> PixelFormat:
 
 def _enhanced(header: Any, n: int, common: dict[str, Any]) -> Iterator[Frame]:
     """Yield the frames of an enhanced file, each described by its own and the shared groups."""
-    each = list(header.PerFrameFunctionalGroupsSequence)
-    if len(each) != n:
-        raise _Unusable(f"E_NOGEOM: {n} frames, and {len(each)} of them are described")
+    items_of = list(header.PerFrameFunctionalGroupsSequence)
+    if len(items_of) != n:
+        raise _Unusable(f"E_NOGEOM: {n} frames, and {len(items_of)} of them are described")
     shared = list(header.get("SharedFunctionalGroupsSequence") or [])[:1]
-    for number, groups in enumerate(each):
+    for number, groups in enumerate(items_of):
         items = [*_items_in(groups), *(item for group in shared for item in _items_in(group))]
         yield Frame(number=number, **_place([*items, header]), **common)
 

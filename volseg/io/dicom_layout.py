@@ -84,18 +84,18 @@ def _chosen(place: Path, volumes: Sequence[DicomVolume], series: str) -> list[Di
     if series.casefold() == LARGEST:
         usable = [volume for volume in volumes if volume.error is None] or list(volumes)
         return [max(usable, key=lambda volume: int(np.prod(volume.shape)))] if usable else []
-    chosen = [volume for volume in volumes if series in (volume.key, volume.frames[0].series)]
-    if not chosen:
+    selected = [volume for volume in volumes if series in (volume.key, volume.frames[0].series)]
+    if not selected:
         word = series.casefold()
-        chosen = [v for v in volumes if v.frames[0].description.casefold() == word]
-    if not chosen:
+        selected = [v for v in volumes if v.frames[0].description.casefold() == word]
+    if not selected:
         shown = [f"{v.key} ({shorten(v.frames[0].description, 40)})" for v in volumes]
         raise VolsegError(
             f"{place}: no series is {shorten(series)!r}; there are {format_list(shown, 5)}",
             fix="give --series a key, UID or description of one of them, or largest",
             code="E_SERIES",
         )
-    return chosen
+    return selected
 
 
 def _remarks(place: Path, folder: DicomFolder) -> Iterator[str]:
@@ -112,13 +112,22 @@ def _remarks(place: Path, folder: DicomFolder) -> Iterator[str]:
 
 
 def describe(volume: DicomVolume) -> str:
-    """Return key, modality, description, size and verdict of a volume in one line."""
+    """Return key, modality, size and verdict of a volume in one line."""
     first = volume.frames[0]
     spacing = ""
     if volume.affine is not None:
         sizes = np.linalg.norm(volume.affine[:3, :3], axis=0)
         spacing = f", {' × '.join(f'{size:.4g}' for size in sizes)} mm"
-    words = [first.modality or "unknown modality", *filter(None, (shorten(first.description, 40),))]
     size = "×".join(map(str, volume.shape))
     verdict = "; ".join(f"{finding.code} {finding.text}" for finding in volume.findings) or "sound"
-    return f"{volume.key}: {' '.join(words)}, {size}{spacing}: {verdict}"
+    return f"{volume.key}: {first.modality or 'unknown modality'}, {size}{spacing}: {verdict}"
+
+
+def descriptions(place: Path) -> dict[str, str]:
+    """Return key → description of each series that has one.
+
+    Free text may name a patient, so it is for the terminal alone and never part of a result.
+    """
+    volumes = folder_of(place).volumes
+    texts = {volume.key: volume.frames[0].description for volume in volumes}
+    return {key: shorten(text, 60) for key, text in texts.items() if text}

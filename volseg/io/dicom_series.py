@@ -95,7 +95,7 @@ def collect(paths: Iterable[Path]) -> DicomFolder:
     for frame in frames:
         groups[_group_of(frame)].append(frame)
     result.volumes = [
-        _volume_of(group, _key_of(name)) for name, group in sorted(groups.items(), key=_order)
+        _volume_of(group, key_for(repr(name))) for name, group in sorted(groups.items(), key=_order)
     ]
     return result
 
@@ -120,8 +120,9 @@ def _group_of(frame: Frame) -> tuple[object, ...]:
     )
 
 
-def _key_of(group: tuple[object, ...]) -> str:
-    return "s" + hashlib.sha256(repr(group).encode()).hexdigest()[:KEY_DIGITS]
+def key_for(text: str) -> str:
+    """Return a key that says nothing of what it stands for."""
+    return "s" + hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:KEY_DIGITS]
 
 
 def _order(item: tuple[tuple[object, ...], list[Frame]]) -> tuple[str, str, str]:

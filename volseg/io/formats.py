@@ -79,8 +79,8 @@ def stem_of(path: Path) -> str:
     its key, because names of folders may be those of patients.
     """
     _, key = split_series(path)
-    if key is not None:
-        return key
+    if key is not None or format_of(path).name == DICOM:
+        return key or dicom.key_of(path)
     file, number = split_volume(path)
     row, mark = format_of(file), "" if number is None else f"_{number}"
     for suffix in sorted(row.suffixes + row.partner_suffixes, key=len, reverse=True):
