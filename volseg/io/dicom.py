@@ -10,18 +10,13 @@ import numpy as np
 
 from volseg.errors import ScanError, VolsegError
 from volseg.io.dicom_frames import MAX_FILE_BYTES, Frame
-from volseg.io.dicom_pixels import codec_problem, stored_dtype, stored_values
+from volseg.io.dicom_pixels import CODEC_FIX, codec_problem, stored_dtype, stored_values
 from volseg.io.dicom_series import DicomFolder, DicomVolume, collect, key_for, read_folder
 from volseg.io.gzip_stream import opened_raw, refusal
 from volseg.io.header import ScanHeader, ScanWarning, checked_grid
 from volseg.io.series import place_of, split_series
 from volseg.io.voxels import joined_digest
 from volseg.words import format_list
-
-CODEC_FIX = (
-    "pip install pylibjpeg-libjpeg (GPL) decodes JPEG; or decompress the files, for example with "
-    "dcmdjpeg or gdcmconv --raw"
-)
 
 
 def folder_of(place: Path) -> DicomFolder:
@@ -148,7 +143,7 @@ def read_voxels(header: ScanHeader, path: Path) -> tuple[np.ndarray, str]:
                 text = f"{frame.path.name} was replaced while it was being read"
                 raise refusal(path, "E_CHANGED", text, "run again")
             digests[frame.path] = hashlib.sha256(content).hexdigest()
-        values = stored_values(frame, content, path).T
+        values = stored_values(content, frame.pixels, frame.path, number=frame.number).T
         if header.dtype.kind == "f":
             values = values * frame.slope + frame.intercept
         array[:, :, place] = values

@@ -36,7 +36,13 @@ TAGS = (
     *("ImageType", "EchoTime", "SliceThickness", "NumberOfFrames", "Rows", "Columns"),
     *("SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated", "BitsStored", "HighBit"),
     *("PixelRepresentation", "PlanarConfiguration", "ImagePositionPatient"),
-    *("ImageOrientationPatient", "PixelSpacing", "RescaleSlope", "RescaleIntercept"),
+    *(
+        "ImagerPixelSpacing",
+        "ImageOrientationPatient",
+        "PixelSpacing",
+        "RescaleSlope",
+        "RescaleIntercept",
+    ),
     *("ModalityLUTSequence", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
 )
 
@@ -108,8 +114,8 @@ class Skipped:
     reason: str
 
 
-class _Unusable(Exception):
-    """A file or frame is no slice of a volume; the text is the reason."""
+class Unusable(Exception):
+    """A file or frame cannot be used; the text is the reason."""
 
 
 def is_dicom(path: Path) -> bool:
@@ -137,11 +143,11 @@ def read_frames(path: Path) -> list[Frame] | Skipped | None:
         start = file.read(START_BYTES)
         if start[PREAMBLE : PREAMBLE + 4] != b"DICM":
             return None
-        _require_pydicom(path)
+        require_pydicom(path)
         try:
             try:
                 header, offset = _parse(start, is_whole=len(start) < START_BYTES)
-            except _Unusable:
+            except Unusable:
                 if len(start) < START_BYTES:
                     raise
                 start += file.read(MAX_FILE_BYTES)  # the header is longer
@@ -150,13 +156,34 @@ def read_frames(path: Path) -> list[Frame] | Skipped | None:
                 warnings.simplefilter("ignore")  # on values that are not used
                 pixels = _pixel_format(header, offset, _digest(start, offset))
                 return _frames_of(header, pixels, path)
-        except _Unusable as error:
+        except Unusable as error:
             return Skipped(path, str(error))
         except Exception as error:  # pydicom converts a value when it is asked for
             return Skipped(path, f"E_DAMAGED: {_reason(error)}")
 
 
-def _require_pydicom(path: Path) -> None:
+def parse_image(content: bytes) -> tuple[Any, PixelFormat]:
+    """Return the header of an image, and how its pixels are stored, from the whole file.
+
+    Raises:
+        Unusable: it cannot be parsed, or is no image.
+    """
+    try:
+        header, offset = _parse(content, is_whole=True)
+        return header, _pixel_format(header, offset, _digest(content, offset))
+    except Unusable:
+        raise
+    except Exception as error:  # pydicom converts a value when it is asked for
+        raise Unusable(f"E_DAMAGED: {_reason(error)}") from error
+
+
+def number_of(header: Any, name: str, default: float) -> float:
+    """Return a finite number of the header, or the default."""
+    values = _numbers([header], name, 1)
+    return default if values is None else float(values[0])
+
+
+def require_pydicom(path: Path) -> None:
     if find_spec("pydicom") is None:
         problem = "is DICOM, and pydicom is not installed"
         raise refusal(path, "E_BACKEND", problem, "pip install 'volseg[dicom]'")
@@ -175,7 +202,7 @@ def _frames_of(header: Any, pixels: PixelFormat, path: Path) -> list[Frame]:
     if "PerFrameFunctionalGroupsSequence" in header:
         return list(_enhanced(header, n, common))
     if n > 1:
-        raise _Unusable(f"E_NOGEOM: {n} frames, no functional groups")
+        raise Unusable(f"E_NOGEOM: {n} frames, no functional groups")
     return [Frame(number=0, **_place([header]), **common)]
 
 
@@ -183,7 +210,7 @@ def _parse(content: bytes, *, is_whole: bool) -> tuple[Any, int | None]:
     """Return the header, and the byte at which the element with the pixels starts.
 
     Raises:
-        _Unusable: it cannot be parsed, or the content is not the whole file and ends within it.
+        Unusable: it cannot be parsed, or the content is not the whole file and ends within it.
     """
     from pydicom import dcmread
     from pydicom.uid import DeflatedExplicitVRLittleEndian
@@ -198,13 +225,13 @@ def _parse(content: bytes, *, is_whole: bool) -> tuple[Any, int | None]:
             if syntax == DeflatedExplicitVRLittleEndian:
                 return header, None
             if offset >= len(content) and not is_whole:
-                raise _Unusable("E_TRUNCATED: the header ends too early")
-    except _Unusable:
+                raise Unusable("E_TRUNCATED: the header ends too early")
+    except Unusable:
         raise
     except EOFError as error:
-        raise _Unusable("E_TRUNCATED: the header ends too early") from error
+        raise Unusable("E_TRUNCATED: the header ends too early") from error
     except Exception as error:  # pydicom raises many types on damaged headers
-        raise _Unusable(f"E_DAMAGED: {_reason(error)}") from error
+        raise Unusable(f"E_DAMAGED: {_reason(error)}") from error
     return header, offset
 
 
@@ -215,27 +242,27 @@ def _reason(error: BaseException) -> str:
 def _refuse_others(header: Any) -> None:
     """Refuse what is no image."""
     if "SOPClassUID" not in header:
-        raise _Unusable("not an image")
+        raise Unusable("not an image")
     modality = _text(header, "Modality") or "unknown"
     if "Rows" not in header or "Columns" not in header or modality in NO_IMAGES:
-        raise _Unusable(f"not an image: {modality}")
+        raise Unusable(f"not an image: {modality}")
 
 
 def _refuse_kinds(header: Any) -> None:
     """Refuse images that are no slices, by their type."""
     types = _words(header, "ImageType")
     if LOCALIZER in types:
-        raise _Unusable("localizer")
+        raise Unusable("localizer")
     if MOSAIC in types:
-        raise _Unusable(
+        raise Unusable(
             "E_MOSAIC: all slices in one picture; export the series as enhanced DICOM, or convert "
             "it with dcm2niix"
         )
     samples = _whole(header, "SamplesPerPixel", 1, 1, 4)
     if samples != 1 or _text(header, "PhotometricInterpretation") == "PALETTE COLOR":
-        raise _Unusable("E_RGB: colours, not intensities")
+        raise Unusable("E_RGB: colours, not intensities")
     if header.get("ModalityLUTSequence"):
-        raise _Unusable("E_SCALE: intensities are in a lookup table; export the series again")
+        raise Unusable("E_SCALE: intensities are in a lookup table; export the series again")
 
 
 def _pixel_format(header: Any, offset: int | None, digest: str) -> PixelFormat:
@@ -261,7 +288,7 @@ def _enhanced(header: Any, n: int, common: dict[str, Any]) -> Iterator[Frame]:
     """Yield the frames of an enhanced file, each described by its own and the shared groups."""
     items_of = list(header.PerFrameFunctionalGroupsSequence)
     if len(items_of) != n:
-        raise _Unusable(f"E_NOGEOM: {n} frames, and {len(items_of)} of them are described")
+        raise Unusable(f"E_NOGEOM: {n} frames, and {len(items_of)} of them are described")
     shared = list(header.get("SharedFunctionalGroupsSequence") or [])[:1]
     for number, groups in enumerate(items_of):
         items = [*_items_in(groups), *(item for group in shared for item in _items_in(group))]
@@ -286,20 +313,20 @@ def _place(sources: Sequence[Any]) -> dict[str, Any]:
         ("PixelSpacing", spacing),
     ):
         if value is None:
-            raise _Unusable(f"E_NOGEOM: has no usable {name}")
+            raise Unusable(f"E_NOGEOM: has no usable {name}")
     assert position is not None and axes is not None and spacing is not None
     pair = axes.reshape(2, 3)
     if np.abs(pair @ pair.T - np.eye(2)).max() > MAX_SKEW:
-        raise _Unusable("E_GEOM: its rows and columns are not at right angles")
+        raise Unusable("E_GEOM: its rows and columns are not at right angles")
     if not (spacing > 0).all():
-        raise _Unusable(f"E_SPACING: pixel spacing is {spacing[0]:g} × {spacing[1]:g} mm")
+        raise Unusable(f"E_SPACING: pixel spacing is {spacing[0]:g} × {spacing[1]:g} mm")
     scale = [_numbers(sources, name, 1) for name in ("RescaleSlope", "RescaleIntercept")]
     slope, intercept = (
         default if value is None else float(value[0])
         for value, default in zip(scale, (1.0, 0.0), strict=True)
     )
     if slope == 0:
-        raise _Unusable("E_SCALE: RescaleSlope is 0")
+        raise Unusable("E_SCALE: RescaleSlope is 0")
     thickness = _numbers(sources, "SliceThickness", 1)
     echo = _numbers(sources, "EffectiveEchoTime", 1)
     echo = _numbers(sources, "EchoTime", 1) if echo is None else echo
@@ -338,15 +365,15 @@ def _whole(header: Any, name: str, default: int, low: int, high: int) -> int:
     """Return a whole number of the header.
 
     Raises:
-        _Unusable: it is none, or not from `low` to `high`.
+        Unusable: it is none, or not from `low` to `high`.
     """
     value = header.get(name)
     try:
         number = default if value is None or value == "" else int(value)
     except (TypeError, ValueError, OverflowError) as error:
-        raise _Unusable(f"E_HEADER: {name} is {shorten(str(value))!r}") from error
+        raise Unusable(f"E_HEADER: {name} is {shorten(str(value))!r}") from error
     if not low <= number <= high:
-        raise _Unusable(f"E_HEADER: {name} is {number}, not {low} to {high}")
+        raise Unusable(f"E_HEADER: {name} is {number}, not {low} to {high}")
     return number
 
 

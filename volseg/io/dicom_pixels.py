@@ -22,6 +22,11 @@ IMPLICIT = "1.2.840.10008.1.2"
 PLAIN: Mapping[str, Literal["<", ">"]] = MappingProxyType(  # byte order
     {IMPLICIT: "<", LITTLE: "<", BIG: ">"}
 )
+PALETTE = "PALETTE COLOR"
+CODEC_FIX = (
+    "pip install pylibjpeg-libjpeg (GPL) decodes JPEG; or decompress the files, for example with "
+    "dcmdjpeg or gdcmconv --raw"
+)
 DEFLATED = "1.2.840.10008.1.2.1.99"
 JPEG = "1.2.840.10008.1.2.4."
 # Compressed transfer syntax → pydicom's plug-in, and the module that it needs. python-gdcm can
@@ -74,56 +79,64 @@ def have_equal_pixels(frames: Sequence[Frame]) -> bool:
     return len(digests) == 1 and len({frame.path for frame in frames}) == len(frames)
 
 
-def stored_values(frame: Frame, content: bytes, path: Path) -> np.ndarray:
-    """Return the stored (rows, columns) of a frame, without the unused bits.
+def stored_values(
+    content: bytes, pixels: PixelFormat, path: Path, *, number: int = 0
+) -> np.ndarray:
+    """Return the stored (rows, columns) of a frame of a file, without the unused bits.
 
     Args:
-        content: of the frame's file. path: of the volume, for messages.
+        content: of the file. path: its name, for messages.
 
     Raises:
         ScanError: pixels are missing (`E_TRUNCATED`) or damaged (`E_DAMAGED`).
     """
-    pixels = frame.pixels
     if pixels.syntax in PLAIN and pixels.offset is not None:
-        array = _plain(frame, content, path)
+        array = _plain(content, pixels, path, number)
     else:
-        array = _decoded(frame, content, path)
+        array = decoded(content, pixels, path, number=number)
     if array.shape != pixels.shape:
-        text = f"{frame.path.name} holds {array.shape} pixels, and its header says {pixels.shape}"
+        text = f"holds {array.shape} pixels, and its header says {pixels.shape}"
         raise refusal(path, "E_DAMAGED", text, COPY_AGAIN)
     return _without_unused_bits(array, pixels)
 
 
-def _plain(frame: Frame, content: bytes, path: Path) -> np.ndarray:
+def _plain(content: bytes, pixels: PixelFormat, path: Path, number: int) -> np.ndarray:
     """Return the pixels of a frame that are stored one after another."""
-    pixels = frame.pixels
     assert pixels.offset is not None
     dtype = stored_dtype(pixels).newbyteorder(PLAIN[pixels.syntax])
     # Tag, type and length of the element: 8 bytes without a type, else 12.
     start = pixels.offset + (8 if pixels.syntax == IMPLICIT else 12)
     n = pixels.shape[0] * pixels.shape[1]
-    start += frame.number * n * dtype.itemsize
+    start += number * n * dtype.itemsize
     if start + n * dtype.itemsize > len(content):
         n_bytes = max(0, len(content) - start)
-        text = f"{frame.path.name} holds {n_bytes:,} of {n * dtype.itemsize:,} bytes of pixels"
+        text = f"holds {n_bytes:,} of {n * dtype.itemsize:,} bytes of pixels"
         raise refusal(path, "E_TRUNCATED", text, COPY_AGAIN)
     return np.frombuffer(content, dtype, n, start).reshape(pixels.shape)
 
 
-def _decoded(frame: Frame, content: bytes, path: Path) -> np.ndarray:
-    from pydicom import dcmread
-    from pydicom.pixels import pixel_array
+def decoded(
+    content: bytes, pixels: PixelFormat, path: Path, *, number: int = 0, as_rgb: bool = False
+) -> np.ndarray:
+    """Return the decoded pixels of a frame; colours as RGB (rows, columns, 3).
 
-    plugin, _ = PLUGINS.get(frame.pixels.syntax, ("", ""))
+    Raises:
+        ScanError: they are damaged.
+    """
+    from pydicom import dcmread
+    from pydicom.pixels import apply_color_lut, pixel_array
+
+    plugin, _ = PLUGINS.get(pixels.syntax, ("", ""))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             whole = dcmread(io.BytesIO(content))
-            array = pixel_array(whole, index=frame.number, raw=True, decoding_plugin=plugin)
+            array = pixel_array(whole, index=number, raw=not as_rgb, decoding_plugin=plugin)
+            if as_rgb and whole.PhotometricInterpretation == PALETTE:
+                array = apply_color_lut(array, whole)
     except Exception as error:  # decoders raise many types on damaged pixels
         reason = shorten(" ".join(str(error).split()) or type(error).__name__, 100)
-        text = f"the pixels of {frame.path.name} cannot be decoded ({reason})"
-        raise refusal(path, "E_DAMAGED", text, COPY_AGAIN) from error
+        raise refusal(path, "E_DAMAGED", f"cannot be decoded ({reason})", COPY_AGAIN) from error
     return array
 
 

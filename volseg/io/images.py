@@ -17,6 +17,8 @@ import numpy as np
 from volseg.errors import ScanError
 from volseg.image import Image2D, largest_of
 from volseg.inputs import shorten
+from volseg.io.dicom_frames import SUFFIXES as DICOM_SUFFIXES
+from volseg.io.dicom_picture import MAX_PIXELS, read_picture
 from volseg.io.formats import is_scan
 from volseg.io.gzip_stream import COPY_AGAIN, opened_raw, refusal
 from volseg.io.medmnist import SUFFIX as NPZ_SUFFIX
@@ -29,13 +31,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 SUFFIXES = PICTURE_SUFFIXES + DICOM_SUFFIXES  # of files that hold one image
 UNREAD_SUFFIXES = (".gif", ".webp", ".heic", ".avif", ".jp2", ".svg")  # of other pictures
 READABLE = ", ".join((*SUFFIXES, NPZ_SUFFIX))  # for messages
 PICTURES = ("PNG", "JPEG", "BMP", "TIFF")  # Pillow's names; other decoders stay shut
 MAX_FILE_BYTES = 2**30
-MAX_PIXELS = 2**26  # 8192 × 8192
 DECODING_ERRORS = (  # what Pillow raises on damaged files
     *(OSError, SyntaxError, ValueError, EOFError, ArithmeticError, LookupError),
     *(TypeError, AttributeError, RuntimeError, AssertionError, struct_error, zlib.error),
@@ -181,7 +181,7 @@ def _slice_of(volume: Volume, through: int, index: int) -> Image2D:
 def _read_single(path: Path, index: int | None) -> Image2D:
     content = _content_of(path)
     if content[128:132] == b"DICM":
-        return _read_dicom(path)
+        return read_picture(content, path)
     if path.name.lower().endswith(DICOM_SUFFIXES):
         problem = "is not a DICOM file: it lacks the letters DICM at byte 128"
         raise refusal(path, "E_NOTIMAGE", problem, "export it again as a DICOM Part 10 file")
@@ -260,80 +260,3 @@ def _array_of(picture: Image) -> np.ndarray:
     if has_palette and (array == array[:1]).all():
         array = array[:1]
     return np.ascontiguousarray(array)
-
-
-# ---- DICOM
-
-BITS_STORED, IS_SIGNED = "0028|0101", "0028|0103"
-SLOPE, INTERCEPT = "0028|1053", "0028|1052"
-SPACINGS = ("0028|0030", "0018|1164")  # of the patient, or at the detector
-
-
-def _read_dicom(path: Path) -> Image2D:
-    """Read a single-frame DICOM image, rescaled to its modality's unit.
-
-    White is high: GDCM inverts what is stored the other way (MONOCHROME1).
-    """
-    import SimpleITK as sitk
-
-    reader = sitk.ImageFileReader()
-    reader.SetImageIO("GDCMImageIO")
-    reader.SetFileName(str(path))
-    try:
-        reader.ReadImageInformation()
-        size = reader.GetSize()
-        _refuse_large(size, path)
-        n_frames = int(np.prod(size[2:]))
-        if n_frames > 1:
-            problem = f"holds {n_frames} frames"
-            raise refusal(path, "E_NDIM", problem, "convert it to NIfTI, and give the volume")
-        array = np.squeeze(sitk.GetArrayFromImage(reader.Execute()))
-    except RuntimeError as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        reason = shorten(lines[-1].rpartition(":")[2].strip() if lines else "", 100)
-        problem = f"cannot be decoded as DICOM image ({reason})"
-        raise refusal(path, "E_DAMAGED", problem, COPY_AGAIN) from error
-    tags = {tag: reader.GetMetaData(tag).strip() for tag in reader.GetMetaDataKeys()}
-    return _image_of_dicom(array, tags, path)
-
-
-def _image_of_dicom(array: np.ndarray, tags: dict[str, str], path: Path) -> Image2D:
-    spacing = next((tags[tag] for tag in SPACINGS if tag in tags), "")
-    if array.ndim == 3 and array.shape[-1] == 3:
-        array = np.ascontiguousarray(np.moveaxis(array, -1, 0))
-        return Image2D(array, largest_of(array.dtype), _spacing_of(spacing))
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise refusal(path, "E_NAN", "has pixels that are not finite", "export the image again")
-    if array.ndim != 2:
-        raise refusal(path, "E_NDIM", f"has shape {array.shape}", "give a single 2D image")
-    low, high = _range_of_dicom(tags, array)
-    if array.dtype.kind == "f":
-        array = array.astype(np.float32)
-    is_unit = _number(tags, INTERCEPT, 0) != 0 or low < 0  # such as HU, where nothing is white
-    return Image2D(array[None], None if is_unit else high, _spacing_of(spacing))
-
-
-def _range_of_dicom(tags: dict[str, str], array: np.ndarray) -> tuple[float, float]:
-    """Return the lowest and highest intensity that the stored bits can hold."""
-    bits = int(min(max(1, _number(tags, BITS_STORED, array.dtype.itemsize * 8)), 32))
-    start = -(2 ** (bits - 1)) if _number(tags, IS_SIGNED, 0) else 0
-    slope, intercept = _number(tags, SLOPE, 1), _number(tags, INTERCEPT, 0)
-    ends = sorted(slope * stored + intercept for stored in (start, start + 2**bits - 1))
-    return ends[0], ends[1]
-
-
-def _number(tags: dict[str, str], tag: str, default: float) -> float:
-    try:
-        number = float(tags.get(tag) or default)
-    except ValueError:
-        return default
-    return number if np.isfinite(number) else default
-
-
-def _spacing_of(text: str) -> tuple[float, float] | None:
-    """Return the millimetres of a tag such as `0.5\\0.5`, down and across; None if unusable."""
-    try:
-        down, across = map(float, text.split("\\"))
-    except ValueError:
-        return None
-    return (down, across) if 0 < down < np.inf and 0 < across < np.inf else None
