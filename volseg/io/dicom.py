@@ -135,7 +135,7 @@ def read_voxels(header: ScanHeader, path: Path) -> tuple[np.ndarray, str]:
     """
     volume = header.content
     assert isinstance(volume, DicomVolume)
-    array = np.empty(header.geometry.shape, header.dtype, order="F")
+    slices = np.empty(header.geometry.shape[::-1], header.dtype)
     digests: dict[Path, str] = {}
     for place, frame, content in _contents(volume):
         if frame.path not in digests:
@@ -143,11 +143,11 @@ def read_voxels(header: ScanHeader, path: Path) -> tuple[np.ndarray, str]:
                 text = f"{frame.path.name} was replaced while it was being read"
                 raise refusal(path, "E_CHANGED", text, "run again")
             digests[frame.path] = hashlib.sha256(content).hexdigest()
-        values = stored_values(content, frame.pixels, frame.path, number=frame.number).T
+        values = stored_values(content, frame.pixels, frame.path, number=frame.number)
         if header.dtype.kind == "f":
             values = values * frame.slope + frame.intercept
-        array[:, :, place] = values
-    return array, joined_digest([digests[part] for part in header.parts])
+        slices[place] = values
+    return slices.T, joined_digest([digests[part] for part in header.parts])
 
 
 def _contents(volume: DicomVolume) -> Iterator[tuple[int, Frame, bytes]]:

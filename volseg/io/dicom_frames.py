@@ -6,12 +6,15 @@ import hashlib
 import io
 import math
 import os
+import struct
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -31,20 +34,42 @@ MAX_SKEW = 1e-3  # of the axes of a slice from right angles and length 1
 NO_IMAGES = ("SEG", "RTDOSE", "RWV", "PR")  # although some have rows and columns
 LOCALIZER, MOSAIC = "LOCALIZER", "MOSAIC"
 # What is read of a header: nothing that names a person, but the series' own description.
-TAGS = (
-    *("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "Modality", "SeriesDescription"),
-    *("ImageType", "EchoTime", "SliceThickness", "NumberOfFrames", "Rows", "Columns"),
-    *("SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated", "BitsStored", "HighBit"),
-    *("PixelRepresentation", "PlanarConfiguration", "ImagePositionPatient"),
-    *(
-        "ImagerPixelSpacing",
-        "ImageOrientationPatient",
-        "PixelSpacing",
-        "RescaleSlope",
-        "RescaleIntercept",
-    ),
-    *("ModalityLUTSequence", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
+TAGS: Mapping[str, int] = MappingProxyType(
+    {
+        "ImageType": 0x0008_0008,
+        "SOPClassUID": 0x0008_0016,
+        "Modality": 0x0008_0060,
+        "SeriesDescription": 0x0008_103E,
+        "FrameType": 0x0008_9007,
+        "SliceThickness": 0x0018_0050,
+        "EchoTime": 0x0018_0081,
+        "ImagerPixelSpacing": 0x0018_1164,
+        "EffectiveEchoTime": 0x0018_9082,
+        "SeriesInstanceUID": 0x0020_000E,
+        "ImagePositionPatient": 0x0020_0032,
+        "ImageOrientationPatient": 0x0020_0037,
+        "SamplesPerPixel": 0x0028_0002,
+        "PhotometricInterpretation": 0x0028_0004,
+        "NumberOfFrames": 0x0028_0008,
+        "Rows": 0x0028_0010,
+        "Columns": 0x0028_0011,
+        "PixelSpacing": 0x0028_0030,
+        "BitsAllocated": 0x0028_0100,
+        "BitsStored": 0x0028_0101,
+        "HighBit": 0x0028_0102,
+        "PixelRepresentation": 0x0028_0103,
+        "RescaleIntercept": 0x0028_1052,
+        "RescaleSlope": 0x0028_1053,
+        "ModalityLUTSequence": 0x0028_3000,
+        "SharedFunctionalGroupsSequence": 0x5200_9229,
+        "PerFrameFunctionalGroupsSequence": 0x5200_9230,
+    }
 )
+SHORTS = (  # stored as numbers of 16 bits
+    *("SamplesPerPixel", "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit"),
+    "PixelRepresentation",
+)
+DOUBLES = ("EffectiveEchoTime",)  # stored as numbers of 64 bits; all others are text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +164,17 @@ def read_frames(path: Path) -> list[Frame] | Skipped | None:
     Raises:
         ScanError: the file cannot be opened.
     """
+    try:
+        state = os.stat(path)
+    except (OSError, ValueError):
+        return _read_frames(path, 0, 0)  # opening it says why
+    return _read_frames(path, state.st_size, state.st_mtime_ns)
+
+
+# A series is listed, checked and read: its headers are parsed once.
+@lru_cache(maxsize=10_000)
+def _read_frames(path: Path, n_bytes: int, changed_ns: int) -> list[Frame] | Skipped | None:
+    """Return what `read_frames` does for a file of this size and time."""
     with opened_raw(path) as file:
         start = file.read(START_BYTES)
         if start[PREAMBLE : PREAMBLE + 4] != b"DICM":
@@ -179,7 +215,7 @@ def parse_image(content: bytes) -> tuple[Any, PixelFormat]:
 
 def number_of(header: Any, name: str, default: float) -> float:
     """Return a finite number of the header, or the default."""
-    values = _numbers([header], name, 1)
+    values = numbers_of([header], name, 1)
     return default if values is None else float(values[0])
 
 
@@ -194,9 +230,9 @@ def _frames_of(header: Any, pixels: PixelFormat, path: Path) -> list[Frame]:
     n = _whole(header, "NumberOfFrames", 1, 1, MAX_FRAMES)
     common = {
         "path": path,
-        "series": _text(header, "SeriesInstanceUID"),
-        "modality": _text(header, "Modality"),
-        "description": _text(header, "SeriesDescription"),
+        "series": text_of(header, "SeriesInstanceUID"),
+        "modality": text_of(header, "Modality"),
+        "description": text_of(header, "SeriesDescription"),
         "pixels": pixels,
     }
     if "PerFrameFunctionalGroupsSequence" in header:
@@ -219,7 +255,7 @@ def _parse(content: bytes, *, is_whole: bool) -> tuple[Any, int | None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on values that are not used
-            header = dcmread(file, stop_before_pixels=True, specific_tags=list(TAGS))
+            header = dcmread(file, stop_before_pixels=True, specific_tags=list(TAGS.values()))
             syntax = str(header.file_meta.TransferSyntaxUID)
             offset = file.tell()
             if syntax == DeflatedExplicitVRLittleEndian:
@@ -241,10 +277,11 @@ def _reason(error: BaseException) -> str:
 
 def _refuse_others(header: Any) -> None:
     """Refuse what is no image."""
-    if "SOPClassUID" not in header:
+    if not text_of(header, "SOPClassUID"):
         raise Unusable("not an image")
-    modality = _text(header, "Modality") or "unknown"
-    if "Rows" not in header or "Columns" not in header or modality in NO_IMAGES:
+    modality = text_of(header, "Modality") or "unknown"
+    has_size = _values(header, "Rows") and _values(header, "Columns")
+    if not has_size or modality in NO_IMAGES:
         raise Unusable(f"not an image: {modality}")
 
 
@@ -259,7 +296,7 @@ def _refuse_kinds(header: Any) -> None:
             "it with dcm2niix"
         )
     samples = _whole(header, "SamplesPerPixel", 1, 1, 4)
-    if samples != 1 or _text(header, "PhotometricInterpretation") == "PALETTE COLOR":
+    if samples != 1 or text_of(header, "PhotometricInterpretation") == "PALETTE COLOR":
         raise Unusable("E_RGB: colours, not intensities")
     if header.get("ModalityLUTSequence"):
         raise Unusable("E_SCALE: intensities are in a lookup table; export the series again")
@@ -304,9 +341,9 @@ def _items_in(groups: Any) -> Iterator[Any]:
 
 def _place(sources: Sequence[Any]) -> dict[str, Any]:
     """Return the fields of a frame from the first of several data sets that has each of them."""
-    position = _numbers(sources, "ImagePositionPatient", 3)
-    axes = _numbers(sources, "ImageOrientationPatient", 6)
-    spacing = _numbers(sources, "PixelSpacing", 2)
+    position = numbers_of(sources, "ImagePositionPatient", 3)
+    axes = numbers_of(sources, "ImageOrientationPatient", 6)
+    spacing = numbers_of(sources, "PixelSpacing", 2)
     for name, value in (
         ("ImagePositionPatient", position),
         ("ImageOrientationPatient", axes),
@@ -320,16 +357,16 @@ def _place(sources: Sequence[Any]) -> dict[str, Any]:
         raise Unusable("E_GEOM: its rows and columns are not at right angles")
     if not (spacing > 0).all():
         raise Unusable(f"E_SPACING: pixel spacing is {spacing[0]:g} × {spacing[1]:g} mm")
-    scale = [_numbers(sources, name, 1) for name in ("RescaleSlope", "RescaleIntercept")]
+    scale = [numbers_of(sources, name, 1) for name in ("RescaleSlope", "RescaleIntercept")]
     slope, intercept = (
         default if value is None else float(value[0])
         for value, default in zip(scale, (1.0, 0.0), strict=True)
     )
     if slope == 0:
         raise Unusable("E_SCALE: RescaleSlope is 0")
-    thickness = _numbers(sources, "SliceThickness", 1)
-    echo = _numbers(sources, "EffectiveEchoTime", 1)
-    echo = _numbers(sources, "EchoTime", 1) if echo is None else echo
+    thickness = numbers_of(sources, "SliceThickness", 1)
+    echo = numbers_of(sources, "EffectiveEchoTime", 1)
+    echo = numbers_of(sources, "EchoTime", 1) if echo is None else echo
     types = next((words for item in sources if (words := _types_of(item))), [])
     return {
         "position_mm": position,
@@ -349,16 +386,33 @@ def _types_of(item: Any) -> list[str]:
 # ---- values of a header, which may be anything
 
 
-def _text(header: Any, name: str) -> str:
-    value = header.get(name)
-    return "" if value is None else str(value).strip()
+def _values(item: Any, name: str) -> list[Any]:
+    """Return the values of an element: texts or numbers; none if it is absent or empty.
+
+    pydicom's own conversion, which knows all elements, takes most of the time of a header.
+    """
+    element = item.get_item(TAGS[name])
+    if element is None or element.value is None or element.value == "":
+        return []
+    stored = element.value
+    if not isinstance(stored, bytes):  # converted before
+        is_one = isinstance(stored, str) or not hasattr(stored, "__len__")
+        return [stored] if is_one else list(stored)
+    if name in SHORTS or name in DOUBLES:
+        order = "<" if element.is_little_endian else ">"
+        size, kind = (2, "H") if name in SHORTS else (8, "d")
+        return list(struct.unpack(f"{order}{len(stored) // size}{kind}", stored))
+    words = (word.strip(" \0") for word in stored.decode("latin-1").split("\\"))
+    return [word for word in words if word]
+
+
+def text_of(header: Any, name: str) -> str:
+    values = _values(header, name)
+    return str(values[0]).strip() if values else ""
 
 
 def _words(header: Any, name: str) -> list[str]:
-    value = header.get(name)
-    if value is None:
-        return []
-    return [value] if isinstance(value, str) else [str(word) for word in value]
+    return list(map(str, _values(header, name)))
 
 
 def _whole(header: Any, name: str, default: int, low: int, high: int) -> int:
@@ -367,27 +421,22 @@ def _whole(header: Any, name: str, default: int, low: int, high: int) -> int:
     Raises:
         Unusable: it is none, or not from `low` to `high`.
     """
-    value = header.get(name)
+    values = _values(header, name)
     try:
-        number = default if value is None or value == "" else int(value)
+        number = int(values[0]) if values else default
     except (TypeError, ValueError, OverflowError) as error:
-        raise Unusable(f"E_HEADER: {name} is {shorten(str(value))!r}") from error
+        raise Unusable(f"E_HEADER: {name} is {shorten(str(values[0]))!r}") from error
     if not low <= number <= high:
         raise Unusable(f"E_HEADER: {name} is {number}, not {low} to {high}")
     return number
 
 
-def _numbers(sources: Sequence[Any], name: str, n: int) -> np.ndarray | None:
+def numbers_of(sources: Sequence[Any], name: str, n: int) -> np.ndarray | None:
     """Return `n` finite numbers (n,) from the first data set that has them; None if none has."""
-    for item in sources:
-        value = item.get(name)
-        if value is None or value == "":
-            continue
-        values = value if not isinstance(value, str) and hasattr(value, "__len__") else [value]
-        try:
-            numbers = [float(number) for number in values]
-        except (TypeError, ValueError, OverflowError):
-            return None
-        is_usable = len(numbers) == n and all(map(math.isfinite, numbers))
-        return np.array(numbers) if is_usable else None
-    return None
+    values = next((values for item in sources if (values := _values(item, name))), [])
+    try:
+        numbers = [float(value) for value in values]
+    except (TypeError, ValueError, OverflowError):
+        return None
+    is_usable = len(numbers) == n and all(map(math.isfinite, numbers))
+    return np.array(numbers) if is_usable else None

@@ -10,7 +10,15 @@ import numpy as np
 
 from volseg.image import Image2D, largest_of
 from volseg.inputs import shorten
-from volseg.io.dicom_frames import PixelFormat, Unusable, number_of, parse_image, require_pydicom
+from volseg.io.dicom_frames import (
+    PixelFormat,
+    Unusable,
+    number_of,
+    numbers_of,
+    parse_image,
+    require_pydicom,
+    text_of,
+)
 from volseg.io.dicom_pixels import CODEC_FIX, PALETTE, codec_problem, decoded, stored_values
 from volseg.io.gzip_stream import COPY_AGAIN, refusal
 
@@ -42,7 +50,7 @@ def read_picture(content: bytes, path: Path) -> Image2D:
     problem = codec_problem(pixels.syntax)
     if problem is not None:
         raise refusal(path, "E_CODEC", problem, CODEC_FIX)
-    if samples > 1 or header.get("PhotometricInterpretation") == PALETTE:
+    if samples > 1 or text_of(header, "PhotometricInterpretation") == PALETTE:
         return _colour(content, pixels, header, path)
     return _grey(content, pixels, header, path)
 
@@ -64,7 +72,7 @@ def _grey(content: bytes, pixels: PixelFormat, header: Any, path: Path) -> Image
     )
     values = stored if (slope, intercept) == (1, 0) else stored * slope + intercept
     low, high = sorted((low * slope + intercept, high * slope + intercept))
-    if header.get("PhotometricInterpretation") == INVERTED:
+    if text_of(header, "PhotometricInterpretation") == INVERTED:
         values = (low + high - values.astype(np.float64)).astype(values.dtype)
     if values.dtype.kind == "f":
         is_whole = np.array_equal(values, np.rint(values)) and max(-low, high) < 2**31
@@ -83,11 +91,7 @@ def _range_of(pixels: PixelFormat) -> tuple[float, float]:
 def _spacing_of(header: Any) -> tuple[float, float] | None:
     """Return the mm between rows and columns, of the patient or at the detector."""
     for name in ("PixelSpacing", "ImagerPixelSpacing"):
-        value = header.get(name)
-        try:
-            down, across = map(float, value)
-        except (TypeError, ValueError):
-            continue
-        if 0 < down < np.inf and 0 < across < np.inf:
-            return down, across
+        numbers = numbers_of([header], name, 2)
+        if numbers is not None and (numbers > 0).all():
+            return float(numbers[0]), float(numbers[1])
     return None
