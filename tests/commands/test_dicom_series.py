@@ -100,10 +100,10 @@ def test_a_series_that_is_refused_is_a_row_and_the_others_are_done(twins, model,
     status = {row["status"]: row for row in rows(tmp_path / "out" / "cases.csv")}
     assert set(status) == {"done", "failed"}
     assert "tilted by" in status["failed"]["reason"]
-    chosen = volseg.infer(
+    selected = volseg.infer(
         study, model=model, out=tmp_path / "one", series=status["done"]["case_id"]
     )
-    assert chosen.exit_code == 0
+    assert selected.exit_code == 0
     assert [row["status"] for row in rows(tmp_path / "one" / "cases.csv")] == ["done"]
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -327,6 +329,24 @@ def test_a_file_that_is_replaced_while_reading_is_not_mixed_in(tmp_path):
     with pytest.raises(ScanError, match="was replaced") as caught:
         dicom.read_voxels(header, folder)
     assert caught.value.code == "E_CHANGED"
+
+
+def test_a_deflated_file_that_grows_without_end_is_refused_before_it_does(tmp_path):
+    folder = write_series(
+        straight_volume(), tmp_path, Series(syntax=DeflatedExplicitVRLittleEndian)
+    )
+    path = folder / "IM0001"
+    content = path.read_bytes()
+    start = 144 + int.from_bytes(content[140:144], "little")
+    deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
+    packed = b"".join(deflate.compress(bytes(2**24)) for _ in range(70)) + deflate.flush()
+    path.write_bytes(content[:start] + packed)
+    tracemalloc.start()
+    with pytest.raises(ScanError, match="grows to more than") as caught:
+        read_volume(path)
+    assert caught.value.code == "E_BOMB"
+    assert tracemalloc.get_traced_memory()[1] < 2**27
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("n", [300, pytest.param(20_000, marks=pytest.mark.slow)])

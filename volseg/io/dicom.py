@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from volseg.errors import ScanError, VolsegError
-from volseg.io.dicom_frames import MAX_FILE_BYTES, Frame
+from volseg.io.dicom_frames import Frame, rest_of
 from volseg.io.dicom_pixels import CODEC_FIX, codec_problem, stored_dtype, stored_values
 from volseg.io.dicom_series import DicomFolder, DicomVolume, collect, key_for, read_folder
 from volseg.io.gzip_stream import opened_raw, refusal
@@ -158,6 +158,6 @@ def _contents(volume: DicomVolume) -> Iterator[tuple[int, Frame, bytes]]:
         frame = volume.frames[index]
         if frame.path != last:
             with opened_raw(frame.path) as file:
-                content = file.read(MAX_FILE_BYTES)
+                content = rest_of(file)
             last = frame.path
         yield index, frame, content

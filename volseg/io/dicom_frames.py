@@ -8,6 +8,7 @@ import math
 import os
 import struct
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,19 +16,20 @@ from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from volseg.errors import ScanError
 from volseg.inputs import shorten
-from volseg.io.gzip_stream import opened_raw, refusal
+from volseg.io.gzip_stream import CHUNK_BYTES, opened_raw, refusal
 
 SUFFIXES = (".dcm", ".dicom", ".ima")
 LOOKED_AT = 100  # files of a folder until it is taken for one without DICOM
 PREAMBLE = 128  # bytes before the letters DICM
 START_BYTES = 2**16  # most headers are shorter; the rest of a file is read only if needed
 MAX_FILE_BYTES = 2**32
+MAX_INFLATED_BYTES = 2**30  # of a deflated file, which holds a slice or a series
 MAX_FRAMES = 100_000  # of a file
 MAX_EDGE = 2**16  # pixels; DICOM stores the number in 16 bits
 MAX_SKEW = 1e-3  # of the axes of a slice from right angles and length 1
@@ -143,6 +145,11 @@ class Unusable(Exception):
     """A file or frame cannot be used; the text is the reason."""
 
 
+def rest_of(file: BinaryIO) -> bytes:
+    """Return what follows in a file; a size to read takes memory even where the file is shorter."""
+    return file.read(min(MAX_FILE_BYTES, os.fstat(file.fileno()).st_size))
+
+
 def is_dicom(path: Path) -> bool:
     """Check whether a file starts as DICOM does."""
     try:
@@ -186,7 +193,7 @@ def _read_frames(path: Path, n_bytes: int, changed_ns: int) -> list[Frame] | Ski
             except Unusable:
                 if len(start) < START_BYTES:
                     raise
-                start += file.read(MAX_FILE_BYTES)  # the header is longer
+                start += rest_of(file)  # the header is longer
                 header, offset = _parse(start, is_whole=True)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # on values that are not used
@@ -251,6 +258,8 @@ def _parse(content: bytes, *, is_whole: bool) -> tuple[Any, int | None]:
     from pydicom import dcmread
     from pydicom.uid import DeflatedExplicitVRLittleEndian
 
+    if is_whole and DeflatedExplicitVRLittleEndian.encode() in content[:START_BYTES]:
+        _refuse_bomb(content)
     file = io.BytesIO(content)
     try:
         with warnings.catch_warnings():
@@ -269,6 +278,22 @@ def _parse(content: bytes, *, is_whole: bool) -> tuple[Any, int | None]:
     except Exception as error:  # pydicom raises many types on damaged headers
         raise Unusable(f"E_DAMAGED: {_reason(error)}") from error
     return header, offset
+
+
+def _refuse_bomb(content: bytes) -> None:
+    """Refuse a deflated file that grows beyond all images, before pydicom inflates it.
+
+    Raises:
+        Unusable: it does.
+    """
+    # The length of the part that is not deflated is in its first element (PS3.10 7.1).
+    start = PREAMBLE + 16 + int.from_bytes(content[PREAMBLE + 12 : PREAMBLE + 16], "little")
+    inflate, rest, n_bytes = zlib.decompressobj(-zlib.MAX_WBITS), content[start:], 0
+    while rest and not inflate.eof:
+        n_bytes += len(inflate.decompress(rest, CHUNK_BYTES))
+        rest = inflate.unconsumed_tail
+        if n_bytes > MAX_INFLATED_BYTES:
+            raise Unusable(f"E_BOMB: grows to more than {MAX_INFLATED_BYTES:,} bytes")
 
 
 def _reason(error: BaseException) -> str:

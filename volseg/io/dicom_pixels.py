@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from volseg.inputs import shorten
-from volseg.io.dicom_frames import MAX_FILE_BYTES, Frame, PixelFormat
+from volseg.io.dicom_frames import Frame, PixelFormat, rest_of
 from volseg.io.gzip_stream import COPY_AGAIN, opened_raw, refusal
 
 LITTLE, BIG = "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"
@@ -75,7 +75,7 @@ def have_equal_pixels(frames: Sequence[Frame]) -> bool:
     for frame in frames:
         with opened_raw(frame.path) as file:
             file.seek(frame.pixels.offset or 0)
-            digests.add(hashlib.sha256(file.read(MAX_FILE_BYTES)).digest())
+            digests.add(hashlib.sha256(rest_of(file)).digest())
     return len(digests) == 1 and len({frame.path for frame in frames}) == len(frames)
 
 
