@@ -16,14 +16,14 @@ from volseg.io.dicom_frames import Frame, Skipped, read_frames
 from volseg.io.dicom_pixels import have_equal_pixels
 from volseg.io.header import MAX_COSINE
 from volseg.io.paths import visible_paths
+from volseg.volume import LPS_TO_RAS
 from volseg.words import format_count
 
 KEY_DIGITS = 12
 SAME_PLACE = 0.01  # of the distance of slices; also in mm
 GAP = 1.5  # distance of slices, in medians, from which one is missing
 UNEVEN, VERY_UNEVEN = 0.01, 0.1  # deviation from even slices, in their distance
-# (axes, positions) in RAS, volseg's world, from LPS, DICOM's.
-TO_RAS = np.array([-1.0, -1.0, 1.0])
+TO_RAS = np.diag(LPS_TO_RAS)[:3]
 
 
 @dataclass(frozen=True, slots=True)
