@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from volseg.io import mgh, nifti
+from volseg.io import mgh, nifti, nrrd
 from volseg.io.header import ScanHeader
 from volseg.io.series import split_volume
 from volseg.io.voxels import FileContent, read_voxels
@@ -87,6 +87,17 @@ FORMATS = (
         suffixes=(".mgz", ".mgh", ".mgh.gz"),
         read_header=mgh.read_header,
         encode=mgh.encode,
+    ),
+    Format(
+        name="NRRD",
+        suffixes=(".nrrd",),
+        read_header=nrrd.read_header,
+        encode=nrrd.encode,
+    ),
+    Format(
+        name="NRRD header",
+        suffixes=(".nhdr",),
+        read_header=nrrd.read_header,
     ),
 )
 SUFFIXES = tuple(suffix for row in FORMATS for suffix in row.suffixes)

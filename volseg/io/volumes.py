@@ -239,7 +239,7 @@ def write_streamed(
     if source and not np.array_equal(source.geometry.affine, grid.geometry.affine):
         raise ValueError(f"the volume lies on another grid than {like}")
     prefix = nifti.encode(grid, path, source).prefix
-    content = StreamedContent(prefix, memoryview(b""), voxels)
+    content = StreamedContent(prefix, memoryview(b""), source=voxels)
     write_content(path, content, compressed=is_compressed(path))
 
 
