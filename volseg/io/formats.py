@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from volseg.io import mgh, nifti, nrrd
+from volseg.io import metaimage, mgh, nifti, nrrd
 from volseg.io.header import ScanHeader
 from volseg.io.series import split_volume
 from volseg.io.voxels import FileContent, read_voxels
@@ -98,6 +98,17 @@ FORMATS = (
         name="NRRD header",
         suffixes=(".nhdr",),
         read_header=nrrd.read_header,
+    ),
+    Format(
+        name="MetaImage",
+        suffixes=(".mha",),
+        read_header=metaimage.read_header,
+        encode=metaimage.encode,
+    ),
+    Format(
+        name="MetaImage header",
+        suffixes=(".mhd",),
+        read_header=metaimage.read_header,
     ),
 )
 SUFFIXES = tuple(suffix for row in FORMATS for suffix in row.suffixes)

@@ -361,7 +361,7 @@ _OTHER_FORMATS = (
     (0, b"\0\0\0\1", "FreeSurfer MGH", "rename it to .mgh, or to .mgz if it is compressed"),
     (0, b"PK\x03\x04", "a zip archive", "unpack it first"),
     (0, b"NRRD", "NRRD", "rename it to .nrrd, or to .nhdr if its voxels lie in another file"),
-    (0, b"ObjectType", "MetaImage", "convert it to NIfTI"),
+    (0, b"ObjectType", "MetaImage", "rename it to .mha, or .mhd if its voxels lie in another file"),
     (0, b"\x89HDF", "HDF5 or MINC", "convert it to NIfTI"),
     (0, b"\x93NUMPY", "a NumPy array", "store it as NIfTI, with its affine"),
     (128, b"DICM", "DICOM", "convert the series to NIfTI, for example with dcm2niix"),

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 import numpy as np
-from isal import igzip, isal_zlib
+from isal import igzip
 
 from volseg.errors import ScanError
 from volseg.io.files import atomic_write, read_back_problem, sha256_of
 from volseg.io.gzip_stream import (
     CHUNK_BYTES,
     WHOLE,
-    Encoding,
     Part,
     fill,
     opened,
@@ -112,7 +111,7 @@ class FileContent:
 
     prefix: bytes
     voxels: memoryview
-    encoding: Encoding = "raw"
+    encoding: Literal["raw", "gzip"] = "raw"
 
     def chunks(self) -> Iterator[memoryview]:
         yield from _chunks_of(memoryview(self.prefix))
@@ -130,11 +129,6 @@ class FileContent:
         file.write(self.prefix)
         if self.encoding == "gzip":
             _write_gzip(self.voxel_chunks(), file, level=1)
-        elif self.encoding == "zlib":
-            packer = isal_zlib.compressobj(1)
-            for chunk in self.voxel_chunks():
-                file.write(packer.compress(chunk))
-            file.write(packer.flush())
         else:
             file.writelines(self.voxel_chunks())
 
