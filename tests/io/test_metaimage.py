@@ -9,39 +9,16 @@ import zlib
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from laws import GRIDS, oblique
+from laws import GRIDS
 from odd_files import read_or_refused
+from text_headers import AFFINE, RAW, SHAPE, VOXELS
+from text_headers import metaimage_header as header
 
 from volseg.errors import ScanError
 from volseg.io.volumes import read_header, read_mask, read_volume, scan_digest, write_volume
 from volseg.volume import LPS_TO_RAS, Geometry, Volume
 
-SHAPE = (16, 17, 12)
-VOXELS = np.random.default_rng(0).integers(-1000, 1500, SHAPE).astype(np.int16)
-AFFINE = oblique((0.75, 0.8, 2.5))
-RAW = VOXELS.tobytes(order="F")
 ZLIB = zlib.compress(RAW, 1)
-
-
-def header(affine=AFFINE, *, removed=(), **fields) -> str:
-    """Return a header of these voxels, written here by the definition of the format."""
-    lps = LPS_TO_RAS @ affine
-    spacing = np.linalg.norm(lps[:3, :3], axis=0)
-    values = {
-        "ObjectType": "Image",
-        "NDims": "3",
-        "BinaryData": "True",
-        "BinaryDataByteOrderMSB": "False",
-        "CompressedData": "False",
-        "TransformMatrix": " ".join(map(repr, (lps[:3, :3] / spacing).T.ravel().tolist())),
-        "Offset": " ".join(map(repr, lps[:3, 3].tolist())),
-        "ElementSpacing": " ".join(map(repr, spacing.tolist())),
-        "DimSize": "16 17 12",
-        "ElementType": "MET_SHORT",
-    }
-    values |= fields
-    values["ElementDataFile"] = values.pop("ElementDataFile", "LOCAL")
-    return "".join(f"{key} = {value}\n" for key, value in values.items() if key not in removed)
 
 
 def made(*, voxels=RAW, **options) -> bytes:

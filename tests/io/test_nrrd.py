@@ -10,41 +10,14 @@ import nrrd
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from laws import GRIDS, oblique
+from laws import GRIDS
 from odd_files import read_or_refused
+from text_headers import AFFINE, RAW, SHAPE, VOXELS
+from text_headers import nrrd_header as header
 
 from volseg.errors import ScanError
 from volseg.io.volumes import read_header, read_mask, read_volume, scan_digest, write_volume
 from volseg.volume import LPS_TO_RAS, Geometry, Volume
-
-SHAPE = (16, 17, 12)
-VOXELS = np.random.default_rng(0).integers(-1000, 1500, SHAPE).astype(np.int16)
-AFFINE = oblique((0.75, 0.8, 2.5))
-RAW = VOXELS.tobytes(order="F")
-
-
-def header(affine=AFFINE, *, removed=(), **fields) -> str:
-    """Return a header of these voxels, written here by the definition of the format.
-
-    Args:
-        removed: fields to leave out. fields: other values, with _ for a space.
-    """
-    lps = LPS_TO_RAS @ affine
-    vectors = [f"({','.join(map(repr, lps[:3, axis].tolist()))})" for axis in range(4)]
-    values = {
-        "type": "int16",
-        "dimension": "3",
-        "space": "left-posterior-superior",
-        "sizes": "16 17 12",
-        "space directions": " ".join(vectors[:3]),
-        "kinds": "domain domain domain",
-        "endian": "little",
-        "encoding": "raw",
-        "space origin": vectors[3],
-    }
-    values |= {name.replace("_", " "): value for name, value in fields.items()}
-    lines = [f"{name}: {value}" for name, value in values.items() if name not in removed]
-    return "\n".join(["NRRD0004", "# a comment", *lines, "", ""])
 
 
 def made(*, voxels=RAW, **options) -> bytes:

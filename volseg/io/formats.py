@@ -5,13 +5,13 @@ To add one, write `io/<name>.py` and its row at the foot of this file.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from volseg.io import metaimage, mgh, nifti, nrrd
+from volseg.io import metaimage, mgh, nifti, nrrd, seg_nrrd
 from volseg.io.header import ScanHeader
 from volseg.io.series import split_volume
 from volseg.io.voxels import FileContent, read_voxels
@@ -32,6 +32,9 @@ class Format:
             contents of the file; None if volseg only reads the format.
         partner_suffixes: endings of the other file of a pair, by which a scan may be opened too.
         holds_masks: False if it stores intensities only, as a compressed picture does.
+        holds_scans: False if it stores labels only.
+        read_names: header → label → name, if it stores names.
+        encode_named: as `encode`, with label → name in place of the header.
     """
 
     name: str
@@ -41,6 +44,9 @@ class Format:
     encode: Callable[[Volume, Path, ScanHeader | None], FileContent] | None = None
     partner_suffixes: tuple[str, ...] = ()
     holds_masks: bool = True
+    holds_scans: bool = True
+    read_names: Callable[[ScanHeader], dict[int, str]] | None = None
+    encode_named: Callable[[Volume, Path, Mapping[int, str]], FileContent] | None = None
 
 
 def format_of(path: Path) -> Format:
@@ -87,6 +93,16 @@ FORMATS = (
         suffixes=(".mgz", ".mgh", ".mgh.gz"),
         read_header=mgh.read_header,
         encode=mgh.encode,
+    ),
+    Format(  # before NRRD, with whose suffix its own ends
+        name="Slicer segmentation",
+        suffixes=(".seg.nrrd",),
+        read_header=seg_nrrd.read_header,
+        read_voxels=seg_nrrd.read_voxels,
+        encode=seg_nrrd.encode,
+        holds_scans=False,
+        read_names=seg_nrrd.read_names,
+        encode_named=seg_nrrd.encode_named,
     ),
     Format(
         name="NRRD",

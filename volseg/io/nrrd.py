@@ -140,14 +140,17 @@ class Fields:
         stored: its bytes, to the empty line at its end.
         values: name in lower case and without spaces → text, of the fields of the format.
         keys: the key/value pairs of other programs.
-        is_attached: the voxels follow in the same file.
     """
 
     path: Path
     stored: bytes
     values: dict[str, str]
     keys: dict[str, str]
-    is_attached: bool
+
+    @property
+    def is_attached(self) -> bool:
+        """The voxels follow in the same file."""
+        return "datafile" not in self.values
 
     def require(self, name: str) -> str:
         if not self.values.get(name):
@@ -184,7 +187,18 @@ def read_fields(path: Path) -> Fields:
     ends = [at + len(gap) for gap in (b"\n\n", b"\n\r\n") if (at := start.find(gap)) >= 0]
     if not ends and len(start) == MAX_HEADER_BYTES:
         raise header_refusal(path, f"has no end within {MAX_HEADER_BYTES:,} bytes")
-    stored = start[: min(ends, default=None)]
+    fields = parse_fields(start[: min(ends, default=None)], path)
+    if not ends and fields.is_attached:
+        raise header_refusal(path, "has no empty line at its end, which separates it from voxels")
+    return fields
+
+
+def parse_fields(stored: bytes, path: Path) -> Fields:
+    """Return the fields of a header, as `Fields.stored` holds it.
+
+    Raises:
+        ScanError: a line is no field, or a field is stated twice.
+    """
     values: dict[str, str] = {}
     keys: dict[str, str] = {}
     for line in lines_of(stored, path)[1:]:
@@ -197,10 +211,7 @@ def read_fields(path: Path) -> Fields:
         kind, name = (keys, name) if is_key else (values, name.replace(" ", "").lower())
         if kind.setdefault(name, value[is_key:].strip()) != value[is_key:].strip():
             raise header_refusal(path, f"states {shown(name)} twice")
-    is_attached = "datafile" not in values
-    if not ends and is_attached:
-        raise header_refusal(path, "has no empty line at its end, which separates it from voxels")
-    return Fields(path, stored, values, keys, is_attached)
+    return Fields(path, stored, values, keys)
 
 
 def _affine(fields: Fields, n_axes: int) -> tuple[tuple[int, int, int], np.ndarray]:
