@@ -74,6 +74,15 @@ def stem_of(path: Path) -> str:
     return path.name
 
 
+def result_suffix(name: str) -> str:
+    """Return the suffix of masks in a format of `volseg infer --format`.
+
+    >>> result_suffix("nifti"), result_suffix("seg.nrrd")
+    ('.nii.gz', '.seg.nrrd')
+    """
+    return RESULT_SUFFIX if name == "nifti" else f".{name}"
+
+
 NIFTI = Format(
     name="NIfTI",
     suffixes=(".nii", ".nii.gz"),
@@ -130,4 +139,4 @@ FORMATS = (
 SUFFIXES = tuple(suffix for row in FORMATS for suffix in row.suffixes)
 READABLE = ", ".join(SUFFIXES)  # for messages
 WRITABLE = ", ".join(suffix for row in FORMATS if row.encode for suffix in row.suffixes)
-RESULT_SUFFIX = ".nii.gz"  # of the masks that volseg writes
+RESULT_SUFFIX = ".nii.gz"  # of the masks that volseg writes unless another format is requested
