@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from volseg.io.gzip_stream import COPY_AGAIN, fill, opened_raw, refusal
+from volseg.io.gzip_stream import CHUNK_BYTES, COPY_AGAIN, opened_raw, refusal
 
 MAX_HEADER_BYTES = 2**20  # a thousand segments with all fields of 3D Slicer are half of it
 MAX_SHOWN = 40  # characters of a field in a message
@@ -22,12 +22,16 @@ def read_text_start(path: Path) -> bytes:
     Raises:
         ScanError: the file is empty or cannot be read.
     """
-    start = bytearray(MAX_HEADER_BYTES)
+    start = b""
     with opened_raw(path) as file:
-        del start[fill(file, memoryview(start)) :]
+        while len(start) < MAX_HEADER_BYTES:
+            piece = file.read(min(CHUNK_BYTES, MAX_HEADER_BYTES - len(start)))
+            if not piece:
+                break
+            start += piece
     if not start:
         raise refusal(path, "E_EMPTY", "the file is empty", COPY_AGAIN)
-    return bytes(start)
+    return start
 
 
 def lines_of(stored: bytes, path: Path) -> list[str]:
