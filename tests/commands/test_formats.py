@@ -9,18 +9,22 @@ import volseg
 from volseg.io.formats import FORMATS
 from volseg.io.volumes import read_header, read_mask, read_volume, write_volume
 
-SUFFIXES = [row.suffixes[0] for row in FORMATS if row.encode]
+ROWS = [row for row in FORMATS if row.encode]
 
 
-@pytest.fixture(scope="module", params=SUFFIXES)
+@pytest.fixture(scope="module", params=ROWS, ids=lambda row: row.name)
 def folder(request, dataset, tmp_path_factory):
-    """Return a folder with images/ and labels/ of three cases in one format."""
-    path = tmp_path_factory.mktemp(request.param[1:])
-    for sub, read in (("images", read_volume), ("labels", read_mask)):
+    """Return a folder with images/ and labels/ of three cases in one format that can hold them."""
+    path, suffix = tmp_path_factory.mktemp("data"), request.param.suffixes[0]
+    parts = (
+        ("images", read_volume, suffix if request.param.holds_scans else ".nii.gz"),
+        ("labels", read_mask, suffix if request.param.holds_masks else ".nii.gz"),
+    )
+    for sub, read, ending in parts:
         (path / sub).mkdir()
         for number in range(3):
             volume = read(dataset / sub / f"scan_{number}.nii.gz")
-            write_volume(volume, path / sub / f"scan_{number}{request.param}")
+            write_volume(volume, path / sub / f"scan_{number}{ending}")
     return path
 
 

@@ -24,7 +24,8 @@ from volseg.volume import Geometry, Volume
 SHAPE = (9, 8, 7)
 VOXELS = np.random.default_rng(0).integers(-1000, 1500, SHAPE).astype(np.int16)
 LABELS = (np.random.default_rng(1).random(SHAPE) * 4).astype(np.uint8)
-WRITTEN = [suffix for row in FORMATS if row.encode for suffix in row.suffixes]
+SCANS = [s for row in FORMATS if row.encode and row.holds_scans for s in row.suffixes]
+MASKS = [s for row in FORMATS if row.encode and row.holds_masks for s in row.suffixes]
 GRID_NAMES = sorted(GRIDS.keys() - {"sheared"})
 
 
@@ -77,7 +78,7 @@ def test_a_path_without_a_file_is_refused(suffix, place, code, tmp_path):
     assert caught.value.code == code
 
 
-@pytest.mark.parametrize("suffix", WRITTEN)
+@pytest.mark.parametrize("suffix", SCANS)
 @pytest.mark.parametrize("grid", GRID_NAMES)
 def test_scans_and_masks_come_back(suffix, grid, tmp_path):
     geometry = Geometry(SHAPE, GRIDS[grid]((0.7, 1.1, 2.5)))
@@ -96,6 +97,25 @@ def test_scans_and_masks_come_back(suffix, grid, tmp_path):
     assert volume.sha256 == scan_digest(scan)
 
 
+@pytest.mark.parametrize("suffix", MASKS)
+@pytest.mark.parametrize("grid", GRID_NAMES)
+def test_masks_come_back_on_the_grid_of_a_scan_in_another_format(suffix, grid, tmp_path):
+    geometry = Geometry(SHAPE, GRIDS[grid]((0.7, 1.1, 2.5)))
+    write_volume(Volume(VOXELS, geometry), tmp_path / "scan.nii.gz")
+    scan = read_header(tmp_path / "scan.nii.gz").geometry
+    mask = tmp_path / f"mask{suffix}"
+    write_volume(Volume(LABELS, scan), mask, like=tmp_path / "scan.nii.gz")
+    labels = read_mask(mask)
+    np.testing.assert_array_equal(labels.array, LABELS)
+    assert labels.geometry.matches(scan) and labels.sha256 == scan_digest(mask)
+    corners = scan.corners()
+    offset_mm = labels.geometry.to_world_mm(corners) - scan.to_world_mm(corners)
+    assert np.abs(offset_mm).max() < 1e-5
+    if not format_of(mask).holds_scans:
+        with pytest.raises(ScanError, match="holds labels only, no scan"):
+            read_volume(mask)
+
+
 def test_a_format_without_masks_gives_none(monkeypatch, tmp_path):
     pictures = replace(formats.NIFTI, name="Picture", suffixes=(".picture",), holds_masks=False)
     monkeypatch.setattr(formats, "FORMATS", (*FORMATS, pictures))
@@ -106,7 +126,7 @@ def test_a_format_without_masks_gives_none(monkeypatch, tmp_path):
         read_mask(path)
 
 
-@pytest.mark.parametrize("suffix", WRITTEN)
+@pytest.mark.parametrize("suffix", SCANS)
 @pytest.mark.parametrize("affine", [np.diag([0.7, 1.1, 2.5, 1.0]), oblique((0.7, 1.1, 2.5))])
 def test_all_48_orientations_give_the_same_patient(suffix, affine, tmp_path):
     path = tmp_path / f"scan{suffix}"
@@ -124,7 +144,7 @@ def test_all_48_orientations_give_the_same_patient(suffix, affine, tmp_path):
     assert len(codes) == 48
 
 
-@pytest.mark.parametrize("suffix", WRITTEN)
+@pytest.mark.parametrize("suffix", SCANS)
 @pytest.mark.parametrize("grid", GRID_NAMES)
 def test_a_mask_has_the_grid_of_the_scan_bit_for_bit(suffix, grid, tmp_path):
     scan = tmp_path / f"scan{suffix}"
@@ -139,7 +159,7 @@ def test_a_mask_has_the_grid_of_the_scan_bit_for_bit(suffix, grid, tmp_path):
         write_volume(Volume(LABELS, Geometry(SHAPE, moved)), tmp_path / "m.nii.gz", like=scan)
 
 
-@pytest.mark.parametrize("suffix", [suffix for suffix in WRITTEN if suffix.endswith("gz")])
+@pytest.mark.parametrize("suffix", [suffix for suffix in SCANS if suffix.endswith("gz")])
 def test_every_flipped_byte_of_a_compressed_file_is_noticed(suffix, tmp_path):
     path = tmp_path / f"scan{suffix}"
     array = VOXELS[:4, :4, :4]

@@ -43,19 +43,28 @@ FIGURES = "figures"
 
 @dataclass(frozen=True, slots=True)
 class CaseFiles:
-    """Files that a run writes per case; `folders` are those of its masks."""
+    """Files that a run writes per case.
+
+    Args:
+        folders: of its masks.
+        mask_suffix: of the files in `masks/`; those in the other folders are NIfTI.
+    """
 
     folders: Sequence[str]
     figures: bool
     pages: bool
+    mask_suffix: str = RESULT_SUFFIX
 
     def names(self, case_id: str) -> list[str]:
         """List the files of a case, relative to the output folder."""
         return [
-            *(f"{folder}/{case_id}{RESULT_SUFFIX}" for folder in self.folders),
+            *(self.mask_name(folder, case_id) for folder in self.folders),
             *((f"{FIGURES}/{case_id}.png",) if self.figures else ()),
             *self.page_names(case_id),
         ]
+
+    def mask_name(self, folder: str, case_id: str) -> str:
+        return f"{folder}/{case_id}{self.mask_suffix if folder == MASKS else RESULT_SUFFIX}"
 
     def page_names(self, case_id: str) -> list[str]:
         return [f"{VIEWERS}/{case_id}.html", f"{THUMBNAILS}/{case_id}.jpg"] if self.pages else []
@@ -312,7 +321,8 @@ def write_case(
     started = time.monotonic()
     scan, largest = measured.lesions.scan, measured.lesions.largest
     image, ids, unit = scan.image, scan.lesions.ids, scan.unit
-    write_mask(image.with_array(ids), commit, LESION_IDS, scan.case_id, like=measured.path)
+    name = files.mask_name(LESION_IDS, scan.case_id)
+    write_mask(image.with_array(ids), commit, name, like=measured.path)
     if files.figures:
         from volseg.pages.figures import overlay_png
         from volseg.pages.preview import picture_window
@@ -374,14 +384,25 @@ def _calcium_warnings(lesions: MeasuredLesions) -> Iterator[str]:
         yield f"W_CALCIUM: calcium is scored in HU, {unit.doubt or f'not in {unit.name}'}"
 
 
-def write_mask(mask: Volume, commit: Commit, folder: str, case_id: str, *, like: Path) -> None:
+def write_mask(
+    mask: Volume,
+    commit: Commit,
+    name: str,
+    *,
+    like: Path,
+    label_names: Mapping[int, str] | None = None,
+) -> None:
     """Write a mask on the grid of the scan `like`.
+
+    Args:
+        name: of its file in the output folder, which decides the format.
+        label_names: label → name, stored where the format has names.
 
     Raises:
         ScanError: the scan file was replaced since it was read.
     """
     try:
-        write_volume(mask, commit.path(f"{folder}/{case_id}{RESULT_SUFFIX}"), like=like)
+        write_volume(mask, commit.path(name), like=like, label_names=label_names)
     except ValueError as error:
         raise ScanError(
             f"{like}: was replaced by a scan on another grid while it was being used",

@@ -22,7 +22,6 @@ from volseg.commands.pages import page_budget, read_run, write_report
 from volseg.commands.remarks import remarks_on_scan
 from volseg.errors import ScanError, VolsegError
 from volseg.io.cases import Case
-from volseg.io.formats import RESULT_SUFFIX
 from volseg.measurement.rows import CaseRow
 from volseg.options import MeasureOptions
 from volseg.pages.about import About
@@ -30,7 +29,7 @@ from volseg.pages.model_box import read_model_box
 from volseg.recipe import Measure, parse_unit
 from volseg.reports import CasesReport
 from volseg.store.outputs import SAME_KIND, folder_content
-from volseg.store.records import LESION_IDS, MASKS, PROBABILITIES, CaseRecord
+from volseg.store.records import LESION_IDS, PROBABILITIES, CaseRecord
 from volseg.store.results import ResultsFolder, State
 
 STAGE = "Measuring"
@@ -126,7 +125,7 @@ class _CorrectedMask:
     @property
     def _path(self) -> str:
         """Path of the mask in the folder."""
-        return f"{MASKS}/{self.name}{RESULT_SUFFIX}"
+        return next(iter(self.record.masks))
 
     def failed_row(self, reason: str) -> CaseRow:
         """Return the row that says that the numbers are out of date."""

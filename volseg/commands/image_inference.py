@@ -48,7 +48,7 @@ MOST_LISTED = 3  # names in a message
 BATCH = 64  # images that are read before the networks run
 OF_SCANS = (  # options that mean nothing for images
     *("volume", "max_ram", "figures", "overlap", "inside", "max_vram", "fast", "probabilities"),
-    "accept_mismatch",
+    *("accept_mismatch", "format"),
 )
 
 

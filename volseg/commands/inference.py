@@ -37,7 +37,7 @@ from volseg.execution.cpu import (
 from volseg.execution.local import Outcome, run_overlapped
 from volseg.execution.memory import announcement
 from volseg.io.cases import Case
-from volseg.io.formats import RESULT_SUFFIX
+from volseg.io.formats import RESULT_SUFFIX, result_suffix
 from volseg.io.header import ScanHeader
 from volseg.io.image_cases import looks_like_images
 from volseg.io.layouts import find_scans
@@ -172,6 +172,8 @@ def _load_run(
     key_options |= {**model.segmentation.identity, **changes}
     for name in ("accept_mismatch", "probabilities"):
         key_options |= {name: True} if getattr(options, name) else {}
+    if result_suffix(options.format) != RESULT_SUFFIX:
+        key_options["format"] = options.format
     bundle = model.bundle
     return _Run(
         options=options,
@@ -362,7 +364,8 @@ class _Run:
         folders = [MASKS, LESION_IDS]
         if self.options.probabilities:
             folders += [map_folder(value) for value in self._values]
-        return CaseFiles(folders, self.options.figures, self.options.pages)
+        suffix = result_suffix(self.options.format)
+        return CaseFiles(folders, self.options.figures, self.options.pages, suffix)
 
     @property
     def _values(self) -> list[int]:
@@ -427,7 +430,8 @@ class _Run:
         scan, result = segmented.scan, segmented.result
         unit = result.resemblance.unit
         with self.results.staged() as commit:
-            write_mask(result.mask, commit, MASKS, case.id, like=scan_path)
+            name, names = self.files.mask_name(MASKS, case.id), recipe.data.label_names
+            write_mask(result.mask, commit, name, like=scan_path, label_names=names)
             if segmented.probabilities is not None:
                 _write_maps(segmented.probabilities, scan, commit, case.id, like=scan_path)
             measured = MeasuredCase(

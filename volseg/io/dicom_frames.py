@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -145,9 +145,9 @@ class Unusable(Exception):
     """A file or frame cannot be used; the text is the reason."""
 
 
-def rest_of(file: BinaryIO) -> bytes:
+def rest_of(file: io.RawIOBase) -> bytes:
     """Return what follows in a file; a size to read takes memory even where the file is shorter."""
-    return file.read(min(MAX_FILE_BYTES, os.fstat(file.fileno()).st_size))
+    return file.read(min(MAX_FILE_BYTES, os.fstat(file.fileno()).st_size)) or b""
 
 
 def is_dicom(path: Path) -> bool:
@@ -288,10 +288,10 @@ def _refuse_bomb(content: bytes) -> None:
     """
     # The length of the part that is not deflated is in its first element (PS3.10 7.1).
     start = PREAMBLE + 16 + int.from_bytes(content[PREAMBLE + 12 : PREAMBLE + 16], "little")
-    inflate, rest, n_bytes = zlib.decompressobj(-zlib.MAX_WBITS), content[start:], 0
-    while rest and not inflate.eof:
-        n_bytes += len(inflate.decompress(rest, CHUNK_BYTES))
-        rest = inflate.unconsumed_tail
+    inflate, packed, n_bytes = zlib.decompressobj(-zlib.MAX_WBITS), content[start:], 0
+    while packed and not inflate.eof:
+        n_bytes += len(inflate.decompress(packed, CHUNK_BYTES))
+        packed = inflate.unconsumed_tail
         if n_bytes > MAX_INFLATED_BYTES:
             raise Unusable(f"E_BOMB: grows to more than {MAX_INFLATED_BYTES:,} bytes")
 

@@ -6,13 +6,13 @@ To add one, write `io/<name>.py` and its row at the foot of this file.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from volseg.io import dicom, mgh, nifti
+from volseg.io import dicom, metaimage, mgh, nifti, nrrd, seg_nrrd
 from volseg.io.dicom_frames import SUFFIXES as DICOM_SUFFIXES
 from volseg.io.dicom_frames import holds_dicom, is_dicom
 from volseg.io.header import ScanHeader
@@ -35,6 +35,9 @@ class Format:
             contents of the file; None if volseg only reads the format.
         partner_suffixes: endings of the other file of a pair, by which a scan may be opened too.
         holds_masks: False if it stores intensities only, as a compressed picture does.
+        holds_scans: False if it stores labels only.
+        read_names: header → label → name, if it stores names.
+        encode_named: as `encode`, with label → name in place of the header.
     """
 
     name: str
@@ -44,6 +47,9 @@ class Format:
     encode: Callable[[Volume, Path, ScanHeader | None], FileContent] | None = None
     partner_suffixes: tuple[str, ...] = ()
     holds_masks: bool = True
+    holds_scans: bool = True
+    read_names: Callable[[ScanHeader], dict[int, str]] | None = None
+    encode_named: Callable[[Volume, Path, Mapping[int, str]], FileContent] | None = None
 
 
 def format_of(path: Path) -> Format:
@@ -89,6 +95,15 @@ def stem_of(path: Path) -> str:
     return path.name
 
 
+def result_suffix(name: str) -> str:
+    """Return the suffix of masks in a format of `volseg infer --format`.
+
+    >>> result_suffix("nifti"), result_suffix("seg.nrrd")
+    ('.nii.gz', '.seg.nrrd')
+    """
+    return RESULT_SUFFIX if name == "nifti" else f".{name}"
+
+
 DICOM = "DICOM"
 DICOM_SERIES = Format(
     name=DICOM,
@@ -117,9 +132,41 @@ FORMATS = (
         read_header=mgh.read_header,
         encode=mgh.encode,
     ),
+    Format(  # before NRRD, with whose suffix its own ends
+        name="Slicer segmentation",
+        suffixes=(".seg.nrrd",),
+        read_header=seg_nrrd.read_header,
+        read_voxels=seg_nrrd.read_voxels,
+        encode=seg_nrrd.encode,
+        holds_scans=False,
+        read_names=seg_nrrd.read_names,
+        encode_named=seg_nrrd.encode_named,
+    ),
+    Format(
+        name="NRRD",
+        suffixes=(".nrrd",),
+        read_header=nrrd.read_header,
+        encode=nrrd.encode,
+    ),
+    Format(
+        name="NRRD header",
+        suffixes=(".nhdr",),
+        read_header=nrrd.read_header,
+    ),
+    Format(
+        name="MetaImage",
+        suffixes=(".mha",),
+        read_header=metaimage.read_header,
+        encode=metaimage.encode,
+    ),
+    Format(
+        name="MetaImage header",
+        suffixes=(".mhd",),
+        read_header=metaimage.read_header,
+    ),
     DICOM_SERIES,
 )
 SUFFIXES = tuple(suffix for row in FORMATS for suffix in row.suffixes)
 READABLE = ", ".join(SUFFIXES)  # for messages
 WRITABLE = ", ".join(suffix for row in FORMATS if row.encode for suffix in row.suffixes)
-RESULT_SUFFIX = ".nii.gz"  # of the masks that volseg writes
+RESULT_SUFFIX = ".nii.gz"  # of the masks that volseg writes unless another format is requested

@@ -1,4 +1,4 @@
-"""Read files whose contents may be gzip: all checksums verified, all stored bytes hashed."""
+"""Read files whose contents may be gzip or zlib: checksums verified, all stored bytes hashed."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Literal, Protocol, cast
 
 from isal import igzip_lib
 
@@ -20,6 +21,25 @@ GZIP_MAX_RATIO = 1032  # upper bound of deflate compression
 COPY_AGAIN = "copy or export the file again"
 
 
+Encoding = Literal["raw", "gzip", "zlib"]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The part of a file that holds the voxels.
+
+    Args:
+        start: stored byte at which it begins.
+        encoding: None if the contents say whether they are gzip.
+    """
+
+    start: int = 0
+    encoding: Encoding | None = None
+
+
+WHOLE = Part()
+
+
 class Digest(Protocol):
     """A running hash."""
 
@@ -27,17 +47,19 @@ class Digest(Protocol):
 
 
 @contextmanager
-def opened(path: Path, digest: Digest | None = None) -> Iterator[io.RawIOBase]:
-    """Open a file, decompressed if its contents are gzip, whatever its name.
+def opened(path: Path, digest: Digest | None = None, part: Part = WHOLE) -> Iterator[io.RawIOBase]:
+    """Open a file or its part, decompressed if its contents are gzip, whatever its name.
 
     Args:
         digest: receives all stored bytes of the file by the time its end is reached.
     """
     with opened_raw(path, digest) as file:
-        start = file.read(2)
-        is_gzip = start == b"\x1f\x8b"
-        file.seek(0)
-        yield Inflated(file, path) if is_gzip else file
+        skip(file, part.start)  # read, because the digest needs these bytes
+        encoding = part.encoding
+        if encoding is None:
+            encoding = "gzip" if file.read(2) == b"\x1f\x8b" else "raw"
+            file.seek(part.start)
+        yield file if encoding == "raw" else Inflated(file, path, encoding)
 
 
 @contextmanager
@@ -80,13 +102,15 @@ def refusal(path: Path | str, code: str, problem: str, fix: str) -> ScanError:
 
 
 class Inflated(io.RawIOBase):
-    """The bytes inside a gzip file; its end is reached only if all checksums are correct."""
+    """The bytes inside a gzip or zlib stream; its end is reached only if checksums are correct."""
 
-    def __init__(self, file: io.RawIOBase, path: Path) -> None:
+    def __init__(self, file: io.RawIOBase, path: Path, encoding: Encoding = "gzip") -> None:
         self._file = file
         self._path = path
         self._pending = b""
-        self._member = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP)
+        self._encoding = encoding
+        flag = igzip_lib.DECOMP_GZIP if encoding == "gzip" else igzip_lib.DECOMP_ZLIB
+        self._member = igzip_lib.IgzipDecompressor(flag=flag)
 
     def readable(self) -> bool:
         return True
@@ -100,12 +124,12 @@ class Inflated(io.RawIOBase):
                 packed = self._pending or self._file.read(CHUNK_BYTES)
                 self._pending = b""
                 if not packed:
-                    problem = "the gzip stream has no end"
+                    problem = f"the {self._encoding} stream has no end"
                     raise refusal(self._path, "E_TRUNCATED", problem, COPY_AGAIN)
             try:
                 plain = self._member.decompress(packed, min(len(target), 4 * CHUNK_BYTES))
             except igzip_lib.IsalError as error:  # pyright: ignore[reportGeneralTypeIssues]
-                problem = f"the gzip stream is damaged ({error})"
+                problem = f"the {self._encoding} stream is damaged ({error})"
                 raise refusal(self._path, "E_CRC", problem, COPY_AGAIN) from error
             if plain:
                 target[: len(plain)] = plain
@@ -118,9 +142,10 @@ class Inflated(io.RawIOBase):
             pending = (pending + more).lstrip(b"\0")
         if not pending:
             return False
-        if not pending.startswith(b"\x1f\x8b"):
-            fix = "copy the file again, or gunzip and gzip it"
-            raise refusal(self._path, "E_GZIP", "other bytes follow the gzip stream", fix)
+        if self._encoding != "gzip" or not pending.startswith(b"\x1f\x8b"):
+            problem = f"other bytes follow the {self._encoding} stream"
+            fix = "copy the file again, or decompress and compress it"
+            raise refusal(self._path, "E_GZIP", problem, fix)
         self._pending = pending
         self._member = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP)
         return True

@@ -10,7 +10,16 @@ from pathlib import Path
 
 import numpy as np
 
-from volseg.io.gzip_stream import COPY_AGAIN, GZIP_MAX_RATIO, Inflated, fill, opened, refusal
+from volseg.io.gzip_stream import (
+    COPY_AGAIN,
+    GZIP_MAX_RATIO,
+    WHOLE,
+    Inflated,
+    Part,
+    fill,
+    opened,
+    refusal,
+)
 from volseg.volume import Geometry
 
 MAX_BYTES = 16 * 2**30  # voxel bytes that a header may request
@@ -43,6 +52,8 @@ class ScanHeader:
         n_after: bytes of later volumes of a series, behind the voxels.
         data_path, data_offset: file and byte (after decompression) of the first voxel; None if
             the voxels are not stored one after another.
+        part: of `data_path` that holds the voxels, to which `data_offset` refers.
+        max_tail: bytes that may follow the last voxel.
         parts: files of a scan that has a file for each slice.
         content: what the format's reader of voxels needs besides.
         warnings: oddities of header and file name.
@@ -56,6 +67,8 @@ class ScanHeader:
     stored: bytes = b""
     data_path: Path | None = None
     data_offset: int | None = None
+    part: Part = WHOLE
+    max_tail: int = MAX_TAIL_BYTES
     n_after: int = 0
     parts: tuple[Path, ...] = ()
     content: object = None
@@ -218,29 +231,31 @@ def check_size(header: ScanHeader, path: Path, max_bytes: int) -> None:
         )
     if header.data_path is None or header.data_offset is None:
         return
-    with opened(header.data_path) as stream:
-        is_gzip = isinstance(stream, Inflated)
-        file_size = os.stat(header.data_path).st_size
-    if is_gzip and header.data_offset + n_bytes > file_size * GZIP_MAX_RATIO:
-        text = f"{requested}, more than {file_size:,} bytes of gzip can hold"
+    with opened(header.data_path, part=header.part) as stream:
+        is_packed = isinstance(stream, Inflated)
+        size = max(0, os.stat(header.data_path).st_size - header.part.start)
+    if is_packed and header.data_offset + n_bytes > size * GZIP_MAX_RATIO:
+        text = f"{requested}, more than {size:,} compressed bytes can hold"
         raise refusal(path, "E_TOOBIG", text, COPY_AGAIN)
-    if not is_gzip:
-        if header.data_offset > file_size:
-            text = f"the first voxel is at byte {header.data_offset:,} of {file_size:,}"
+    if not is_packed:
+        if header.data_offset > size:
+            text = f"the first voxel is at byte {header.data_offset:,} of {size:,}"
             raise refusal(path, "E_HEADER", text, COPY_AGAIN)
-        check_voxel_bytes(file_size - header.data_offset, n_bytes + header.n_after, path)
+        check_voxel_bytes(size - header.data_offset, header, path)
 
 
-def check_voxel_bytes(available: int, required: int, path: Path) -> None:
+def check_voxel_bytes(available: int, header: ScanHeader, path: Path) -> None:
     """Refuse a file with fewer voxel bytes than its header asks for, or many more."""
+    required = header.n_bytes + header.n_after
     if available < required:
         text = f"holds {available:,} of {required:,} voxel bytes"
         raise refusal(path, "E_TRUNCATED", text, COPY_AGAIN)
-    if available > required + MAX_TAIL_BYTES:
+    if available > required + header.max_tail:
+        more = f"more than {header.max_tail:,} bytes" if header.max_tail else "other bytes"
         raise refusal(
             path,
             "E_BOMB",
-            f"holds more than {MAX_TAIL_BYTES:,} bytes after its last voxel",
+            f"holds {more} after its last voxel",
             "its header is wrong or the file is malicious: export the scan again",
         )
 

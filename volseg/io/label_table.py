@@ -1,4 +1,4 @@
-"""Read the label table that some tools store in a NIfTI extension; its text is untrusted."""
+"""Read the names that a mask holds: the label table in a NIfTI extension is untrusted text."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import html
 import re
 from pathlib import Path
 
+from volseg.io.formats import format_of
 from volseg.io.gzip_stream import fill, opened
 from volseg.io.volumes import read_header
 
@@ -16,16 +17,20 @@ _CDATA, _CDATA_END = "<![CDATA[", "]]>"
 
 
 def read_label_table(path: Path | str) -> dict[int, str]:
-    """Return value → name from the label table between header and voxels; {} if there is none.
+    """Return value → name of a mask whose file holds names; {} if it holds none.
+
+    NIfTI holds them in a label table between header and voxels.
 
     Raises:
         ScanError: as `read_header`.
 
     Source: the CARET extension of NIfTI-1, an XML element `Label` with a `Key` for each value.
     """
-    header = read_header(path)
-    if header.data_path is None or header.data_offset is None:
-        return {}
+    header, read_names = read_header(path), format_of(Path(path)).read_names
+    if read_names is not None:
+        return read_names(header)
+    if header.data_path is None or header.data_offset is None or header.part.encoding is not None:
+        return {}  # a header of text has no extension
     block = bytearray(header.data_offset)
     with opened(header.data_path) as stream:
         del block[fill(stream, memoryview(block)) :]

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
-from volseg.io.formats import stem_of
+from volseg.io.formats import format_of, stem_of
 
 
 def _set(text: str) -> frozenset[str]:
@@ -115,6 +115,8 @@ def _split(path: PurePath) -> Name:
     if _is_derived(path):
         folders = folders[2:]  # the second names the program that made them
     stem = words_in(stem_of(Path(path)))
+    if not format_of(Path(path)).holds_scans:
+        stem = (*stem, "seg")
     kept: list[str] = []
     for folder in folders:
         words = words_in(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -68,7 +69,8 @@ def read_volume(path: Path | str, *, is_finite: bool = True) -> Volume:
 
     Raises:
         ScanError: as `read_header`; also if voxels are missing (`E_TRUNCATED`), damaged (`E_CRC`),
-            not finite (`E_NAN`) or all equal (`E_CONST`). A gzip file is read to its end, so its
+            not finite (`E_NAN`) or all equal (`E_CONST`), or if the file format holds no scans
+            (`E_LABELS`). A gzip file is read to its end, so its
             checksum is always verified.
 
     Example:
@@ -77,6 +79,10 @@ def read_volume(path: Path | str, *, is_finite: bool = True) -> Volume:
         (True, (4, 4))
     """
     path = given_path(path)
+    if not format_of(path).holds_scans:
+        read_header(path)  # a missing or damaged file is that first
+        problem = f"{format_of(path).name} holds labels only, no scan"
+        raise refusal(path, "E_LABELS", problem, "give the scan from which it was made")
     return checked_scan(_read_stored(path), path, is_finite=is_finite)
 
 
@@ -185,7 +191,12 @@ def _volume_mark(path: Path | str) -> str:
     return "" if number is None else f"#{number}"
 
 
-def write_volume(volume: Volume, path: Path | str, like: Path | str | None = None) -> None:
+def write_volume(
+    volume: Volume,
+    path: Path | str,
+    like: Path | str | None = None,
+    label_names: Mapping[int, str] | None = None,
+) -> None:
     """Write a volume atomically in the format of the suffix, and verify it by reading it back.
 
     Equal volumes give equal bytes on one machine: the file holds no time, name or description.
@@ -197,6 +208,7 @@ def write_volume(volume: Volume, path: Path | str, like: Path | str | None = Non
             the affine equals that of the scan bit for bit, even from a qform or from NIfTI-2; for
             a scan of another format it is NIfTI-2 if float32 is not exact. Without `like` the
             affine is stored in float32, which is exact for one read from a NIfTI-1 sform.
+        label_names: label → name, stored where the format has names.
 
     Raises:
         EnvironmentProblem: disk full, folder not writable, or other bytes were read back.
@@ -215,15 +227,19 @@ def write_volume(volume: Volume, path: Path | str, like: Path | str | None = Non
             fix="give result.volume('mask'), or volseg.Volume(array, geometry)",
             code="E_TYPE",
         )
-    encode = format_of(path).encode
-    if encode is None or not is_scan(path):
+    row = format_of(path)
+    if row.encode is None or not is_scan(path):
         raise ValueError(f"volumes are written as {WRITABLE}, not {path.name!r}")
     if volume.array.dtype == np.bool_:
         volume = Volume(volume.array.view(np.uint8), volume.geometry)
     source = None if like is None else read_header(like)
     if source and not np.array_equal(source.geometry.affine, volume.geometry.affine):
         raise ValueError(f"the volume lies on another grid than {like}")
-    write_content(path, encode(volume, path, source), compressed=is_compressed(path))
+    if label_names and row.encode_named is not None:
+        content = row.encode_named(volume, path, label_names)
+    else:
+        content = row.encode(volume, path, source)
+    write_content(path, content, compressed=is_compressed(path))
 
 
 def write_streamed(
@@ -242,7 +258,7 @@ def write_streamed(
     if source and not np.array_equal(source.geometry.affine, grid.geometry.affine):
         raise ValueError(f"the volume lies on another grid than {like}")
     prefix = nifti.encode(grid, path, source).prefix
-    content = StreamedContent(prefix, memoryview(b""), voxels)
+    content = StreamedContent(prefix, memoryview(b""), source=voxels)
     write_content(path, content, compressed=is_compressed(path))
 
 

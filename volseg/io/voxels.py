@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, cast
+from typing import BinaryIO, Literal
 
 import numpy as np
 from isal import igzip
 
 from volseg.errors import ScanError
 from volseg.io.files import atomic_write, read_back_problem, sha256_of
-from volseg.io.gzip_stream import CHUNK_BYTES, fill, opened, refusal, skip
-from volseg.io.header import MAX_TAIL_BYTES, ScanHeader, check_voxel_bytes, read_start
+from volseg.io.gzip_stream import (
+    CHUNK_BYTES,
+    WHOLE,
+    Part,
+    fill,
+    opened,
+    opened_raw,
+    refusal,
+    skip,
+)
+from volseg.io.header import ScanHeader, check_voxel_bytes, read_start
 from volseg.volume import Volume, slabs_of
 
 LABEL_TOLERANCE = 1e-3  # distance from a whole number
@@ -31,29 +42,60 @@ def read_voxels(header: ScanHeader, path: Path) -> tuple[np.ndarray, str]:
         ScanError: voxels are missing (`E_TRUNCATED`) or damaged (`E_CRC`), or the file was replaced
             after its header was read (`E_CHANGED`).
     """
-    assert header.data_path is not None and header.data_offset is not None
     flat = np.empty(math.prod(header.geometry.shape), header.dtype)
-    target = flat.view(np.uint8).data
+    sha256 = read_into(flat.view(np.uint8).data, header, path)
+    if not flat.dtype.isnative:
+        flat = flat.byteswap(inplace=True).view(flat.dtype.newbyteorder("="))
+    return flat.reshape(header.geometry.shape, order="F"), sha256
+
+
+def read_into(target: memoryview, header: ScanHeader, path: Path) -> str:
+    """Fill `target` with the bytes of the voxels as stored; return the SHA-256 of `read_voxels`.
+
+    Raises:
+        ScanError: as `read_voxels`.
+    """
+    with opened_voxels(header, path) as voxels:
+        voxels.n_read = fill(voxels.stream, target)
+    return voxels.sha256
+
+
+class OpenedVoxels:
+    """The bytes of the voxels as they are read; `n_read` counts them."""
+
+    def __init__(self, stream: io.RawIOBase) -> None:
+        self.stream, self.n_read, self.sha256 = stream, 0, ""
+
+
+@contextmanager
+def opened_voxels(header: ScanHeader, path: Path) -> Iterator[OpenedVoxels]:
+    """Open the file at its first voxel; at the end check its length and that it did not change.
+
+    The caller reads the voxels and counts the bytes; `sha256` is set at the end.
+
+    Raises:
+        ScanError: as `read_voxels`.
+    """
+    assert header.data_path is not None and header.data_offset is not None
     digest = hashlib.sha256()
-    is_pair = header.path != header.data_path
-    before = sha256_of(header.path) + "+" if is_pair else ""
-    with opened(header.data_path, digest) as stream:
-        start = bytearray(0 if is_pair else min(len(header.stored), header.data_offset))
+    is_apart = header.path != header.data_path or header.part.start > 0
+    before = sha256_of(header.path) + "+" if header.path != header.data_path else ""
+    with opened(header.data_path, digest, header.part) as stream:
+        start = bytearray(0 if is_apart else min(len(header.stored), header.data_offset))
         is_whole = fill(stream, memoryview(start)) == len(start)
         is_unchanged = is_whole and header.stored.startswith(start)
         skip(stream, header.data_offset - len(start))
-        n_read = fill(stream, target)
-        if n_read == len(target):
+        voxels = OpenedVoxels(stream)
+        yield voxels
+        if voxels.n_read >= header.n_bytes:
             # The end holds the checksum of gzip.
-            n_read += skip(stream, header.n_after + MAX_TAIL_BYTES + 1)
-    if is_pair:
+            voxels.n_read += skip(stream, header.n_after + header.max_tail + 1)
+    if is_apart:
         is_unchanged = read_start(header.path, len(header.stored))[0] == header.stored
     if not is_unchanged:
         raise refusal(path, "E_CHANGED", "was replaced while it was being read", "run again")
-    check_voxel_bytes(n_read, len(target) + header.n_after, path)
-    if not flat.dtype.isnative:
-        flat = flat.byteswap(inplace=True).view(flat.dtype.newbyteorder("="))
-    return flat.reshape(header.geometry.shape, order="F"), before + digest.hexdigest()
+    check_voxel_bytes(voxels.n_read, header, path)
+    voxels.sha256 = before + digest.hexdigest()
 
 
 def joined_digest(digests: Sequence[str]) -> str:
@@ -67,36 +109,56 @@ def joined_digest(digests: Sequence[str]) -> str:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FileContent:
-    """The uncompressed contents of a file: all bytes before the first voxel, then the voxels."""
+    """The uncompressed contents of a file: all bytes before the first voxel, then the voxels.
+
+    Args:
+        encoding: of the voxels alone, in formats whose header is never compressed.
+    """
 
     prefix: bytes
     voxels: memoryview
+    encoding: Literal["raw", "gzip"] = "raw"
 
     def chunks(self) -> Iterator[memoryview]:
-        yield memoryview(self.prefix)
-        for start in range(0, len(self.voxels), CHUNK_BYTES):
-            yield self.voxels[start : start + CHUNK_BYTES]
+        yield from _chunks_of(memoryview(self.prefix))
+        yield from self.voxel_chunks()
+
+    def voxel_chunks(self) -> Iterator[memoryview]:
+        yield from _chunks_of(self.voxels)
 
     def write_gzip(self, file: BinaryIO, *, level: int = 1) -> None:
-        """Write without name and time, so that equal contents give equal bytes."""
-        with igzip.IGzipFile(
-            filename="", mode="wb", compresslevel=level, fileobj=file, mtime=0
-        ) as packed:
-            self.write_plain(cast(BinaryIO, packed))
+        """Write all of it without name and time, so that equal contents give equal bytes."""
+        _write_gzip(self.chunks(), file, level=level)
 
     def write_plain(self, file: BinaryIO) -> None:
-        for chunk in self.chunks():
-            file.write(chunk)
+        """Write the header as it is, and the voxels in their encoding."""
+        file.write(self.prefix)
+        if self.encoding == "gzip":
+            _write_gzip(self.voxel_chunks(), file, level=1)
+        else:
+            file.writelines(self.voxel_chunks())
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+def _chunks_of(view: memoryview) -> Iterator[memoryview]:
+    for start in range(0, len(view), CHUNK_BYTES):
+        yield view[start : start + CHUNK_BYTES]
+
+
+def _write_gzip(chunks: Iterator[memoryview], file: BinaryIO, *, level: int) -> None:
+    with igzip.IGzipFile(
+        filename="", mode="wb", compresslevel=level, fileobj=file, mtime=0
+    ) as packed:
+        for chunk in chunks:
+            packed.write(chunk)
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class StreamedContent(FileContent):
     """The same with voxels that lie in a file, uncompressed and from its start."""
 
     source: BinaryIO
 
-    def chunks(self) -> Iterator[memoryview]:
-        yield memoryview(self.prefix)
+    def voxel_chunks(self) -> Iterator[memoryview]:
         buffer = memoryview(bytearray(CHUNK_BYTES))
         self.source.seek(0)
         while n := self.source.readinto(buffer):  # type: ignore[attr-defined] a raw file has it
@@ -116,22 +178,38 @@ def write_content(path: Path, content: FileContent, *, compressed: bool) -> None
         EnvironmentProblem: disk full, folder not writable, or other bytes were read back.
     """
     write = content.write_gzip if compressed else content.write_plain
-    atomic_write(path, write, lambda temporary: _verify(temporary, path, content))
+    is_one = compressed or content.encoding == "raw"
+    atomic_write(path, write, lambda temporary: _verify(temporary, path, content, is_one))
 
 
-def _verify(temporary: Path, path: Path, content: FileContent) -> None:
-    """Compare a whole file, including its checksum, with what was written into it."""
-    buffer = memoryview(bytearray(CHUNK_BYTES))
+def _verify(temporary: Path, path: Path, content: FileContent, is_one: bool) -> None:
+    """Compare a whole file, including its checksum, with what was written into it.
+
+    Args:
+        is_one: header and voxels share an encoding.
+    """
     try:
-        with opened(temporary) as stream:
-            for chunk in content.chunks():
-                part = buffer[: len(chunk)]
-                if fill(stream, part) != len(chunk) or part != chunk:
-                    raise read_back_problem(path)
-            if skip(stream, 1):
+        if is_one:
+            _compare(temporary, path, WHOLE, content.chunks())
+            return
+        with opened_raw(temporary) as file:
+            if file.read(len(content.prefix)) != content.prefix:
                 raise read_back_problem(path)
+        part = Part(len(content.prefix), content.encoding)
+        _compare(temporary, path, part, content.voxel_chunks())
     except ScanError as error:
         raise read_back_problem(path) from error
+
+
+def _compare(temporary: Path, path: Path, part: Part, chunks: Iterator[memoryview]) -> None:
+    buffer = memoryview(bytearray(CHUNK_BYTES))
+    with opened(temporary, part=part) as stream:
+        for chunk in chunks:
+            read = buffer[: len(chunk)]
+            if fill(stream, read) != len(chunk) or read != chunk:
+                raise read_back_problem(path)
+        if skip(stream, 1):
+            raise read_back_problem(path)
 
 
 # ---- values

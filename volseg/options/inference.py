@@ -92,6 +92,12 @@ class InferOptions(LoadOptions, OfSeries, Limited, Pictured, Announcing):
         "Resample linearly where the recipe says cubic: faster, slightly less accurate.",
         default=False,
     )
+    format: str = option(
+        "File format of the masks: nifti (.nii.gz), nrrd, mha, or seg.nrrd (a segmentation with "
+        "names and colours for 3D Slicer). lesion_ids and probabilities are always NIfTI.",
+        default="nifti",
+        values=("nifti", "nrrd", "mha", "seg.nrrd"),
+    )
     probabilities: bool = option(
         "Also write the probability of each label as probabilities/label_<value>/<case>.nii.gz, "
         "uint8 scaled to 0 to 1, before post-processing.",
