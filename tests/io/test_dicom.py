@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import sys
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -347,6 +348,13 @@ def test_a_deflated_file_that_grows_without_end_is_refused_before_it_does(tmp_pa
     assert caught.value.code == "E_BOMB"
     assert tracemalloc.get_traced_memory()[1] < 2**27
     tracemalloc.stop()
+
+
+def test_without_pydicom_the_message_says_what_to_install(tmp_path, monkeypatch):
+    folder = write_series(straight_volume(), tmp_path)
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    with pytest.raises(ScanError, match=r"pydicom is not installed.*'volseg\[dicom\]'"):
+        read_volume(folder)
 
 
 @pytest.mark.parametrize("n", [300, pytest.param(20_000, marks=pytest.mark.slow)])
