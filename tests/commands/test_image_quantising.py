@@ -365,6 +365,7 @@ INFER = {
     **{"volume": 1, "max_ram": "4G", "figures": True, "overlap": 0.5, "inside": "body"},
     **{"max_vram": "4G", "fast": True, "probabilities": True, "accept_mismatch": True},
     "format": "nrrd",
+    "series": "largest",
 }
 TRAIN = {
     **dict.fromkeys(("dataset", "out", "recipe", "epochs", "patience", "resume", "init", "prune")),

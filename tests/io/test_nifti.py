@@ -641,7 +641,7 @@ def test_writer_refuses_volumes_that_it_cannot_store(tmp_path):
     shifted = geometry.affine + np.array([[0, 0, 0, 1e-5]] * 3 + [[0] * 4])
     valid = Volume(LABELS, geometry)
     for volume, name, like in (
-        (valid, "a.mha", None),
+        (valid, "a.mhd", None),
         (valid, "a.hdr", None),
         (valid.with_array(LABELS.astype(np.complex64)), "a.nii", None),
         (valid.with_array(LABELS.astype(np.float16)), "a.nii", None),

@@ -47,7 +47,17 @@ STAGE = "Classifying"
 MOST_LISTED = 3  # names in a message
 BATCH = 64  # images that are read before the networks run
 OF_SCANS = (  # options that mean nothing for images
-    *("volume", "max_ram", "figures", "overlap", "inside", "max_vram", "fast", "probabilities"),
+    *(
+        "volume",
+        "series",
+        "max_ram",
+        "figures",
+        "overlap",
+        "inside",
+        "max_vram",
+        "fast",
+        "probabilities",
+    ),
     *("accept_mismatch", "format"),
 )
 
