@@ -128,13 +128,7 @@ def _pairs(options: MeasureOptions, remark: Remark) -> tuple[list[Case], list[st
         return _pairs_of_dataset(image, options.channel, remark), []
     requested = (options.channel or ONE_CHANNEL,)
     scans = _measured_channel(find_scans([image], requested, series=options.series, remark=remark))
-    is_series = any(split_series(scan.images[ONE_CHANNEL])[1] for scan in scans)
-    if image.is_dir() != mask.is_dir() and not is_series:
-        raise VolsegError(
-            f"{image} and {mask}: one is a folder, the other is not",
-            fix="give two files or two folders",
-            code="E_USAGE",
-        )
+    _refuse_half_folder(image, mask, scans)
     if mask.is_dir():
         return _pairs_of_folders(scans, mask)
     if len(scans) > 1:
@@ -144,6 +138,17 @@ def _pairs(options: MeasureOptions, remark: Remark) -> tuple[list[Case], list[st
             code="E_USAGE",
         )
     return [replace(scans[0], reference=mask)], []
+
+
+def _refuse_half_folder(image: Path, mask: Path, scans: Sequence[Case]) -> None:
+    """Refuse a folder of scans with one mask, or the reverse; a DICOM series is one scan."""
+    is_series = any(split_series(scan.images[ONE_CHANNEL])[1] for scan in scans)
+    if image.is_dir() != mask.is_dir() and not is_series:
+        raise VolsegError(
+            f"{image} and {mask}: one is a folder, the other is not",
+            fix="give two files or two folders",
+            code="E_USAGE",
+        )
 
 
 def _measured_channel(cases: Sequence[Case]) -> list[Case]:

@@ -366,42 +366,44 @@ def _items_in(groups: Any) -> Iterator[Any]:
 
 def _place(sources: Sequence[Any]) -> dict[str, Any]:
     """Return the fields of a frame from the first of several data sets that has each of them."""
-    position = numbers_of(sources, "ImagePositionPatient", 3)
-    axes = numbers_of(sources, "ImageOrientationPatient", 6)
-    spacing = numbers_of(sources, "PixelSpacing", 2)
-    for name, value in (
-        ("ImagePositionPatient", position),
-        ("ImageOrientationPatient", axes),
-        ("PixelSpacing", spacing),
-    ):
-        if value is None:
-            raise Unusable(f"E_NOGEOM: has no usable {name}")
-    assert position is not None and axes is not None and spacing is not None
-    pair = axes.reshape(2, 3)
-    if np.abs(pair @ pair.T - np.eye(2)).max() > MAX_SKEW:
+    axes = _required(sources, "ImageOrientationPatient", 6).reshape(2, 3)
+    spacing = _required(sources, "PixelSpacing", 2)
+    if np.abs(axes @ axes.T - np.eye(2)).max() > MAX_SKEW:
         raise Unusable("E_GEOM: its rows and columns are not at right angles")
     if not (spacing > 0).all():
         raise Unusable(f"E_SPACING: pixel spacing is {spacing[0]:g} × {spacing[1]:g} mm")
-    scale = [numbers_of(sources, name, 1) for name in ("RescaleSlope", "RescaleIntercept")]
-    slope, intercept = (
-        default if value is None else float(value[0])
-        for value, default in zip(scale, (1.0, 0.0), strict=True)
-    )
+    slope = _first(sources, "RescaleSlope")
     if slope == 0:
         raise Unusable("E_SCALE: RescaleSlope is 0")
-    thickness = numbers_of(sources, "SliceThickness", 1)
-    echo = numbers_of(sources, "EffectiveEchoTime", 1)
-    echo = numbers_of(sources, "EchoTime", 1) if echo is None else echo
-    types = next((words for item in sources if (words := _types_of(item))), [])
     return {
-        "position_mm": position,
-        "axes": pair / np.linalg.norm(pair, axis=1, keepdims=True),
+        "position_mm": _required(sources, "ImagePositionPatient", 3),
+        "axes": axes / np.linalg.norm(axes, axis=1, keepdims=True),
         "spacing_mm": (float(spacing[0]), float(spacing[1])),
-        "thickness_mm": None if thickness is None else float(thickness[0]),
-        "slope": slope,
-        "intercept": intercept,
-        "kind": "/".join(types) + ("" if echo is None else f" TE {echo[0]:g}"),
+        "thickness_mm": _first(sources, "SliceThickness"),
+        "slope": 1.0 if slope is None else slope,
+        "intercept": _first(sources, "RescaleIntercept") or 0.0,
+        "kind": _kind(sources),
     }
+
+
+def _required(sources: Sequence[Any], name: str, n: int) -> np.ndarray:
+    numbers = numbers_of(sources, name, n)
+    if numbers is None:
+        raise Unusable(f"E_NOGEOM: has no usable {name}")
+    return numbers
+
+
+def _first(sources: Sequence[Any], name: str) -> float | None:
+    numbers = numbers_of(sources, name, 1)
+    return None if numbers is None else float(numbers[0])
+
+
+def _kind(sources: Sequence[Any]) -> str:
+    """Return image type and echo time."""
+    types = next((words for item in sources if (words := _types_of(item))), [])
+    echo = _first(sources, "EffectiveEchoTime")
+    echo = _first(sources, "EchoTime") if echo is None else echo
+    return "/".join(types) + ("" if echo is None else f" TE {echo:g}")
 
 
 def _types_of(item: Any) -> list[str]:
@@ -420,12 +422,16 @@ def _values(item: Any, name: str) -> list[Any]:
     if element is None or element.value is None or element.value == "":
         return []
     stored = element.value
-    if not isinstance(stored, bytes):  # converted before
-        is_one = isinstance(stored, str) or not hasattr(stored, "__len__")
-        return [stored] if is_one else list(stored)
+    if isinstance(stored, bytes):
+        return _unpacked(stored, name, is_little_endian=element.is_little_endian)
+    is_one = isinstance(stored, str) or not hasattr(stored, "__len__")
+    return [stored] if is_one else list(stored)  # converted before
+
+
+def _unpacked(stored: bytes, name: str, *, is_little_endian: bool) -> list[Any]:
     if name in SHORTS or name in DOUBLES:
-        order = "<" if element.is_little_endian else ">"
         size, kind = (2, "H") if name in SHORTS else (8, "d")
+        order = "<" if is_little_endian else ">"
         return list(struct.unpack(f"{order}{len(stored) // size}{kind}", stored))
     words = (word.strip(" \0") for word in stored.decode("latin-1").split("\\"))
     return [word for word in words if word]

@@ -85,9 +85,7 @@ def _chosen(place: Path, volumes: Sequence[DicomVolume], series: str) -> list[Di
         usable = [volume for volume in volumes if volume.error is None] or list(volumes)
         return [max(usable, key=lambda volume: int(np.prod(volume.shape)))] if usable else []
     selected = [volume for volume in volumes if series in (volume.key, volume.frames[0].series)]
-    if not selected:
-        word = series.casefold()
-        selected = [v for v in volumes if v.frames[0].description.casefold() == word]
+    selected = selected or _described(volumes, series)
     if not selected:
         shown = [f"{v.key} ({shorten(v.frames[0].description, 40)})" for v in volumes]
         raise VolsegError(
@@ -96,6 +94,10 @@ def _chosen(place: Path, volumes: Sequence[DicomVolume], series: str) -> list[Di
             code="E_SERIES",
         )
     return selected
+
+
+def _described(volumes: Sequence[DicomVolume], text: str) -> list[DicomVolume]:
+    return [v for v in volumes if v.frames[0].description.casefold() == text.casefold()]
 
 
 def _remarks(place: Path, folder: DicomFolder) -> Iterator[str]:

@@ -308,13 +308,17 @@ def _target_columns(cases: Sequence[ImageCase], masks: Collection[str]) -> list[
     for name in dict.fromkeys(name for case in cases for name in case.cells if name != SLICE):
         cells = [case.cells.get(name, "") for case in cases]
         texts = [text for text in cells if text and not is_missing(text)]
-        several = kind_of(texts) == LABELS
-        parts = [part for text in texts for part in (split_names(text) if several else [text])]
-        values = sorted(set(parts), key=_numbers_first)
+        values = sorted(_values_in(texts), key=_numbers_first)
         kind = _kind_of(values, texts)
         if kind is not None:
             columns.append(TargetColumn(name, kind, tuple(values), len(cells) - len(texts)))
     return columns
+
+
+def _values_in(texts: Sequence[str]) -> set[str]:
+    """Return the different texts of a column, or labels if cells hold several."""
+    several = kind_of(texts) == LABELS
+    return {part for text in texts for part in (split_names(text) if several else [text])}
 
 
 def _n_without_mask(cases: Sequence[ImageCase]) -> int:

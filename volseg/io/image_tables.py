@@ -86,15 +86,18 @@ def read_image_arrays(path: Path) -> ImageListing:
     n_of = Counter[str]()
     for index, (split, numbers) in enumerate(rows):
         row, cells = n_of[split], dict(zip(names, map(str, numbers), strict=False))
-        if are_flags and numbers:
-            labels = [str(label) for label, is_set in enumerate(numbers) if is_set]
-            cells = {LABEL: SEPARATOR.join(labels) or SEPARATOR} | cells
+        cells = {LABEL: _labels_of(numbers), **cells} if are_flags and numbers else cells
         n_of[split] += 1
         where = f"{path.name} {split}_images[{row}]"
         case = ImageCase(f"{split}_{row}", path, index, None, split, cells, None, where)
         listing.cases.append(case)
     listing.columns = [LABEL, *names] if are_flags else names
     return listing
+
+
+def _labels_of(flags: Sequence[int]) -> str:
+    """Return a cell of the labels whose flag is set."""
+    return SEPARATOR.join(str(label) for label, is_set in enumerate(flags) if is_set) or SEPARATOR
 
 
 def slices_of_scans(scans: Sequence[Case], listing: ImageListing) -> None:
