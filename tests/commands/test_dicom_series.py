@@ -82,6 +82,17 @@ def test_no_result_holds_a_name_a_date_or_a_uid(results):
         assert not UID.search(content), path
 
 
+def test_folders_named_after_patients_leave_no_trace_in_tables_and_pages(twins, results, tmp_path):
+    folder = shutil.copytree(twins[0], tmp_path / NAME)
+    mask = results / "nifti" / "masks" / "twin.nii.gz"
+    volseg.measure(image=folder, mask=mask, out=tmp_path / "out")
+    (row,) = rows(tmp_path / "out" / "cases.csv")
+    assert row["image"] == row["case_id"]
+    for path in (tmp_path / "out").rglob("*"):
+        if path.suffix in (".csv", ".html"):
+            assert NAME not in path.read_text(encoding="utf-8"), path
+
+
 def test_measuring_a_series_equals_measuring_its_twin(twins, results, tmp_path):
     mask = results / "nifti" / "masks" / "twin.nii.gz"
     for scan, name in zip(twins, "ab", strict=True):

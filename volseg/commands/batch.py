@@ -21,7 +21,7 @@ from volseg.errors import ScanError, UnexpectedError, VolsegError
 from volseg.execution.local import Outcome
 from volseg.execution.memory import Budget
 from volseg.io.cases import Case
-from volseg.io.formats import RESULT_SUFFIX
+from volseg.io.formats import RESULT_SUFFIX, table_name
 from volseg.io.header import ScanWarning
 from volseg.io.volumes import read_header, scan_digest, volume_of, write_volume
 from volseg.measurement.rows import CaseRow
@@ -221,7 +221,7 @@ class _Tally:
             case_id=case.id,
             status=status,
             reason=reason,
-            image=_scan_of(case).name,
+            image=table_name(_scan_of(case)),
             model=self._batch.about.model,
         )
 
@@ -347,7 +347,7 @@ def done_row(measured: MeasuredCase, oddities: Iterable[ScanWarning]) -> CaseRow
     """
     return replace(
         summarise(measured.lesions),
-        image=measured.path.name,
+        image=table_name(measured.path),
         model=measured.model,
         seconds=round(measured.seconds, 2),
         warnings="; ".join(_warnings(measured, oddities)),

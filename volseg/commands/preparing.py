@@ -28,6 +28,7 @@ from volseg.execution.local import run
 from volseg.inputs import read_json
 from volseg.io.cases import Case
 from volseg.io.files import json_text
+from volseg.io.formats import table_name
 from volseg.io.prepared import (
     IGNORED,
     PreparedCase,
@@ -327,7 +328,7 @@ def _row(case: Case, failed: Mapping[str, str]) -> CaseRow:
         case_id=case.id,
         status="failed" if case.id in failed else "done",
         reason=failed.get(case.id, ""),
-        image=next(iter(case.images.values())).name,
+        image=table_name(next(iter(case.images.values()))),
     )
 
 

@@ -95,6 +95,11 @@ def stem_of(path: Path) -> str:
     return path.name
 
 
+def table_name(path: Path) -> str:
+    """Return the name of a scan in tables: of DICOM the key, since folders may name patients."""
+    return stem_of(path) if format_of(path).name == DICOM else path.name
+
+
 def result_suffix(name: str) -> str:
     """Return the suffix of masks in a format of `volseg infer --format`.
 
