@@ -13,7 +13,7 @@ from volseg.io.dicom_frames import Frame, rest_of
 from volseg.io.dicom_pixels import CODEC_FIX, codec_problem, stored_dtype, stored_values
 from volseg.io.dicom_series import DicomFolder, DicomVolume, collect, key_for, read_folder
 from volseg.io.gzip_stream import opened_raw, refusal
-from volseg.io.header import ScanHeader, ScanWarning, checked_grid
+from volseg.io.header import ScanHeader, ScanWarning, checked_grid, rounded
 from volseg.io.series import place_of, split_series
 from volseg.io.voxels import joined_digest
 from volseg.words import format_list
@@ -90,8 +90,7 @@ def header_of(volume: DicomVolume, path: Path) -> ScanHeader:
         raise refusal(path, volume.error.code, volume.error.text, volume.error.fix)
     assert volume.affine is not None
     _refuse_pixels(volume, path)
-    # float32, so that a mask in NIfTI-1 has the same affine bit for bit.
-    affine = volume.affine.astype(np.float32)
+    affine = rounded(volume.affine)
     geometry, warnings = checked_grid(volume.shape, affine, path, source="DICOM header")
     warnings += [ScanWarning(finding.code, finding.text) for finding in volume.findings]
     scales = {(frame.slope, frame.intercept) for frame in volume.frames}

@@ -218,6 +218,12 @@ def checked_grid(
     return geometry, warnings
 
 
+def rounded(affine: np.ndarray) -> np.ndarray:
+    """Return an affine (4, 4) rounded to float32, in which a mask in NIfTI-1 stores it exactly."""
+    with np.errstate(all="ignore"):  # absurd values become infinite, which the grid refuses
+        return affine.astype(np.float32).astype(np.float64)
+
+
 def check_size(header: ScanHeader, path: Path, max_bytes: int) -> None:
     """Refuse a header whose voxels exceed the limit or the file, before memory is allocated."""
     n_bytes, shape = header.n_bytes, "×".join(map(str, header.geometry.shape))

@@ -12,7 +12,7 @@ import numpy as np
 from isal import isal_zlib
 
 from volseg.io.gzip_stream import COPY_AGAIN, Encoding, Part, opened_raw, refusal
-from volseg.io.header import ScanHeader, checked_grid, volume_shape
+from volseg.io.header import ScanHeader, checked_grid, rounded, volume_shape
 from volseg.io.series import split_volume
 from volseg.io.text_header import (
     data_file,
@@ -20,7 +20,6 @@ from volseg.io.text_header import (
     lines_of,
     numbers,
     read_text_start,
-    rounded,
     shown,
     whole_numbers,
 )

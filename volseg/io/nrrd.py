@@ -20,6 +20,7 @@ from volseg.io.header import (
     ScanWarning,
     SeriesShape,
     checked_grid,
+    rounded,
     volume_shape,
 )
 from volseg.io.series import split_volume
@@ -30,7 +31,6 @@ from volseg.io.text_header import (
     lines_of,
     numbers,
     read_text_start,
-    rounded,
     shown,
     whole_numbers,
 )

@@ -13,10 +13,10 @@ import numpy as np
 
 from volseg.inputs import MAX_NAME, label_value, shorten
 from volseg.io.gzip_stream import fill, refusal
-from volseg.io.header import ScanHeader, SeriesShape, checked_grid, volume_shape
+from volseg.io.header import ScanHeader, SeriesShape, checked_grid, rounded, volume_shape
 from volseg.io.nrrd import Axes, Fields, encode_with, parse_fields, read_fields, scan_header
 from volseg.io.series import split_volume
-from volseg.io.text_header import header_refusal, rounded, shown
+from volseg.io.text_header import header_refusal, shown
 from volseg.io.voxels import FileContent, opened_voxels
 from volseg.io.voxels import read_voxels as read_one_layer
 from volseg.volume import Volume

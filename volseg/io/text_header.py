@@ -102,9 +102,3 @@ def data_file(path: Path, name: str) -> Path:
     if ".." in Path(name).parts or not is_inside or not name:
         raise outside
     return folder / name
-
-
-def rounded(affine: np.ndarray) -> np.ndarray:
-    """Return an affine (4, 4) rounded to float32, in which a mask in NIfTI-1 stores it exactly."""
-    with np.errstate(all="ignore"):  # absurd values become infinite, which the grid refuses
-        return affine.astype(np.float32).astype(np.float64)
