@@ -299,14 +299,14 @@ class MeasuredCase:
     """The measured lesions of a case, which `write_case` writes.
 
     Args:
-        path: the scan file whose grid the ids have.
+        path: the scan file whose grid the ids have; None if the scan is in memory.
         seconds: time taken so far.
         sha256: of the files that were read.
         model: name and hash; empty for a mask from elsewhere.
         remarks: warnings about unit and similarity to the training scans, as `W_CODE: sentence`.
     """
 
-    path: Path
+    path: Path | None
     lesions: MeasuredLesions
     seconds: float
     sha256: tuple[str, ...]
@@ -318,6 +318,7 @@ def write_case(
     measured: MeasuredCase, files: CaseFiles, commit: Commit, box: ModelBox | None = None
 ) -> CaseRow:
     """Write the lesion ids, picture and page of a case, and return its row."""
+    assert measured.path is not None
     started = time.monotonic()
     scan, largest = measured.lesions.scan, measured.lesions.largest
     image, ids, unit = scan.image, scan.lesions.ids, scan.unit
@@ -347,7 +348,7 @@ def done_row(measured: MeasuredCase, oddities: Iterable[ScanWarning]) -> CaseRow
     """
     return replace(
         summarise(measured.lesions),
-        image=table_name(measured.path),
+        image=table_name(measured.path) if measured.path else "",
         model=measured.model,
         seconds=round(measured.seconds, 2),
         warnings="; ".join(_warnings(measured, oddities)),

@@ -363,6 +363,6 @@ def _by_channel(scans: Mapping[str | None, InMemory], model: LoadedModel) -> dic
     return {name: scans[name] for name in channels if name in scans}
 
 
-def _path_of(scan: InMemory) -> Path:
-    """Return the file of a scan; an empty path if it is in memory."""
-    return Path(scan.source) if isinstance(scan.source, str | PathLike) else Path()
+def _path_of(scan: InMemory) -> Path | None:
+    """Return the file of a scan; None if it is in memory."""
+    return Path(scan.source) if isinstance(scan.source, str | PathLike) else None
