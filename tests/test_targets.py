@@ -6,7 +6,7 @@ import pytest
 
 from volseg.errors import VolsegError
 from volseg.io.targets import TargetCells, count_classes, value_of
-from volseg.planning.images import ImageFingerprint, close_images
+from volseg.planning.images import ImageFingerprint, SeenImages, close_images
 from volseg.recipe.classification import ClassifyRecipe, Target
 
 
@@ -133,7 +133,7 @@ def open_recipe(**sections):
     return ClassifyRecipe.model_validate(content | sections)
 
 
-@pytest.mark.parametrize("starts_trained", [False, True])
+@pytest.mark.parametrize("seen", [None, SeenImages()])
 @pytest.mark.parametrize(
     "facts",
     [
@@ -142,9 +142,9 @@ def open_recipe(**sections):
         {"kind": "labels", "channels": 3, "n_images": 20},
     ],
 )
-def test_a_plan_closes_every_key_with_a_reason(facts, starts_trained):
+def test_a_plan_closes_every_key_with_a_reason(facts, seen):
     recipe = open_recipe()
-    closed = close_images(recipe, fingerprint(**facts), starts_trained=starts_trained)
+    closed = close_images(recipe, fingerprint(**facts), seen=seen)
     assert closed.recipe.open_keys == []
     not_of_this_target = (
         {"data.classes"} if closed.recipe.data.kind == "number" else {*("data.mean", "data.sd")}
@@ -161,5 +161,10 @@ def test_the_plan_follows_the_images():
     assert closed.images.normalise.low == 3.0
     small = close_images(open_recipe(), fingerprint(n_images=20, sizes=((28, 28),))).recipe
     assert small.images.pixels == 28 and small.train.batch_size < 32
+    facts = fingerprint(sizes=((28, 28),))
+    assert close_images(open_recipe(), facts, seen=SeenImages()).recipe.images.pixels == 56
+    assert close_images(open_recipe(), facts, seen=SeenImages(None, 40)).recipe.images.pixels == 40
+    fixed = open_recipe(images={"pixels": 28})
+    assert close_images(fixed, facts, seen=SeenImages()).recipe.images.pixels == 28
     stated = open_recipe(train={"batch_size": 10})
     assert close_images(stated, fingerprint()).recipe.train.steps_per_epoch == 100

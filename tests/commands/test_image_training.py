@@ -15,6 +15,7 @@ from PIL import Image
 import volseg
 from volseg.commands import baseline_tables
 from volseg.commands.image_sources import FileSource
+from volseg.commands.image_start import Start
 from volseg.errors import VolsegError
 from volseg.image_bundle import load_image_bundle
 from volseg.io.prepared_images import read_prepared_images
@@ -461,6 +462,8 @@ def test_pretrained_weights_are_a_start(table, tmp_path):
     )
     (summary,) = (line for line in lines if "tensors" in line)
     assert "2 random" in summary  # the head alone
+    size = Start.read(tmp_path / "p").seen.pixels
+    assert load_image_bundle(tmp_path / "m").recipe.images.pixels == size == 32
 
 
 @pytest.mark.slow

@@ -42,7 +42,7 @@ from volseg.words import format_count, format_list
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a command that needs it pays
     from volseg.planning.close import Reason
-    from volseg.planning.images import ClosedImages, ImageFingerprint
+    from volseg.planning.images import ClosedImages, ImageFingerprint, SeenImages
 
 READING, PREPARING = "Reading the images", "Preparing the images"
 SAMPLE = 1000  # images whose size the fingerprint holds
@@ -197,8 +197,7 @@ class ImageDataset:
         closed = close_images(
             recipe,
             fingerprint,
-            starts_trained=self.start is not None,
-            trained_on=None if self.start is None else self.start.trained_on,
+            seen=None if self.start is None else self.start.seen,
         )
         return PlannedImages(
             closed=closed,
@@ -316,9 +315,12 @@ class LoadedImages:
     listing: str = ""  # `listing_digest` of the dataset
 
     def with_training_of(
-        self, recipe: ClassifyRecipe, folder: Path, *, starts_trained: bool
+        self, recipe: ClassifyRecipe, folder: Path, *, seen: SeenImages | None
     ) -> LoadedImages:
         """Return the images with the network and training settings of another recipe, closed.
+
+        Args:
+            seen: by the weights that the network starts from; None for random weights.
 
         Raises:
             VolsegError: they were prepared for another target or input.
@@ -327,10 +329,11 @@ class LoadedImages:
 
         stored = self.recipe.data
         images = recipe.images
-        if images.normalise == AUTO:
-            images = images.model_copy(update={"normalise": self.recipe.images.normalise})
+        is_open = [name for name in ("normalise", "pixels") if getattr(images, name) == AUTO]
+        prepared = {name: getattr(self.recipe.images, name) for name in is_open}
+        images = images.model_copy(update=prepared)
         stated = recipe.model_copy(update={"data": stored, "images": images})
-        closed = close_images(stated, self.fingerprint, starts_trained=starts_trained)
+        closed = close_images(stated, self.fingerprint, seen=seen)
         stated_data = {key: v for key, v in recipe.data.model_dump().items() if v != AUTO}
         is_other = stored.model_dump() | stated_data != stored.model_dump()
         if is_other or closed.recipe.images != self.recipe.images:

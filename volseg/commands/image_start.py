@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from volseg.errors import VolsegError, named
 from volseg.inputs import read_json
+from volseg.planning.images import SeenImages
 from volseg.recipe import ClassifyRecipe, parse_image_recipe
-from volseg.recipe.images import Images, ScaleImage, UnitNormaliser
+from volseg.recipe.images import Images, ScaleImage
+from volseg.recipe.section import closed
 from volseg.recipe.train import Network
 from volseg.words import format_count
 
@@ -90,15 +92,15 @@ class Start:
         return recipe.model_copy(update={"network": network, "images": images})
 
     @property
-    def trained_on(self) -> UnitNormaliser | None:
-        """Mean and standard deviation of the images that the weights saw, if known.
+    def seen(self) -> SeenImages:
+        """What is known of the images that the weights saw.
 
-        One number for all channels, as how many there are is not known yet.
+        Mean and standard deviation are one number, as the number of channels is not known yet.
         """
-        if self.scaling is None:
-            return None
-        one = self.scaling.of_channels(1)
-        return ScaleImage(mean=one.mean, sd=one.sd)
+        one = None if self.scaling is None else self.scaling.of_channels(1)
+        scaling = None if one is None else ScaleImage(mean=one.mean, sd=one.sd)
+        pixels = None if self.images is None else closed(self.images.pixels)
+        return SeenImages(scaling, pixels)
 
     def _recognised(self) -> Network:
         """Return the network that has the names and shapes of these weights."""

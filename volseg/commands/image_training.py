@@ -178,9 +178,9 @@ class _ImageTraining:
             raise self._not_resumed("the data set, or what it says of its images, is another")
         refuse_other_target(options.target, data.recipe)
         if recipe is not None:
-            is_trained = self._start is not None
+            seen = None if self._start is None else self._start.seen
             try:
-                data = data.with_training_of(recipe, folder, starts_trained=is_trained)
+                data = data.with_training_of(recipe, folder, seen=seen)
             except VolsegError:
                 if is_resumed:
                     raise self._not_resumed("[data] or [images] of the recipe differ") from None

@@ -19,6 +19,7 @@ from volseg.words import format_list
 LEAST_PIXELS, MOST_PIXELS = 16, 224
 LESION_PIXELS = 64
 PIXEL_STEP = 16  # of edges above 32 pixels
+ENLARGED_PIXELS = 56  # public weights saw larger images, and their networks halve them 5 times
 USUAL_BATCH, LEAST_BATCHES = 32, 8  # images; batches per epoch below which batches get smaller
 USUAL_STEPS = 3000  # of a training from random weights
 FINE_TUNING_STEPS = 1000
@@ -66,6 +67,18 @@ class ImageFingerprint(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
+class SeenImages:
+    """What is known of the images from which given weights were trained.
+
+    Args:
+        scaling: their mean and standard deviation. pixels: their edge as network input.
+    """
+
+    scaling: UnitNormaliser | None = None
+    pixels: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ClosedImages:
     """A recipe without "auto", and the reason of each of its decisions."""
 
@@ -77,17 +90,15 @@ def close_images(
     recipe: ClassifyRecipe,
     fingerprint: ImageFingerprint,
     *,
-    starts_trained: bool = False,
-    trained_on: UnitNormaliser | None = None,
+    seen: SeenImages | None = None,
 ) -> ClosedImages:
     """Return the recipe with a value, derived from the fingerprint, in place of each "auto".
 
     Args:
-        starts_trained: the network starts from given weights.
-        trained_on: mean and standard deviation of the images that these weights saw, if known.
+        seen: by the weights that the network starts from; None for random weights.
     """
-    decisions = _decisions(recipe, fingerprint, starts_trained)
-    decisions["images.normalise"] = _normalise(fingerprint, trained_on)
+    decisions = _decisions(recipe, fingerprint, seen)
+    decisions["images.normalise"] = _normalise(fingerprint, seen.scaling if seen else None)
     content = recipe.model_dump()
     reasons = []
     for key in recipe.open_keys:
@@ -103,20 +114,21 @@ def close_images(
 
 
 def _decisions(
-    recipe: ClassifyRecipe, facts: ImageFingerprint, starts_trained: bool
+    recipe: ClassifyRecipe, facts: ImageFingerprint, seen: SeenImages | None
 ) -> dict[str, tuple[Any, str]]:
     batch, why_batch = _batch(facts)
     if recipe.train.batch_size != AUTO:
         batch = recipe.train.batch_size
     steps = math.ceil(facts.n_images / batch)
-    epochs, why_epochs = _epochs(steps, starts_trained)
+    epochs, why_epochs = _epochs(steps, seen is not None)
+    pixels = _pixels(facts, recipe.data.input, seen)
     decisions: dict[str, tuple[Any, str]] = {
-        "images.pixels": _pixels(facts, recipe.data.input),
+        "images.pixels": pixels,
         "images.channels": _channels(facts),
         "train.batch_size": (batch, why_batch),
         "train.steps_per_epoch": (steps, f"each of {facts.n_images} training images once"),
         "train.epochs": (epochs, why_epochs),
-        "train.learning_rate": _learning_rate(starts_trained),
+        "train.learning_rate": _learning_rate(seen is not None),
         "train.balance": _balance(facts),
         "train.monitor": _monitor(facts),
         "train.loss.name": _loss(facts),
@@ -124,11 +136,9 @@ def _decisions(
     if recipe.network.settings.get("features") == AUTO:
         from volseg.networks.cnn_small import features_for
 
-        pixels = (
-            decisions["images.pixels"][0] if recipe.images.pixels == AUTO else recipe.images.pixels
-        )
-        reason = f"as many blocks as images of {pixels}² pixels allow"
-        decisions["network.features"] = (features_for(pixels), reason)
+        edge = pixels[0] if recipe.images.pixels == AUTO else recipe.images.pixels
+        reason = f"as many blocks as images of {edge}² pixels allow"
+        decisions["network.features"] = (features_for(edge), reason)
     decisions["images.normalise.low"] = (facts.low, "0.5 percentile of the training images")
     decisions["images.normalise.high"] = (facts.high, "99.5 percentile of the training images")
     return decisions | _target(facts)
@@ -176,10 +186,17 @@ def _why_kind(facts: ImageFingerprint) -> str:
     return "one of a few values per image"
 
 
-def _pixels(facts: ImageFingerprint, kind_of_input: str) -> tuple[int, str]:
+def _pixels(
+    facts: ImageFingerprint, kind_of_input: str, seen: SeenImages | None
+) -> tuple[int, str]:
+    if seen and seen.pixels:
+        return seen.pixels, "as in the training of the weights"
     if kind_of_input == "lesion":
         return LESION_PIXELS, "usual for the field of view of a lesion"
     edge = facts.median_edge
+    if seen and edge < ENLARGED_PIXELS:
+        reason = f"the images have {edge} and are enlarged: trained weights mostly saw larger ones"
+        return ENLARGED_PIXELS, reason
     if edge <= 2 * PIXEL_STEP:
         return max(edge, LEAST_PIXELS), f"median longer edge of the images: {edge}"
     rounded = min(MOST_PIXELS, math.ceil(edge / PIXEL_STEP) * PIXEL_STEP)
