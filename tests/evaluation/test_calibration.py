@@ -96,6 +96,14 @@ def test_a_temperature_is_recovered(temperature):
     assert fit_temperature(logits, targets) == pytest.approx(temperature, rel=0.06)
 
 
+def test_probabilities_are_made_more_extreme_only_on_evidence():
+    fits = [fit_temperature(*simulated(seed, n=300)) for seed in range(200)]
+    assert sum(t < 1 for t in fits) <= 10  # by chance in 2.5 %; without the rule, in half of them
+    assert sum(t > 1 for t in fits) >= 80
+    too_careful = [fit_temperature(*simulated(s, n=300, temperature=0.6)) for s in range(50)]
+    assert sum(t < 1 for t in too_careful) >= 45
+
+
 def test_the_temperature_of_several_labels_is_recovered():
     rng = np.random.default_rng(5)
     logits = rng.normal(0, 2, (3000, 3))

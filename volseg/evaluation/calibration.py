@@ -14,6 +14,7 @@ N_BINS = 10  # of the calibration error and of reliability points
 SMALLEST_BIN = 5  # cases; with fewer cases there are fewer bins
 SMALLEST_PROBABILITY = float(np.finfo(np.float64).eps)  # log loss stays finite, as in scikit-learn
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.05, 20.0
+CHI_SQUARE_95 = 3.841  # of one degree of freedom
 N_SIMULATIONS, SIMULATION_SEED = 200, 0
 
 
@@ -153,6 +154,9 @@ def fit_temperature(logits: np.ndarray, targets: np.ndarray) -> float:
     among them, where the log loss alone would have T approach 0 and every probability 1. The log
     loss of the fitting data is never above that at T = 1.
 
+    T < 1 makes probabilities more extreme, which costs much where new cases are harder than these:
+    it is kept only if a likelihood-ratio test (5 %) tells it from 1, and is 1 otherwise.
+
     Args:
         logits: (n, k) finite, of cases that the network was not trained on.
         targets: (n,) class index; or (n, k) bool for several labels, with a sigmoid instead.
@@ -172,7 +176,9 @@ def fit_temperature(logits: np.ndarray, targets: np.ndarray) -> float:
 
     bounds, options = (np.log(LOWEST_TEMPERATURE), np.log(HIGHEST_TEMPERATURE)), {"xatol": 1e-7}
     fit = minimize_scalar(cost, bounds=bounds, method="bounded", options=options)
-    return float(np.exp(fit.x)) if fit.fun < cost(0.0) else 1.0
+    gain = 2 * (cost(0.0) - fit.fun)
+    is_kept = gain > 0 if fit.x >= 0 else gain > CHI_SQUARE_95
+    return float(np.exp(fit.x)) if is_kept else 1.0
 
 
 def apply_temperature(
