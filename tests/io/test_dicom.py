@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import struct
 import sys
 import tracemalloc
 import zlib
@@ -358,12 +359,33 @@ def test_without_pydicom_the_message_says_what_to_install(tmp_path, monkeypatch)
         read_volume(folder)
 
 
+@pytest.mark.parametrize("syntax", [JPEG2000Lossless, JPEGLSLossless])
+def test_a_compressed_frame_larger_than_its_header_says_is_not_decoded(syntax, tmp_path):
+    volume = oblique_volume((67, 45, 3))
+    folder = write_series(volume, tmp_path, Series(syntax=syntax))
+    (rows, columns), path = volume.geometry.shape[1::-1], folder / "IM0001"
+    if syntax == JPEG2000Lossless:
+        size, huge = struct.pack(">2L", columns, rows), struct.pack(">2L", 60_000, 60_000)
+    else:
+        size, huge = struct.pack(">2H", rows, columns), struct.pack(">2H", 60_000, 60_000)
+    content = path.read_bytes()
+    start = content.index(b"\xff\x51" if syntax == JPEG2000Lossless else b"\xff\xf7")
+    place = content.index(size, start)
+    path.write_bytes(content[:place] + huge + content[place + len(size) :])
+    with pytest.raises(ScanError, match=r"compressed as \(60000, 60000\) pixels") as caught:
+        read_volume(folder)
+    assert caught.value.code == "E_DAMAGED"
+
+
 @pytest.mark.parametrize("n", [300, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_damaged_files_are_refused_and_never_a_traceback(n, tmp_path):
-    rng = np.random.default_rng(0)
+    rng, compressible = np.random.default_rng(0), oblique_volume((33, 35, 2))
     sources = [
         write_series(straight_volume(), tmp_path / "plain") / "IM0001",
-        write_series(straight_volume(), tmp_path / "rle", Series(syntax=RLELossless)) / "IM0001",
+        *(
+            write_series(compressible, tmp_path / syntax, Series(syntax=syntax)) / "IM0001"
+            for syntax in (RLELossless, JPEG2000Lossless, JPEGLSLossless)
+        ),
         write_enhanced(straight_volume(), tmp_path / "mr.dcm"),
     ]
     contents = [path.read_bytes() for path in sources]

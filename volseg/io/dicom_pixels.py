@@ -9,13 +9,17 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from volseg.inputs import shorten
+from volseg.io.codestream import size_of_stream
 from volseg.io.dicom_frames import Frame, PixelFormat, rest_of
 from volseg.io.gzip_stream import COPY_AGAIN, opened_raw, refusal
+
+if TYPE_CHECKING:  # pydicom is an extra
+    from pydicom import Dataset
 
 LITTLE, BIG = "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"
 IMPLICIT = "1.2.840.10008.1.2"
@@ -131,6 +135,7 @@ def decoded(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             whole = dcmread(io.BytesIO(content))
+            _check_stream(whole, pixels, number)
             array = pixel_array(whole, index=number, raw=not as_rgb, decoding_plugin=plugin)
             if as_rgb and whole.PhotometricInterpretation == PALETTE:
                 array = apply_color_lut(array, whole)
@@ -138,6 +143,24 @@ def decoded(
         reason = shorten(" ".join(str(error).split()) or type(error).__name__, 100)
         raise refusal(path, "E_DAMAGED", f"cannot be decoded ({reason})", COPY_AGAIN) from error
     return array
+
+
+def _check_stream(whole: Dataset, pixels: PixelFormat, number: int) -> None:
+    """Compare a compressed frame with the header: decoders take memory for what the frame says."""
+    from pydicom.encaps import get_frame
+
+    if not pixels.syntax.startswith(JPEG):
+        return
+    n_frames = int(whole.get("NumberOfFrames") or 1)
+    size = size_of_stream(get_frame(whole.PixelData, number, number_of_frames=n_frames))
+    if size is None:
+        raise ValueError("a compressed frame has no header")
+    shape, n = (size.rows, size.columns), whole.SamplesPerPixel
+    if (shape, size.components) != (pixels.shape, n):
+        raise ValueError(
+            f"compressed as {shape} pixels of {size.components} samples, and the header says "
+            f"{pixels.shape} of {n}"
+        )
 
 
 def _without_unused_bits(array: np.ndarray, pixels: PixelFormat) -> np.ndarray:
