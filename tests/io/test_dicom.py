@@ -324,6 +324,19 @@ def test_what_is_no_slice_is_left_out_and_named(tmp_path):
     assert "not an image: SEG (1)" in skipped
 
 
+def test_dicom_images_beside_other_scans_are_not_left_out_without_a_word(tmp_path):
+    volume = straight_volume()
+    write_volume(volume, tmp_path / "scan.nii.gz")
+    remarks: list[str] = []
+    find_scans([tmp_path], remark=remarks.append)
+    assert not any(text.startswith("W_") for text in remarks)
+    write_series(volume, tmp_path / "Doe^Jane" / "series")
+    (case,) = find_scans([tmp_path], remark=remarks.append)
+    assert case.id == "scan"
+    (warning,) = (text for text in remarks if text.startswith("W_SKIPPED"))
+    assert "Doe" not in warning
+
+
 def test_a_file_that_is_replaced_while_reading_is_not_mixed_in(tmp_path):
     folder = write_series(straight_volume(), tmp_path / "ct")
     header = dicom.read_header(folder)

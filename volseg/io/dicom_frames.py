@@ -9,7 +9,7 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -161,8 +161,29 @@ def is_dicom(path: Path) -> bool:
 
 def holds_dicom(folder: Path) -> bool:
     """Check whether one of the first files of a folder, or of those below, is DICOM."""
-    paths = (Path(parent, name) for parent, _, names in os.walk(folder) for name in sorted(names))
-    return any(map(is_dicom, islice(paths, LOOKED_AT)))
+    return any(map(is_dicom, islice(_files_below(folder), LOOKED_AT)))
+
+
+def holds_slices(folder: Path, *, leave_out: Callable[[Path], bool]) -> bool:
+    """Check whether one of the first files of a folder, or of those below, is a DICOM image.
+
+    Args:
+        leave_out: tells by its name that a file is none.
+    """
+    paths = (path for path in _files_below(folder) if not leave_out(path))
+    return any(is_dicom(path) and _is_image(path) for path in islice(paths, LOOKED_AT))
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    for parent, _, names in os.walk(folder):
+        yield from (Path(parent, name) for name in sorted(names))
+
+
+def _is_image(path: Path) -> bool:
+    try:
+        return isinstance(read_frames(path), list)
+    except ScanError:
+        return False
 
 
 def read_frames(path: Path) -> list[Frame] | Skipped | None:

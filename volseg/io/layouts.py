@@ -13,9 +13,10 @@ from volseg.errors import VolsegError, missing_path
 from volseg.io.cases import ONE_CHANNEL, Case, Channels, Listing, Survey, read_cases_csv
 from volseg.io.dataset_json import FILE
 from volseg.io.described import read_described
+from volseg.io.dicom_frames import holds_slices
 from volseg.io.dicom_layout import read_dicom
 from volseg.io.folders import read_folder, row_of_scan, scans_in
-from volseg.io.formats import DICOM, format_of
+from volseg.io.formats import DICOM, format_of, is_scan
 from volseg.io.series import split_series
 
 
@@ -146,6 +147,11 @@ def _read_dataset(
             code="E_DATASET",
         )
     listing = read_folder(dataset, channels, may_split=may_split)
-    if listing.rows or listing.mistakes:
-        return listing
-    return read_dicom(dataset, channels, series) or listing
+    if not listing.rows and not listing.mistakes:
+        return read_dicom(dataset, channels, series) or listing
+    if holds_slices(dataset, leave_out=is_scan):
+        listing.remarks.append(
+            f"W_SKIPPED: {dataset}: its DICOM images are not read, because it also holds scans in "
+            f"other formats; give the folder of the DICOM files"
+        )
+    return listing
