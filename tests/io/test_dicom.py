@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 import struct
+import subprocess
 import sys
 import tracemalloc
 import zlib
@@ -335,6 +337,38 @@ def test_dicom_images_beside_other_scans_are_not_left_out_without_a_word(tmp_pat
     assert case.id == "scan"
     (warning,) = (text for text in remarks if text.startswith("W_SKIPPED"))
     assert "Doe" not in warning
+
+
+GDCM = """
+import os
+
+class Version:
+    @staticmethod
+    def GetVersion():
+        return "3.2.6"
+
+def __getattr__(name):
+    return lambda *arguments: os.abort()  # pydicom imports some names
+"""
+
+
+def test_gdcm_is_never_called_where_it_is_installed(tmp_path):
+    """It can abort the process, as this stand-in does on any use but asking for its version."""
+    (tmp_path / "gdcm.py").write_text(GDCM)
+    volume = oblique_volume((67, 45, 3), dtype=np.uint8)
+    syntaxes = [RLELossless, JPEG2000Lossless, JPEGLSLossless]
+    for syntax in syntaxes:
+        write_series(volume, tmp_path / syntax.keyword, Series(syntax=syntax))
+    folders = [str(tmp_path / syntax.keyword) for syntax in syntaxes]
+    code = (
+        "import sys; from pathlib import Path; from volseg.io.volumes import read_volume; "
+        "from pydicom.pixels.decoders.gdcm import HAVE_GDCM; assert HAVE_GDCM; "
+        f"[read_volume(Path(folder)) for folder in {folders}]"
+    )
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
 
 
 def test_a_file_that_is_replaced_while_reading_is_not_mixed_in(tmp_path):
