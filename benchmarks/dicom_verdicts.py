@@ -3,9 +3,9 @@
     python benchmarks/dicom_verdicts.py shared/data/dicom --peers PYTHON --dcm2niix PATH
 
 PYTHON is an environment with SimpleITK, highdicom, dicom2nifti, nibabel and pydicom. Every reader
-gets the DICOM files of each folder in a process of its own and says which volumes of two or more slices it makes of
-it, with shape, spacing and mean intensity. EXPECTED is what the folder holds by the judgement
-beside the data. A volume is right if its shape, its spacing (1 %) and its mean (1 %, of volseg's
+gets the DICOM files of each folder in a process of its own and says which volumes of two or more
+slices it makes of them, with shape, spacing and mean intensity. SOUND and FAULTY are what the
+folders hold by the judgement beside the data. A volume is right if its shape, its spacing (1 %) and its mean (1 %, of volseg's
 volume) are; several time points in a 4-D volume are right where a series holds them. What
 dcm2niix calls tilted or made even in the name of its file is resampled, and said: it is counted
 apart.
@@ -185,7 +185,7 @@ def of_volseg(folder: Path) -> list[dict[str, Any]]:
 
 
 def of_simpleitk(folder: Path) -> list[dict[str, Any]]:
-    import SimpleITK as sitk  # noqa: N813
+    import SimpleITK as sitk
 
     rows = []
     for place in {path.parent for path in folder.rglob("*") if path.is_file()}:
