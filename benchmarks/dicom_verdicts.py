@@ -5,10 +5,10 @@
 PYTHON is an environment with SimpleITK, highdicom, dicom2nifti, nibabel and pydicom. Every reader
 gets the DICOM files of each folder in a process of its own and says which volumes of two or more
 slices it makes of them, with shape, spacing and mean intensity. SOUND and FAULTY are what the
-folders hold by the judgement beside the data. A volume is right if its shape, its spacing (1 %) and its mean (1 %, of volseg's
-volume) are; several time points in a 4-D volume are right where a series holds them. What
-dcm2niix calls tilted or made even in the name of its file is resampled, and said: it is counted
-apart.
+folders hold by the judgement beside the data. A volume is right if its shape, its spacing (1 %) and
+its mean (1 %, of volseg's volume) are; several time points in a 4-D volume are right where a series
+holds them. What dcm2niix calls tilted or made even in the name of its file is resampled, and said:
+it is counted apart.
 """
 
 from __future__ import annotations
