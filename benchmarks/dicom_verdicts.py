@@ -211,6 +211,8 @@ def of_highdicom(folder: Path) -> list[dict[str, Any]]:
             header = dcmread(path)
         except Exception:
             continue
+        if header.get("Modality") in ("SEG", "RTSTRUCT", "SR"):
+            continue  # for which it has readers of their own
         series.setdefault(str(header.get("SeriesInstanceUID")), []).append(header)
     rows = []
     for headers in series.values():
