@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 import volseg
-from volseg.commands.image_data import fold_of_groups
+from volseg.commands.image_splits import fold_of_groups
 from volseg.evaluation.calibration import calibration_error
 from volseg.evaluation.classes import SCORES
 from volseg.evaluation.duplicates import groups_of, print_of

@@ -119,21 +119,21 @@ def answer(arguments: Any, reader: str, folder: Path) -> list[dict[str, Any]]:
 
 def judged(folder: str, volumes: list[dict[str, Any]], ours: list[dict[str, Any]]) -> list[str]:
     """Return a verdict on each volume, and on each that is missing."""
-    verdicts, rest = [], list(SOUND.get(folder, []))
+    verdicts, missing = [], list(SOUND.get(folder, []))
     means = [volume["mean"] for volume in ours]
     for volume in volumes:
         if volume["resampled"]:
             verdicts.append("resampled, and said")
             continue
-        match = next((sound for sound in rest if is_same(volume, sound)), None)
+        match = next((sound for sound in missing if is_same(volume, sound)), None)
         if match is None:
             is_right = FAULTY.get(folder, "").startswith("4-D") and len(volume["shape"]) == 4
             verdicts.append("right" if is_right else "accepted wrongly")
             continue
-        rest.remove(match)
+        missing.remove(match)
         is_equal = any(np.isclose(volume["mean"], mean, rtol=0.01, atol=0.01) for mean in means)
         verdicts.append("right" if is_equal else "accepted wrongly")
-    verdicts += ["refused wrongly"] * len(rest)
+    verdicts += ["refused wrongly"] * len(missing)
     return verdicts or ["right"]
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from volseg.bundle import exported_files
-from volseg.commands.image_data import ImageDataset, LoadedImages, load_images
+from volseg.commands.image_data import ImageDataset
+from volseg.commands.loaded_images import LoadedImages, load_images
 from volseg.commands.quantising import WORK_FOLDER, write_int8
 from volseg.errors import VolsegError
 from volseg.evaluation.classes import SCORES

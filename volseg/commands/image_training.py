@@ -14,17 +14,13 @@ import torch
 
 from volseg.bundle import DESCRIPTION
 from volseg.commands.checking_labels import LABEL_CODE, VALIDATION, label_summary
-from volseg.commands.image_data import (
-    ImageDataset,
-    LoadedImages,
-    fold_of_groups,
-    listing_digest,
-    load_images,
-    refuse_other_target,
-)
+from volseg.commands.image_data import ImageDataset
 from volseg.commands.image_planning import NOT_PLANNED, NOT_PLANNED_WHY
+from volseg.commands.image_recipes import refuse_other_target
+from volseg.commands.image_splits import fold_of_groups
 from volseg.commands.image_start import Start
 from volseg.commands.image_time import ImageTime
+from volseg.commands.loaded_images import LoadedImages, listing_digest, load_images
 from volseg.commands.seen_images import SEEN, write_seen
 from volseg.commands.training_call import (
     PREPARED_FOLDER,

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from volseg.commands.automatic_recipe import recipe_for
-from volseg.commands.image_data import OF_IMAGES, is_of_images
 from volseg.commands.image_planning import plan_images
+from volseg.commands.image_recipes import OF_IMAGES, is_of_images
 from volseg.commands.training_cases import (
     TrainingSet,
     labelled_cases,

@@ -13,8 +13,8 @@ import numpy as np
 
 from volseg.commands.automatic_recipe import recipe_for
 from volseg.commands.batch import Inputs, case_files, failure_reason, input_key, input_paths
-from volseg.commands.image_data import OF_IMAGES, is_of_images
 from volseg.commands.image_planning import preprocess_images
+from volseg.commands.image_recipes import OF_IMAGES, is_of_images
 from volseg.commands.planning import budget_of
 from volseg.commands.training_cases import (
     TrainingSet,

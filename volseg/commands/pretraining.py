@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from volseg.commands.image_data import ImageDataset, load_images, unlabelled_recipe
+from volseg.commands.image_data import ImageDataset
+from volseg.commands.image_recipes import unlabelled_recipe
 from volseg.commands.image_start import PRETRAINED
+from volseg.commands.loaded_images import load_images
 from volseg.commands.training_call import (
     PREPARED_FOLDER,
     WORK_FOLDER,

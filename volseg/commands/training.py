@@ -8,7 +8,7 @@ from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
 from volseg.commands.batch import input_paths
-from volseg.commands.image_data import OF_IMAGES, is_of_images
+from volseg.commands.image_recipes import OF_IMAGES, is_of_images
 from volseg.errors import VolsegError
 from volseg.execution.cpu import idle_cores, keep_freed_memory, physical_cores
 from volseg.execution.threads import Threads
