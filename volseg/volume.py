@@ -273,6 +273,7 @@ class Volume:
         slope, intercept: intensity = stored value × slope + intercept; `intensities` applies them.
         sha256: hash of the file when it was read (of two files, both hashes joined by `+`); empty
             for a computed volume.
+        unit: of the intensities, if the file proves it; empty if it does not.
     """
 
     array: np.ndarray
@@ -280,6 +281,7 @@ class Volume:
     slope: float = 1.0
     intercept: float = 0.0
     sha256: str = ""
+    unit: str = ""
 
     def __post_init__(self) -> None:
         if self.array.shape != self.geometry.shape:

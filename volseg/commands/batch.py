@@ -21,8 +21,10 @@ from volseg.errors import ScanError, UnexpectedError, VolsegError
 from volseg.execution.local import Outcome
 from volseg.execution.memory import Budget
 from volseg.io.cases import Case
+from volseg.io.dicom import is_pet
 from volseg.io.formats import RESULT_SUFFIX, table_name
 from volseg.io.header import ScanWarning
+from volseg.io.series import IN_SUV, with_mark
 from volseg.io.volumes import read_header, scan_digest, volume_of, write_volume
 from volseg.measurement.rows import CaseRow
 from volseg.measurement.saturation import intensity_warnings
@@ -31,7 +33,7 @@ from volseg.measurement.summary import summarise
 from volseg.options import InferOptions, MeasureOptions, Options
 from volseg.pages.about import About
 from volseg.pages.model_box import ModelBox
-from volseg.recipe import AnyRecipe
+from volseg.recipe import AnyRecipe, asks_for_suv
 from volseg.reports import CasesReport, RunReport
 from volseg.store.outputs import Commit, OutputFolder, trace_name
 from volseg.store.records import LESION_IDS, MASKS, ItemRow
@@ -421,6 +423,19 @@ def input_key(options: Mapping[str, Any], digests: Iterable[str]) -> str:
 def case_files(case: Case) -> list[Path]:
     """Return the images of a case and its mask, if any."""
     return [*case.images.values(), *(() if case.reference is None else (case.reference,))]
+
+
+def as_read(case: Case, options: InferOptions | MeasureOptions) -> Case:
+    """Return the case with paths that say how its scans are read: which volume, in which unit."""
+    case = of_volume(case, options.volume)
+    if not asks_for_suv(options.intensity_unit):
+        return case
+    is_one = len(case.images) == 1  # which must be PET; beside others only PET is converted
+    images = {
+        name: with_mark(path, IN_SUV) if is_one or is_pet(path) else path
+        for name, path in case.images.items()
+    }
+    return replace(case, images=images)
 
 
 def of_volume(case: Case, number: int | None) -> Case:

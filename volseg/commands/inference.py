@@ -16,9 +16,9 @@ from volseg.commands.batch import (
     CaseFiles,
     Inputs,
     MeasuredCase,
+    as_read,
     case_files,
     input_key,
-    of_volume,
     run_cases,
     run_description,
     write_case,
@@ -36,6 +36,7 @@ from volseg.execution.cpu import (
 )
 from volseg.execution.local import Outcome, run_overlapped
 from volseg.execution.memory import announcement
+from volseg.inputs import shorten
 from volseg.io.cases import Case
 from volseg.io.formats import RESULT_SUFFIX, result_suffix
 from volseg.io.header import ScanHeader
@@ -47,7 +48,7 @@ from volseg.pages.about import About
 from volseg.pages.model_box import ModelBox, model_box
 from volseg.postprocessing.lesions import CONNECTIVITY
 from volseg.preprocessing.lattice import same_voxels
-from volseg.recipe import Data, Recipe, parse_recipe
+from volseg.recipe import Data, Recipe, asks_for_suv, parse_recipe
 from volseg.reports import CasesReport
 from volseg.store.outputs import RECORDS, Commit
 from volseg.store.records import LESION_IDS, MASKS, PROBABILITIES, CaseRecord
@@ -84,6 +85,7 @@ def infer(options: InferOptions) -> CasesReport:
         True
     """
     started = time.monotonic()
+    _refuse_unit(options)
     from volseg.bundle import load_bundle, shipped_bundle
     from volseg.image_bundle import is_image_model
     from volseg.inference.memory import limited_gpu
@@ -102,7 +104,7 @@ def infer(options: InferOptions) -> CasesReport:
     if options.model is None:
         options.announce(shipped_model_text())
     used = [*options.scans, folder, *(path for case in cases for path in case_files(case))]
-    cases = [of_volume(case, options.volume) for case in cases]
+    cases = [as_read(case, options) for case in cases]
     with ResultsFolder(options.out, "infer", inputs=used) as results:
         run = _load_run(bundle, changes, folder, cases, results, options)
         model, bundle = run.model, run.model.bundle
@@ -129,6 +131,21 @@ def infer(options: InferOptions) -> CasesReport:
         warnings=[*remarks, *report.warnings],
         computed_with=model.segmentation.identity,
     )
+
+
+def _refuse_unit(options: InferOptions) -> None:
+    """Refuse a unit other than SUVbw.
+
+    Raises:
+        VolsegError: one is given.
+    """
+    unit = options.intensity_unit
+    if unit is not None and not asks_for_suv(unit):
+        raise VolsegError(
+            f"--unit {shorten(unit)}: the model says in which unit its scans are",
+            fix="leave it out; only --unit SUVbw, which converts PET, is possible",
+            code="E_USAGE",
+        )
 
 
 def _find_scans(options: InferOptions, data: Data, remarks: list[str]) -> list[Case]:

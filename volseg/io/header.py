@@ -47,6 +47,7 @@ class ScanHeader:
         geometry: the grid.
         dtype: dtype of the stored values, in the byte order of the file.
         slope, intercept: intensity = stored value × slope + intercept.
+        unit: of the intensities, if the file proves it; empty if it does not.
         path: file of the header.
         stored: bytes of the header as stored, decompressed; empty if the reader needs none.
         n_after: bytes of later volumes of a series, behind the voxels.
@@ -63,6 +64,7 @@ class ScanHeader:
     dtype: np.dtype
     slope: float = 1.0
     intercept: float = 0.0
+    unit: str = ""
     path: Path
     stored: bytes = b""
     data_path: Path | None = None

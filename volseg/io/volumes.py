@@ -16,7 +16,7 @@ from volseg.io import nifti
 from volseg.io.formats import DICOM, WRITABLE, format_of, is_scan
 from volseg.io.gzip_stream import opened_raw, refusal, skip
 from volseg.io.header import MAX_BYTES, ScanHeader, check_size, is_compressed
-from volseg.io.series import split_volume, with_volume
+from volseg.io.series import IN_SUV, split_marks, split_volume, with_volume
 from volseg.io.voxels import (
     StreamedContent,
     finite_range,
@@ -43,8 +43,13 @@ def read_header(path: Path | str, *, max_bytes: int = MAX_BYTES) -> ScanHeader:
         ScanError: the file or its header cannot be trusted; `code` is the reason.
     """
     path = Path(path)
-    header = format_of(path).read_header(path)
+    row = format_of(path)
+    header = row.read_header(path)
     check_size(header, path, max_bytes)
+    if IN_SUV in split_marks(path)[1] and row.name != DICOM:
+        problem = f"{row.name} does not say what SUV needs, such as dose and weight"
+        fix = "give the DICOM series; if its intensities are SUV already, --unit SUV"
+        raise refusal(split_marks(path)[0], "E_SUV", problem, fix)
     return header
 
 
@@ -167,7 +172,9 @@ def _read_stored(path: Path) -> Volume:
     header = read_header(path)
     array, sha256 = format_of(path).read_voxels(header, path)
     sha256 += _volume_mark(path)
-    return Volume(array, header.geometry, header.slope, header.intercept, sha256)
+    return Volume(
+        array, header.geometry, header.slope, header.intercept, sha256, unit=header.unit
+    )
 
 
 def scan_digest(path: Path) -> str:
@@ -186,9 +193,10 @@ def scan_digest(path: Path) -> str:
 
 
 def _volume_mark(path: Path | str) -> str:
-    """Return what tells the volumes of a file apart, behind its SHA-256."""
+    """Return what tells the volumes of a file apart, and how it is read, behind its SHA-256."""
     _, number = split_volume(Path(path))
-    return "" if number is None else f"#{number}"
+    marks = [] if number is None else [str(number)]
+    return "".join(f"#{mark}" for mark in (*marks, *split_marks(Path(path))[1]))
 
 
 def write_volume(

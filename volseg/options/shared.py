@@ -106,6 +106,18 @@ class OfSeries(Options):
 
 
 @options
+class InUnit(Options):
+    intensity_unit: str | None = option(
+        "Unit of the intensities: HU, SUV, a.u. or another; only HU gives density and mass, only "
+        "SUV uptake. SUVbw converts PET in DICOM to SUV by body weight, or refuses it. Default: "
+        "guessed from the scan; with a model that of the model, beside which only SUVbw is "
+        "possible.",
+        default=None,
+        flag="--unit",
+    )
+
+
+@options
 class Pictured(Options):
     figures: bool = option("Also write a PNG per scan with its lesions outlined.", default=False)
     pages: bool = option(
