@@ -36,7 +36,7 @@ VENDORS = {
     "corrected to the injection": (pet(DecayCorrection="ADMIN"), AT_INJECTION),
     "over midnight": (
         pet(
-            **{name: "005000" for name in ("SeriesTime", "AcquisitionTime")},
+            **dict.fromkeys(("SeriesTime", "AcquisitionTime"), "005000"),
             RadiopharmaceuticalStartTime="235000.0",
         ),
         AFTER_AN_HOUR,
@@ -68,7 +68,7 @@ WRONG = {
     "no half-life": (pet(RadionuclideHalfLife=None), "RadionuclideHalfLife is missing"),
     "half-life in hours": (pet(RadionuclideHalfLife="1.83"), "RadionuclideHalfLife is 1.83"),
     "no weight": (pet(PatientWeight=None), "PatientWeight is missing"),
-    "weight of nobody": (pet(PatientWeight="0"), "PatientWeight is 0"),
+    "a weight of 0": (pet(PatientWeight="0"), "PatientWeight is 0"),
     "weight in g": (pet(PatientWeight="70000"), "PatientWeight is 70000"),
     "two numbers": (pet(PatientWeight=["70", "71"]), "PatientWeight is 70/71, no number"),
     "no injection": (
@@ -115,7 +115,7 @@ WRONG = {
         pet(PatientWeight=lambda index: "70" if index else "71"),
         "PatientWeight differs between slices",
     ),
-    "counts of nobody": (pet(Units="CNTS"), "SUVScaleFactor (7053,1000)"),
+    "counts without a vendor": (pet(Units="CNTS"), "SUVScaleFactor (7053,1000)"),
     "counts of another vendor": (philips("0.5", None, "OTHER"), "SUVScaleFactor (7053,1000)"),
     "counts without factors": (philips("0", "0"), "missing or 0"),
     "lean body mass": (pet(Units="GML", SUVType="LBM"), "SUVType is LBM"),

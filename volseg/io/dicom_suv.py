@@ -206,7 +206,8 @@ def _offset(header: Any, half_life_s: float) -> float | None:
     is the time of the mean activity, or with some vendors the start; one of them must hold.
     """
     values = [
-        _numbers(header, name) for name in ("DecayFactor", "ActualFrameDuration", "FrameReferenceTime")
+        _numbers(header, name)
+        for name in ("DecayFactor", "ActualFrameDuration", "FrameReferenceTime")
     ]
     if not all(len(value) == 1 for value in values):
         return None
@@ -300,20 +301,21 @@ def _drug(header: Any) -> Any:
 def _words(header: Any, name: str) -> tuple[str, ...]:
     """Return the texts of an element; none if it is absent or empty."""
     element = header.get_item(TAGS[name])
-    value = None if element is None else element.value
+    value: Any = () if element is None or element.value is None else element.value
     if isinstance(value, bytes):
         value = value.decode("latin-1").split("\\")
-    values = [value] if isinstance(value, str) or not hasattr(value, "__iter__") else value
-    words = (str(word).strip(" \0") for word in values if word is not None)
+    elif isinstance(value, str) or not hasattr(value, "__iter__"):
+        value = [value]  # converted before
+    words = (str(word).strip(" \0") for word in value)
     return tuple(word for word in words if word)
 
 
 def _shared(headers: Sequence[Any], name: str, *, is_needed: bool = True) -> tuple[str, ...]:
     """Return the texts of an element that is equal in all slices."""
-    found = {_words(header, name) for header in headers}
-    if len(found) > 1:
+    stated = {_words(header, name) for header in headers}
+    if len(stated) > 1:
         raise _Unproved(f"{name} differs between slices")
-    (words,) = found
+    (words,) = stated
     if not words and is_needed:
         raise _Unproved(f"{name} is missing")
     return words

@@ -172,9 +172,7 @@ def _read_stored(path: Path) -> Volume:
     header = read_header(path)
     array, sha256 = format_of(path).read_voxels(header, path)
     sha256 += _volume_mark(path)
-    return Volume(
-        array, header.geometry, header.slope, header.intercept, sha256, unit=header.unit
-    )
+    return Volume(array, header.geometry, header.slope, header.intercept, sha256, unit=header.unit)
 
 
 def scan_digest(path: Path) -> str:

@@ -47,7 +47,7 @@ def value_cells(
     """Return the columns that follow from the intensities of each lesion.
 
     Args:
-        cores, peaks, calcium: columns that depend on the places of the voxels, if they were measured.
+        cores, peaks, calcium: columns that depend on the places of voxels, if they were measured.
     """
     scan = view.scan
     doubt, need_hu = _unit_cells(scan)
@@ -146,11 +146,16 @@ def _uptake_cells(values: Ragged, view: CanonicalScan) -> Iterator[Cells]:
     """Yield the metabolic volumes and their glycolysis, of each lesion."""
     fixed = view.scan.settings.mtv_threshold_suv
     with np.errstate(invalid="ignore"):
-        thresholds = (MTV_FRACTION * values.last.astype(np.float64), np.full(len(values.counts), fixed))
+        thresholds = (
+            MTV_FRACTION * values.last.astype(np.float64),
+            np.full(len(values.counts), fixed),
+        )
         totals = [values.sum()]
-        for from_suv in thresholds:
-            totals.append(values.sum(lambda part, lesion, t=from_suv: part >= t[lesion]))
-            totals.append(values.sum(lambda part, lesion, t=from_suv: part * (part >= t[lesion])))
+        for suv in thresholds:
+            totals.append(values.sum(lambda part, n, least=suv: np.where(part >= least[n], 1.0, 0)))
+            totals.append(
+                values.sum(lambda part, n, least=suv: np.where(part >= least[n], part, 0))
+            )
     voxel_ml = view.voxel_mm3 / 1000
     for row in zip(*((total * voxel_ml).tolist() for total in totals), strict=True):
         yield Cells(dict(zip(UPTAKE, row, strict=True)))

@@ -57,9 +57,11 @@ def _columns_in_ball(matrix: np.ndarray) -> Columns:
 
 def _means(image: Volume, box: tuple[slice, slice, slice], columns: Columns) -> np.ndarray:
     """Return the mean of the ball round each voxel of a box; beyond the scan nothing counts."""
+    beside = [step for steps in columns.values() for step in steps]
     reach = (
         max(max(-low, high) for low, high in columns),
-        *(max(abs(step[axis]) for steps in columns.values() for step in steps) for axis in (0, 1)),
+        max(abs(a) for a, _ in beside),
+        max(abs(s) for _, s in beside),
     )
     around = tuple(
         slice(max(0, side.start - n), min(size, side.stop + n))
