@@ -34,6 +34,7 @@ from volseg.preprocessing.crop import scaled_box
 from volseg.preprocessing.prepare import Preparation
 from volseg.preprocessing.probabilities import ProbabilityMaps
 from volseg.preprocessing.restore import MaskRestorer
+from volseg.preprocessing.tilt import Straight
 from volseg.recipe import Data
 from volseg.volume import BoundingBox, Volume
 
@@ -150,7 +151,11 @@ def segment_case(
     resemblance = compare_scan(scans, recipe, model.bundle.fingerprint)
     if resemblance.contradictions and not accept_mismatch:
         raise _other_modality(resemblance, case_id, recipe.name)
-    mask, confidence = _predict(scans, model, streaming=streaming or Streaming(), on_tile=on_tile)
+    straight = Straight.of(scan.geometry) if scan.geometry.is_tilted else None
+    seen = scans if straight is None else {name: straight.scan(scans[name]) for name in scans}
+    mask, confidence = _predict(seen, model, streaming=streaming or Streaming(), on_tile=on_tile)
+    if straight is not None:
+        mask, confidence = straight.unstack(mask), straight.unstack(confidence)
     for step in make_steps(recipe.postprocess):
         mask = step(mask, scan.geometry)
     organ, organ_voxels, lesion_mask = recipe.measure.organ, None, mask
@@ -168,7 +173,7 @@ def segment_case(
         settings=recipe.measure,
         organ_voxels=organ_voxels,
         confidence=confidence,
-        classes=_classes(scan, lesions, model, is_doubted=bool(resemblance.unit.doubt)),
+        classes=_classes(scan, lesions, model, straight, is_doubted=bool(resemblance.unit.doubt)),
         model=model.bundle.name,
     )
     return CaseResult(scan.with_array(mask), confidence, measure_largest(segmented), resemblance)
@@ -305,7 +310,7 @@ def _region(preparation: Preparation, model: Model) -> BoundingBox | None:
 
 
 def _classes(
-    scan: Volume, lesions: Lesions, model: Model, *, is_doubted: bool
+    scan: Volume, lesions: Lesions, model: Model, straight: Straight | None, *, is_doubted: bool
 ) -> Sequence[Mapping[str, float] | None] | None:
     """Return the class probabilities of each lesion; None without a classifier.
 
@@ -316,7 +321,10 @@ def _classes(
         return None
     if is_doubted:
         return [None] * min(MANY, len(lesions.labels))
-    return classify_lesions(scan, lesions.ids, model.classifier, settings, most=MANY)
+    ids = lesions.ids
+    if straight is not None:
+        scan, ids = straight.scan(scan), straight.stack(ids, 0)
+    return classify_lesions(scan, ids, model.classifier, settings, most=MANY)
 
 
 def _present(images: Mapping[str, Volume], data: Data, case_id: str) -> Mapping[str, Volume]:

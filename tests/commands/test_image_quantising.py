@@ -367,6 +367,7 @@ INFER = {
     "format": "nrrd",
     "series": "largest",
     "intensity_unit": "SUVbw",
+    "tilt": "resample",
 }
 TRAIN = {
     **dict.fromkeys(("dataset", "out", "recipe", "epochs", "patience", "resume", "init", "prune")),

@@ -24,7 +24,7 @@ from volseg.io.cases import Case
 from volseg.io.dicom import is_pet
 from volseg.io.formats import RESULT_SUFFIX, table_name
 from volseg.io.header import ScanWarning
-from volseg.io.series import IN_SUV, with_mark
+from volseg.io.series import IN_SUV, TILT, with_mark
 from volseg.io.volumes import read_header, scan_digest, volume_of, write_volume
 from volseg.measurement.rows import CaseRow
 from volseg.measurement.saturation import intensity_warnings
@@ -41,6 +41,7 @@ from volseg.store.results import EDITED, THUMBNAILS, VIEWERS, ResultsFolder, Sta
 from volseg.volume import Volume, slabs_of
 
 FIGURES = "figures"
+RESAMPLE = "resample"  # --tilt: accept stacks that are not at right angles to their slices
 
 
 @dataclass(frozen=True, slots=True)
@@ -426,8 +427,10 @@ def case_files(case: Case) -> list[Path]:
 
 
 def as_read(case: Case, options: InferOptions | MeasureOptions) -> Case:
-    """Return the case with paths that say how its scans are read: which volume, in which unit."""
+    """Return the case with paths that say how its files are read: volume, tilt and unit."""
     case = of_volume(case, options.volume)
+    if options.tilt == RESAMPLE:
+        case = although_tilted(case)
     if not asks_for_suv(options.intensity_unit):
         return case
     is_one = len(case.images) == 1  # which must be PET; beside others only PET is converted
@@ -436,6 +439,13 @@ def as_read(case: Case, options: InferOptions | MeasureOptions) -> Case:
         for name, path in case.images.items()
     }
     return replace(case, images=images)
+
+
+def although_tilted(case: Case) -> Case:
+    """Return the case with paths that accept a stack which is not at right angles to its slices."""
+    images = {name: with_mark(path, TILT) for name, path in case.images.items()}
+    mask = None if case.reference is None else with_mark(case.reference, TILT)
+    return replace(case, images=images, reference=mask)
 
 
 def of_volume(case: Case, number: int | None) -> Case:

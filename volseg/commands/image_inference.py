@@ -51,6 +51,7 @@ OF_SCANS = (  # options that mean nothing for images
         "volume",
         "series",
         "intensity_unit",
+        "tilt",
         "max_ram",
         "figures",
         "overlap",

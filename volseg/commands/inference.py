@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from volseg.commands.batch import (
+    RESAMPLE,
     Batch,
     CaseFiles,
     Inputs,
@@ -48,6 +49,7 @@ from volseg.pages.about import About
 from volseg.pages.model_box import ModelBox, model_box
 from volseg.postprocessing.lesions import CONNECTIVITY
 from volseg.preprocessing.lattice import same_voxels
+from volseg.preprocessing.tilt import Straight
 from volseg.recipe import Data, Recipe, asks_for_suv, parse_recipe
 from volseg.reports import CasesReport
 from volseg.store.outputs import RECORDS, Commit
@@ -58,10 +60,11 @@ from volseg.words import format_sizes
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a command that needs it pays
     from volseg.bundle import ModelBundle
-    from volseg.inference.memory import MemoryPlan
+    from volseg.inference.memory import MemoryPlan, ScanSize
     from volseg.preprocessing.probabilities import ProbabilityMaps
     from volseg.segmentation import CaseResult, Model, OnTile
 
+COPIES = 4  # bytes per voxel of mask and confidence on a second grid
 STAGE, TILES = "Segmenting", "Tiles"
 
 
@@ -86,6 +89,8 @@ def infer(options: InferOptions) -> CasesReport:
     """
     started = time.monotonic()
     _refuse_unit(options)
+    if options.tilt == RESAMPLE:
+        _refuse_with_tilt(options)
     from volseg.bundle import load_bundle, shipped_bundle
     from volseg.image_bundle import is_image_model
     from volseg.inference.memory import limited_gpu
@@ -144,6 +149,22 @@ def _refuse_unit(options: InferOptions) -> None:
         raise VolsegError(
             f"--unit {shorten(unit)}: the model says in which unit its scans are",
             fix="leave it out; only --unit SUVbw, which converts PET, is possible",
+            code="E_USAGE",
+        )
+
+
+def _refuse_with_tilt(options: InferOptions) -> None:
+    """Refuse what cannot be written on the slices of a tilted scan.
+
+    Raises:
+        VolsegError: probabilities, or a format that holds right angles only.
+    """
+    others = [f"--format {options.format}"] if result_suffix(options.format) != RESULT_SUFFIX else []
+    others += ["--probabilities"] if options.probabilities else []
+    if others:
+        raise VolsegError(
+            f"{' and '.join(others)}: not possible with --tilt resample, for masks on tilted slices",
+            fix="leave it out, or segment the tilted scans in a folder of their own",
             code="E_USAGE",
         )
 
@@ -237,7 +258,7 @@ class _Plans:
 def _plan_memory(
     cases: Sequence[Case], n_cases: int, model: Model, options: InferOptions
 ) -> _Plans:
-    from volseg.inference.memory import MemoryLimits, ScanSize, gpu_memory, plan_memory
+    from volseg.inference.memory import MemoryLimits, gpu_memory, plan_memory
     from volseg.segmentation import network_pass
 
     max_vram = None
@@ -251,8 +272,8 @@ def _plan_memory(
             headers = [read_header(path) for path in case.images.values()]
         except VolsegError:
             continue
-        size = ScanSize(geometry=headers[0].geometry, itemsize=_bytes_per_voxel(headers))
         try:
+            size = _size_of(headers)
             fitting[case.id] = plan_memory(
                 size, passes, limits, is_alone=len(cases) == 1, n_cases=n_cases
             )
@@ -261,6 +282,21 @@ def _plan_memory(
     if fitting:
         _announce_plans(fitting, model, options)
     return _Plans(fitting, refused)
+
+
+def _size_of(headers: Sequence[ScanHeader]) -> ScanSize:
+    """Return the grid of a scan and its bytes; of a tilted one, that of its right-angled copy.
+
+    Raises:
+        ScanError: it is sheared within its slices.
+    """
+    from volseg.inference.memory import ScanSize
+
+    geometry, itemsize = headers[0].geometry, _bytes_per_voxel(headers)
+    if not geometry.is_tilted:
+        return ScanSize(geometry=geometry, itemsize=itemsize)
+    # The scan, its copy, and mask and confidence on both grids exist at once.
+    return ScanSize(geometry=Straight.of(geometry).geometry, itemsize=2 * itemsize + COPIES)
 
 
 def _announce_plans(plans: Mapping[str, MemoryPlan], model: Model, options: InferOptions) -> None:

@@ -16,7 +16,7 @@ from volseg.io.dicom_series import DicomFolder, DicomVolume, collect, key_for, r
 from volseg.io.dicom_suv import suv_of
 from volseg.io.gzip_stream import opened_raw, refusal
 from volseg.io.header import ScanHeader, ScanWarning, checked_grid, rounded
-from volseg.io.series import IN_SUV, place_of, split_marks, split_series
+from volseg.io.series import IN_SUV, TILT, place_of, split_marks, split_series
 from volseg.io.voxels import joined_digest
 from volseg.recipe.units import SUV
 from volseg.words import format_list
@@ -35,6 +35,8 @@ def find_volume(path: Path) -> DicomVolume:
     """
     place, key = split_series(path)
     folder = folder_of(place)
+    if TILT in split_marks(path)[1]:
+        folder.volumes = [volume.although_tilted() for volume in folder.volumes]
     if key is not None:
         matching = [volume for volume in folder.volumes if volume.key == key]
         if not matching:

@@ -84,7 +84,8 @@ def encode(volume: Volume, path: Path, like: ScanHeader | None = None) -> FileCo
     affine = volume.geometry.affine
     if source is None:
         with np.errstate(over="ignore"):
-            header.set_qform(affine, code=1)
+            # A qform holds no tilt: other readers must take the sform.
+            header.set_qform(affine, code=0 if volume.geometry.is_tilted else 1)
             header.set_sform(affine, code=1)
             affine = affine.astype(header["srow_x"].dtype)
         header["xyzt_units"] = 2

@@ -11,7 +11,8 @@ from pathlib import Path
 NUMBER = re.compile(r"[1-9][0-9]{0,5}")
 KEY = re.compile(r"s[0-9a-f]{12}")  # of a DICOM series in a folder
 IN_SUV = "SUVbw"  # convert a PET to standardised uptake values
-MARKS = (IN_SUV,)
+TILT = "tilt"  # accept a stack that is not at right angles to its slices
+MARKS = (IN_SUV, TILT)
 
 
 def split_marks(path: Path) -> tuple[Path, tuple[str, ...]]:
@@ -31,6 +32,11 @@ def split_marks(path: Path) -> tuple[Path, tuple[str, ...]]:
 def with_mark(path: Path, mark: str) -> Path:
     """Return the path of a volume that is read in the way of a mark."""
     return path if mark in split_marks(path)[1] else path.with_name(f"{path.name}#{mark}")
+
+
+def like_scan(mask: Path, scan: Path) -> Path:
+    """Return the path of a mask that may be tilted if its scan may be."""
+    return with_mark(mask, TILT) if TILT in split_marks(scan)[1] else mask
 
 
 def split_volume(path: Path) -> tuple[Path, int | None]:

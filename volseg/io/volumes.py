@@ -15,8 +15,8 @@ from volseg.errors import ScanError, VolsegError, given_path
 from volseg.io import nifti
 from volseg.io.formats import DICOM, WRITABLE, format_of, is_scan
 from volseg.io.gzip_stream import opened_raw, refusal, skip
-from volseg.io.header import MAX_BYTES, ScanHeader, check_size, is_compressed
-from volseg.io.series import IN_SUV, split_marks, split_volume, with_volume
+from volseg.io.header import MAX_BYTES, ScanHeader, check_size, is_compressed, refuse_tilt
+from volseg.io.series import IN_SUV, TILT, split_marks, split_volume, with_volume
 from volseg.io.voxels import (
     StreamedContent,
     finite_range,
@@ -36,7 +36,8 @@ def read_header(path: Path | str, *, max_bytes: int = MAX_BYTES) -> ScanHeader:
     """Read the header of a scan, without voxels; it is checked against the size of the file.
 
     Args:
-        path: `scan.nii.gz#3` is the third volume of a file that holds several.
+        path: `scan.nii.gz#3` is the third volume of a file that holds several. A path that ends in
+            `#tilt` may be of a tilted stack of slices, and one in `#SUVbw` of a PET in SUV.
         max_bytes: a header that asks for more voxel bytes is refused.
 
     Raises:
@@ -46,10 +47,13 @@ def read_header(path: Path | str, *, max_bytes: int = MAX_BYTES) -> ScanHeader:
     row = format_of(path)
     header = row.read_header(path)
     check_size(header, path, max_bytes)
-    if IN_SUV in split_marks(path)[1] and row.name != DICOM:
+    plain, marks = split_marks(path)
+    if TILT not in marks:
+        refuse_tilt(header.geometry, plain)
+    if IN_SUV in marks and row.name != DICOM:
         problem = f"{row.name} does not say what SUV needs, such as dose and weight"
         fix = "give the DICOM series; if its intensities are SUV already, --unit SUV"
-        raise refusal(split_marks(path)[0], "E_SUV", problem, fix)
+        raise refusal(plain, "E_SUV", problem, fix)
     return header
 
 
@@ -239,6 +243,8 @@ def write_volume(
     if volume.array.dtype == np.bool_:
         volume = Volume(volume.array.view(np.uint8), volume.geometry)
     source = None if like is None else read_header(like)
+    if source is None:
+        refuse_tilt(volume.geometry, path)
     if source and not np.array_equal(source.geometry.affine, volume.geometry.affine):
         raise ValueError(f"the volume lies on another grid than {like}")
     if label_names and row.encode_named is not None:

@@ -24,6 +24,7 @@ from volseg.options.shared import (
     OnDevice,
     Pictured,
     Progressing,
+    Tilted,
 )
 
 
@@ -45,7 +46,7 @@ class LoadOptions(OnDevice):
 
 
 @options
-class InferOptions(LoadOptions, OfSeries, InUnit, Limited, Pictured, Announcing):
+class InferOptions(LoadOptions, OfSeries, InUnit, Tilted, Limited, Pictured, Announcing):
     """Segment scans and measure every lesion, or classify images.
 
     Writes masks, lesions.csv and cases.csv. Each mask has the voxel grid of its scan. A lesion is a

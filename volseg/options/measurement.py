@@ -20,7 +20,15 @@ from volseg.options.declare import (
     options,
     path,
 )
-from volseg.options.shared import RESULTS, Announcing, InUnit, Limited, OfSeries, Pictured
+from volseg.options.shared import (
+    RESULTS,
+    Announcing,
+    InUnit,
+    Limited,
+    OfSeries,
+    Pictured,
+    Tilted,
+)
 
 OBJECTS = ("components", "labels")
 THRESHOLD_HELP = (
@@ -72,7 +80,7 @@ class MaskOptions(InUnit):
 
 
 @options
-class MeasureOptions(MaskOptions, OfSeries, Limited, Pictured, Announcing):
+class MeasureOptions(MaskOptions, OfSeries, Tilted, Limited, Pictured, Announcing):
     """Measure the lesions in existing masks, without a model.
 
     Reports volume, density, shape, diameters and position of every lesion. Give --image and --mask,

@@ -106,6 +106,17 @@ class OfSeries(Options):
 
 
 @options
+class Tilted(Options):
+    tilt: str = option(
+        "Stacks of slices that are not at right angles to them, as in CT with a tilted gantry: "
+        "refuse them, or resample: move the slices of what the network sees within their planes. "
+        "Masks and measurements stay on the slices of the scan.",
+        default="refuse",
+        values=("refuse", "resample"),
+    )
+
+
+@options
 class InUnit(Options):
     intensity_unit: str | None = option(
         "Unit of the intensities: HU, SUV, a.u. or another; only HU gives density and mass, only "
