@@ -152,10 +152,7 @@ def segment_case(
     if resemblance.contradictions and not accept_mismatch:
         raise _other_modality(resemblance, case_id, recipe.name)
     straight = Straight.of(scan.geometry) if scan.geometry.is_tilted else None
-    seen = scans if straight is None else {name: straight.scan(scans[name]) for name in scans}
-    mask, confidence = _predict(seen, model, streaming=streaming or Streaming(), on_tile=on_tile)
-    if straight is not None:
-        mask, confidence = straight.unstack(mask), straight.unstack(confidence)
+    mask, confidence = _predict(scans, model, straight, streaming or Streaming(), on_tile)
     for step in make_steps(recipe.postprocess):
         mask = step(mask, scan.geometry)
     organ, organ_voxels, lesion_mask = recipe.measure.organ, None, mask
@@ -217,9 +214,28 @@ def estimate_work(model: Model, shapes: Sequence[tuple[int, int, int]]) -> Work:
 
 
 def _predict(
+    scans: Mapping[str, Volume],
+    model: Model,
+    straight: Straight | None,
+    streaming: Streaming,
+    on_tile: OnTile,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return mask (I, J, K) of label values and confidence (I, J, K) uint8 on the scan's grid.
+
+    Args:
+        straight: how the stack becomes right-angled for the network; None if it is.
+    """
+    if straight is None:
+        return _predict_upright(scans, model, streaming=streaming, on_tile=on_tile)
+    seen = {name: straight.scan(scan) for name, scan in scans.items()}
+    mask, confidence = _predict_upright(seen, model, streaming=streaming, on_tile=on_tile)
+    return straight.unstack(mask), straight.unstack(confidence)
+
+
+def _predict_upright(
     scans: Mapping[str, Volume], model: Model, *, streaming: Streaming, on_tile: OnTile
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return mask (I, J, K) of label values and confidence (I, J, K) uint8 on the scan's grid."""
+    """Return mask and confidence of a scan whose axes are at right angles."""
     recipe, backend = model.bundle.recipe, model.segmentation
     data, regions = recipe.data, recipe.data.regions_class_order
     absent = [name for name in data.channels if name not in scans]

@@ -76,9 +76,7 @@ def test_a_tilted_ball_has_its_volume_and_diameters_within_a_voxel(name, tmp_pat
     diagonal_mm = float(np.linalg.norm(np.abs(steps).sum(axis=1)))
     in_plane_mm = float(np.linalg.norm(np.abs(steps[:, :2]).sum(axis=1)))
     voxels = int(read_mask(with_mark(mask, TILT)).array.sum())
-    assert float(row["volume_mm3"]) == pytest.approx(
-        voxels * abs(np.linalg.det(steps)), rel=1e-6
-    )
+    assert float(row["volume_mm3"]) == pytest.approx(voxels * abs(np.linalg.det(steps)), rel=1e-6)
     assert float(row["volume_mm3"]) == pytest.approx(ball_volume_mm3(RADIUS_MM), rel=0.025)
     assert float(row["long_axis_mm"]) == pytest.approx(2 * RADIUS_MM, abs=in_plane_mm)
     assert float(row["short_axis_mm"]) == pytest.approx(2 * RADIUS_MM, abs=in_plane_mm)
@@ -197,7 +195,7 @@ def test_a_network_finds_the_ball_on_the_slices_of_the_scan(inferred):
 def test_a_corrected_tilted_mask_is_measured_again(inferred, tmp_path):
     import shutil
 
-    folder, scan, mask = inferred
+    folder, _, mask = inferred
     out = shutil.copytree(folder / "out", tmp_path / "out")
     (path,) = (out / "masks").glob("*.nii.gz")
     truth = read_mask(with_mark(mask, TILT))
@@ -213,7 +211,7 @@ def test_a_corrected_tilted_mask_is_measured_again(inferred, tmp_path):
 def test_what_a_tilted_mask_cannot_be_is_refused_before_anything_is_read(model, tmp_path):
     scan, _ = written(tmp_path, GRIDS["isotropic"])
     for given in ({"format": "nrrd"}, {"format": "mha"}, {"probabilities": True}):
-        with pytest.raises(VolsegError, match="not possible with --tilt resample"):
+        with pytest.raises(VolsegError, match="not possible on tilted slices"):
             volseg.infer(scan, model=model, tilt="resample", out=tmp_path / "out", **given)
     assert not (tmp_path / "out").exists()
 
@@ -232,7 +230,8 @@ def test_real_series():
     real_data("dicom/d2n_failing_gantrytilting_001")
     scan = read_volume(with_mark(folder, TILT))
     assert scan.geometry.is_tilted and scan.geometry.shape == (512, 512, 3)
-    assert scan.geometry.slice_distances_mm[2] == pytest.approx(5 * math.cos(math.radians(14)), abs=1e-3)
+    expected_mm = 5 * math.cos(math.radians(14))
+    assert scan.geometry.slice_distances_mm[2] == pytest.approx(expected_mm, abs=1e-3)
     gap = real_data("dicom/d2n_failing_sliceincrement_002")
     with pytest.raises(VolsegError) as caught:
         read_volume(with_mark(gap, TILT))
@@ -244,3 +243,27 @@ def test_run_json_says_how_tilts_were_read(tmp_path):
     volseg.measure(image=scan, mask=mask, tilt="resample", out=tmp_path / "out")
     settings = json.loads((tmp_path / "out" / "run.json").read_text())["settings"]
     assert settings["tilt"] == "resample"
+
+
+def test_a_dataset_with_tilted_scans_is_prepared_and_planned(tmp_path, tiny_recipe):
+    """The prepared arrays are those of a right-angled twin whose slices were moved alike."""
+    grids = {"tilted": tilted(ras((1.6, 2.0, 2.4))), "right": ras((1.6, 2.0, 2.4))}
+    lines = ["subject,image,label,split,grade"]
+    for number, (name, affine) in enumerate(grids.items()):
+        scan, inside = phantom(affine, (30, 32, 22), 8.0)
+        place = tmp_path / name
+        place.mkdir()
+        series = with_mark(write_series(scan, place / "study"), TILT)
+        stored = read_volume(series)
+        mask = stored.with_array(np.asfortranarray(inside.astype(np.uint8) * 3))
+        write_volume(mask, place / "mask.nii.gz", like=series)
+        lines.append(f"{name},{name}/study,{name}/mask.nii.gz,{'train' if number else 'val'},1")
+    (tmp_path / "cases.csv").write_text("\n".join(lines))
+    request = {"dataset": tmp_path / "cases.csv", "recipe": tiny_recipe}
+    refused = volseg.preprocess(**request, out=tmp_path / "refused")
+    assert refused.failed["tilted"].startswith("E_TILT") and refused.done == ["right"]
+    report = volseg.preprocess(**request, tilt="resample", out=tmp_path / "prepared")
+    assert sorted(report.done) == ["right", "tilted"] and not report.failed
+    assert any("W_TILT" in text for text in report.warnings)
+    planned = volseg.plan(**request, tilt="resample")
+    assert planned.cases == 1

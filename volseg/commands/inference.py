@@ -88,9 +88,7 @@ def infer(options: InferOptions) -> CasesReport:
         True
     """
     started = time.monotonic()
-    _refuse_unit(options)
-    if options.tilt == RESAMPLE:
-        _refuse_with_tilt(options)
+    _refuse_settings(options)
     from volseg.bundle import load_bundle, shipped_bundle
     from volseg.image_bundle import is_image_model
     from volseg.inference.memory import limited_gpu
@@ -138,8 +136,8 @@ def infer(options: InferOptions) -> CasesReport:
     )
 
 
-def _refuse_unit(options: InferOptions) -> None:
-    """Refuse a unit other than SUVbw.
+def _refuse_settings(options: InferOptions) -> None:
+    """Refuse a unit other than SUVbw, and what cannot be written on tilted slices.
 
     Raises:
         VolsegError: one is given.
@@ -151,19 +149,12 @@ def _refuse_unit(options: InferOptions) -> None:
             fix="leave it out; only --unit SUVbw, which converts PET, is possible",
             code="E_USAGE",
         )
-
-
-def _refuse_with_tilt(options: InferOptions) -> None:
-    """Refuse what cannot be written on the slices of a tilted scan.
-
-    Raises:
-        VolsegError: probabilities, or a format that holds right angles only.
-    """
-    others = [f"--format {options.format}"] if result_suffix(options.format) != RESULT_SUFFIX else []
-    others += ["--probabilities"] if options.probabilities else []
-    if others:
+    others = ["--probabilities"] if options.probabilities else []
+    if result_suffix(options.format) != RESULT_SUFFIX:
+        others.append(f"--format {options.format}")
+    if others and options.tilt == RESAMPLE:
         raise VolsegError(
-            f"{' and '.join(others)}: not possible with --tilt resample, for masks on tilted slices",
+            f"{' and '.join(others)}: not possible on tilted slices, so with --tilt resample",
             fix="leave it out, or segment the tilted scans in a folder of their own",
             code="E_USAGE",
         )

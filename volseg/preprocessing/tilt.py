@@ -100,11 +100,7 @@ class Straight:
 def _stack_axis(geometry: Geometry) -> int:
     """Return the axis whose slices are right-angled; of two, that of the most distant slices."""
     cosines = np.abs(geometry.directions.T @ geometry.directions)
-    usable = [
-        axis
-        for axis in range(3)
-        if cosines[(axis + 1) % 3, (axis + 2) % 3] <= MAX_COSINE
-    ]
+    usable = [axis for axis in range(3) if cosines[(axis + 1) % 3, (axis + 2) % 3] <= MAX_COSINE]
     if not usable:
         raise ScanError(
             "its slices are sheared too, not only tilted against their stack",
