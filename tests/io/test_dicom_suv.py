@@ -70,7 +70,7 @@ WRONG = {
     "no weight": (pet(PatientWeight=None), "PatientWeight is missing"),
     "a weight of 0": (pet(PatientWeight="0"), "PatientWeight is 0"),
     "weight in g": (pet(PatientWeight="70000"), "PatientWeight is 70000"),
-    "two numbers": (pet(PatientWeight=["70", "71"]), "PatientWeight is 70/71, no number"),
+    "two numbers": (pet(PatientWeight=["70", "71"]), "PatientWeight is no number"),
     "no injection": (
         pet(RadiopharmaceuticalStartTime=None),
         "RadiopharmaceuticalStartDateTime and RadiopharmaceuticalStartTime are missing",
@@ -94,6 +94,10 @@ WRONG = {
             TimezoneOffsetFromUTC="+0100",
         ),
         "contradicts TimezoneOffsetFromUTC",
+    ),
+    "a zone beside times without one": (
+        pet(RadiopharmaceuticalStartDateTime=f"{DAY}100000+0100"),
+        "TimezoneOffsetFromUTC is missing",
     ),
     "no time of acquisition": (pet(AcquisitionTime=None), "AcquisitionTime is missing"),
     "no time of the series": (pet(SeriesTime=None), "SeriesTime is missing"),
@@ -164,6 +168,18 @@ def test_the_note_has_the_factor_the_rule_and_seconds_but_no_moment(tmp_path):
     for part in ("0.0002763366817", "START", "SeriesTime", "weight_kg 70", "reference_s 3600"):
         assert part in note
     assert not [moment for moment in PLANTED if moment in note.replace("370000000", "")]
+
+
+FREE = ("Units", "DecayCorrection", "SUVType", "CorrectedImage", "Modality")
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_no_refusal_repeats_what_is_in_a_header(name, tmp_path):
+    changes = {name: "SMITH JOHN"} | ({"Units": "GML"} if name == "SUVType" else {})
+    path, _ = series(tmp_path, pet(**changes))
+    with pytest.raises(ScanError) as caught:
+        read_header(with_mark(path, IN_SUV))
+    assert name in str(caught.value) and "SMITH" not in str(caught.value)
 
 
 def test_two_drugs_are_refused(tmp_path):

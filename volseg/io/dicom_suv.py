@@ -16,7 +16,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from volseg.inputs import shorten
 from volseg.io.gzip_stream import refusal
 
 TAGS: Mapping[str, int] = MappingProxyType(
@@ -49,6 +48,12 @@ DRUG = "RadiopharmaceuticalInformationSequence"
 CREATOR, SUV_FACTOR, ACTIVITY_FACTOR = list(TAGS)[-3:]
 PHILIPS = "Philips PET Private Group"
 CORRECTIONS = ("ATTN", "DECY")
+TERMS = {  # of the standard, which messages may show
+    *("AU", "CR", "CT", "DX", "MG", "MR", "NM", "OT", "PT", "US", "XA"),
+    *("CNTS", "NONE", "CM2", "CM2ML", "PCNT", "CPS", "BQML", "MGMINML", "UMOLMINML", "MLMING"),
+    *("MLG", "1CM", "UMOLML", "PROPCNTS", "PROPCPS", "MLMINML", "MLML", "GML", "STDDEV"),
+    *("BSA", "BW", "LBM", "LBMJANMA", "LBMJAMES128", "IBW", "START", "ADMIN"),
+}
 # A number beyond these is in another unit, such as a dose in MBq or a weight in g.
 WEIGHT_KG, DOSE_BQ, HALF_LIFE_S = (0.01, 500.0), (1e5, 1e11), (60.0, 1e6)
 FACTOR = (1e-12, 1e12)  # of Philips: any but 0
@@ -236,7 +241,7 @@ def _injected(headers: Sequence[Any], drugs: Sequence[Any], reference_s: float) 
     if parts is None:
         raise _Unproved(f"{moment} is no date with a time")
     zone = parts[3]
-    if zone and _shared(headers, "TimezoneOffsetFromUTC", is_needed=False) not in ((), (zone,)):
+    if zone and _shared(headers, "TimezoneOffsetFromUTC") != (zone,):
         raise _Unproved(f"{moment} contradicts TimezoneOffsetFromUTC")
     given_s = _seconds_of_day(parts[2], moment)
     if _shared(drugs, time, is_needed=False):
@@ -330,10 +335,10 @@ def _numbers(header: Any, name: str) -> list[float]:
 
 
 def _any_number(headers: Sequence[Any], name: str) -> float:
-    words = _shared(headers, name)
+    _shared(headers, name)
     numbers = _numbers(headers[0], name)
     if len(numbers) != 1:
-        raise _Unproved(f"{name} is {_shown(words)}, no number")
+        raise _Unproved(f"{name} is no number")
     return numbers[0]
 
 
@@ -345,4 +350,5 @@ def _number(headers: Sequence[Any], name: str, limits: tuple[float, float]) -> f
 
 
 def _shown(words: Sequence[str]) -> str:
-    return shorten("/".join(words) or "empty", 40)
+    """Return terms of the standard; other text may be anything, a name too, and is not shown."""
+    return "/".join(words) if words and TERMS.issuperset(words) else "unknown"
