@@ -56,10 +56,23 @@ def inferred(dataset, model, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def uptake(measured, tmp_path_factory):
+    """Measure the organ and its lesions in a scan that is stated to be in SUV."""
+    folder = tmp_path_factory.mktemp("uptake")
+    scan = volseg.read_volume(measured.parent / "images" / "good.nii.gz")
+    suv = ((scan.array + 1000) / 200).astype(np.float32)
+    write_volume(scan.with_array(suv), folder / "suv.nii.gz")
+    mask = measured.parent / "masks" / "good.nii.gz"
+    image, out = folder / "suv.nii.gz", folder / "out"
+    volseg.measure(image=image, mask=mask, intensity_unit="SUV", out=out)
+    return out
+
+
 @pytest.mark.parametrize("table", ["lesions.csv", "cases.csv"])
-def test_every_column_is_filled_in_some_scan(table, measured, inferred):
+def test_every_column_is_filled_in_some_scan(table, measured, inferred, uptake):
     rows = []
-    for folder in (measured, inferred):
+    for folder in (measured, inferred, uptake):
         with (folder / table).open(encoding="utf-8") as file:
             rows += csv.DictReader(file)
     empty = [name for name in rows[0] if not any(row[name] for row in rows)]

@@ -63,6 +63,8 @@ def compare_scan(
         unit = judge_unit(images[first], recipe.data.intensity_unit, by="the model")
         contradictions += [f"{first}: {unit.doubt}"] if unit.is_contradicted else []
         unjudged = unjudged[1:]
+    elif images[first].unit:
+        unit = judge_unit(images[first], None)
     for name in unjudged:
         reason = _foreign(images[name], name, recipe, fingerprint) if name in images else ""
         contradictions += [f"{name}: {reason}"] if reason else []

@@ -34,6 +34,7 @@ from volseg.preprocessing.crop import scaled_box
 from volseg.preprocessing.prepare import Preparation
 from volseg.preprocessing.probabilities import ProbabilityMaps
 from volseg.preprocessing.restore import MaskRestorer
+from volseg.preprocessing.tilt import Straight
 from volseg.recipe import Data
 from volseg.volume import BoundingBox, Volume
 
@@ -150,7 +151,8 @@ def segment_case(
     resemblance = compare_scan(scans, recipe, model.bundle.fingerprint)
     if resemblance.contradictions and not accept_mismatch:
         raise _other_modality(resemblance, case_id, recipe.name)
-    mask, confidence = _predict(scans, model, streaming=streaming or Streaming(), on_tile=on_tile)
+    straight = Straight.of(scan.geometry) if scan.geometry.is_tilted else None
+    mask, confidence = _predict(scans, model, straight, streaming or Streaming(), on_tile)
     for step in make_steps(recipe.postprocess):
         mask = step(mask, scan.geometry)
     organ, organ_voxels, lesion_mask = recipe.measure.organ, None, mask
@@ -168,7 +170,7 @@ def segment_case(
         settings=recipe.measure,
         organ_voxels=organ_voxels,
         confidence=confidence,
-        classes=_classes(scan, lesions, model, is_doubted=bool(resemblance.unit.doubt)),
+        classes=_classes(scan, lesions, model, straight, is_doubted=bool(resemblance.unit.doubt)),
         model=model.bundle.name,
     )
     return CaseResult(scan.with_array(mask), confidence, measure_largest(segmented), resemblance)
@@ -212,9 +214,28 @@ def estimate_work(model: Model, shapes: Sequence[tuple[int, int, int]]) -> Work:
 
 
 def _predict(
+    scans: Mapping[str, Volume],
+    model: Model,
+    straight: Straight | None,
+    streaming: Streaming,
+    on_tile: OnTile,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return mask (I, J, K) of label values and confidence (I, J, K) uint8 on the scan's grid.
+
+    Args:
+        straight: how the stack becomes right-angled for the network; None if it is.
+    """
+    if straight is None:
+        return _predict_upright(scans, model, streaming=streaming, on_tile=on_tile)
+    seen = {name: straight.scan(scan) for name, scan in scans.items()}
+    mask, confidence = _predict_upright(seen, model, streaming=streaming, on_tile=on_tile)
+    return straight.unstack(mask), straight.unstack(confidence)
+
+
+def _predict_upright(
     scans: Mapping[str, Volume], model: Model, *, streaming: Streaming, on_tile: OnTile
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return mask (I, J, K) of label values and confidence (I, J, K) uint8 on the scan's grid."""
+    """Return mask and confidence of a scan whose axes are at right angles."""
     recipe, backend = model.bundle.recipe, model.segmentation
     data, regions = recipe.data, recipe.data.regions_class_order
     absent = [name for name in data.channels if name not in scans]
@@ -305,7 +326,7 @@ def _region(preparation: Preparation, model: Model) -> BoundingBox | None:
 
 
 def _classes(
-    scan: Volume, lesions: Lesions, model: Model, *, is_doubted: bool
+    scan: Volume, lesions: Lesions, model: Model, straight: Straight | None, *, is_doubted: bool
 ) -> Sequence[Mapping[str, float] | None] | None:
     """Return the class probabilities of each lesion; None without a classifier.
 
@@ -316,7 +337,10 @@ def _classes(
         return None
     if is_doubted:
         return [None] * min(MANY, len(lesions.labels))
-    return classify_lesions(scan, lesions.ids, model.classifier, settings, most=MANY)
+    ids = lesions.ids
+    if straight is not None:
+        scan, ids = straight.scan(scan), straight.stack(ids, 0)
+    return classify_lesions(scan, ids, model.classifier, settings, most=MANY)
 
 
 def _present(images: Mapping[str, Volume], data: Data, case_id: str) -> Mapping[str, Volume]:

@@ -15,6 +15,7 @@ LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # affines of DICOM and ITK → tho
 SLAB_VOXELS = 4_000_000  # processed together, which limits temporary memory
 SAME_GRID_TOLERANCE_VOXELS = 0.1  # smallest corner displacement between different grids
 SAMPLED_PER_AXIS = 24  # voxels that estimate how much two grids overlap
+MAX_COSINE = 1e-3  # between two axes: above it a grid is tilted, below it is rounding
 RIGID_TOLERANCE = 1e-6  # of the cosines between the axes of a rotation
 
 
@@ -122,6 +123,24 @@ class Geometry:
     def directions(self) -> np.ndarray:
         """(3, 3): the unit vector in RAS of each array axis, in columns."""
         return self.voxel_steps_mm / np.array(self.spacing_mm)
+
+    @property
+    def largest_cosine(self) -> float:
+        """Largest |cosine| between two axes, or 1 less the length of one; 0 at right angles."""
+        return float(np.abs(self.directions.T @ self.directions - np.eye(3)).max())
+
+    @property
+    def is_tilted(self) -> bool:
+        """True if the axes are not at right angles, as those of a CT with a tilted gantry."""
+        return self.largest_cosine > MAX_COSINE
+
+    @property
+    def slice_distances_mm(self) -> tuple[float, float, float]:
+        """Distance in mm between neighbouring planes of voxels: the spacing, if at right angles."""
+        if not self.is_tilted:
+            return self.spacing_mm
+        i, j, k = (1 / np.linalg.norm(np.linalg.inv(self.voxel_steps_mm), axis=1)).tolist()
+        return i, j, k
 
     @property
     def voxel_volume_mm3(self) -> float:
@@ -273,6 +292,7 @@ class Volume:
         slope, intercept: intensity = stored value × slope + intercept; `intensities` applies them.
         sha256: hash of the file when it was read (of two files, both hashes joined by `+`); empty
             for a computed volume.
+        unit: of the intensities, if the file proves it; empty if it does not.
     """
 
     array: np.ndarray
@@ -280,6 +300,7 @@ class Volume:
     slope: float = 1.0
     intercept: float = 0.0
     sha256: str = ""
+    unit: str = ""
 
     def __post_init__(self) -> None:
         if self.array.shape != self.geometry.shape:

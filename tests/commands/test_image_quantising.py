@@ -366,12 +366,19 @@ INFER = {
     **{"max_vram": "4G", "fast": True, "probabilities": True, "accept_mismatch": True},
     "format": "nrrd",
     "series": "largest",
+    "intensity_unit": "SUVbw",
+    "tilt": "resample",
 }
 TRAIN = {
     **dict.fromkeys(("dataset", "out", "recipe", "epochs", "patience", "resume", "init", "prune")),
     **dict.fromkeys(("teacher", "freeze", "fold", "folds", "precision", "preview", "device")),
     **dict.fromkeys(("seed", "time_budget_seconds")),
-    **{"memory": "4G", "devices": 2, "target": "area"},  # not the recipe's target
+    **{
+        "memory": "4G",
+        "tilt": "resample",
+        "devices": 2,
+        "target": "area",
+    },  # not the recipe's target
 }
 
 
@@ -383,7 +390,7 @@ def test_options_that_a_classifier_cannot_honour_are_refused(model, table, tmp_p
                 volseg.infer(table, model=model, out=tmp_path / "r", **{name: value})
     assert not (tmp_path / "r").exists()
     assert TRAIN.keys() == {name for name, _ in settings_of(COMMANDS["train"])}
-    for name in ("memory", "target"):
+    for name in ("memory", "tilt", "target"):
         with pytest.raises(VolsegError, match=r"depend|'shape'"):
             given = {name: TRAIN[name]}
             volseg.train(table, recipe=recipe("shape"), out=tmp_path / "t", **given)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from volseg.commands.batch import reason_of
+from volseg.commands.batch import REFUSE, of_tilt, reason_of
 from volseg.commands.training_cases import labelled_cases, refuse_dataset
 from volseg.errors import VolsegError
 from volseg.execution.local import run
@@ -34,9 +34,15 @@ SIDES = {
 
 
 def recipe_for(
-    dataset: Path | str, recipe: Path | str | AnyRecipe | None, progress: Progress = ignore_progress
+    dataset: Path | str,
+    recipe: Path | str | AnyRecipe | None,
+    progress: Progress = ignore_progress,
+    tilt: str = REFUSE,
 ) -> Recipe:
     """Return the given recipe, or else one that leaves everything to the plan.
+
+    Args:
+        tilt: what becomes of tilted stacks: refuse or resample.
 
     Raises:
         VolsegError: the dataset has no usable case. Other mistakes are reported, all at once, when
@@ -47,7 +53,7 @@ def recipe_for(
     survey = survey_cases(Path(dataset))
     if not survey.cases:
         refuse_dataset(Path(dataset), {}, survey.mistakes)
-    return auto_recipe(Path(dataset), survey.cases, progress)
+    return auto_recipe(Path(dataset), of_tilt(survey.cases, tilt), progress)
 
 
 def auto_recipe(

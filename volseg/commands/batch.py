@@ -21,8 +21,10 @@ from volseg.errors import ScanError, UnexpectedError, VolsegError
 from volseg.execution.local import Outcome
 from volseg.execution.memory import Budget
 from volseg.io.cases import Case
+from volseg.io.dicom import is_pet
 from volseg.io.formats import RESULT_SUFFIX, table_name
 from volseg.io.header import ScanWarning
+from volseg.io.series import IN_SUV, TILT, split_marks, with_mark
 from volseg.io.volumes import read_header, scan_digest, volume_of, write_volume
 from volseg.measurement.rows import CaseRow
 from volseg.measurement.saturation import intensity_warnings
@@ -31,7 +33,7 @@ from volseg.measurement.summary import summarise
 from volseg.options import InferOptions, MeasureOptions, Options
 from volseg.pages.about import About
 from volseg.pages.model_box import ModelBox
-from volseg.recipe import AnyRecipe
+from volseg.recipe import AnyRecipe, asks_for_suv
 from volseg.reports import CasesReport, RunReport
 from volseg.store.outputs import Commit, OutputFolder, trace_name
 from volseg.store.records import LESION_IDS, MASKS, ItemRow
@@ -39,6 +41,8 @@ from volseg.store.results import EDITED, THUMBNAILS, VIEWERS, ResultsFolder, Sta
 from volseg.volume import Volume, slabs_of
 
 FIGURES = "figures"
+# --tilt: what becomes of stacks that are not at right angles to their slices
+REFUSE, RESAMPLE = "refuse", "resample"
 
 
 @dataclass(frozen=True, slots=True)
@@ -423,6 +427,30 @@ def case_files(case: Case) -> list[Path]:
     return [*case.images.values(), *(() if case.reference is None else (case.reference,))]
 
 
+def as_read(case: Case, options: InferOptions | MeasureOptions) -> Case:
+    """Return the case with paths that say how its files are read: volume, tilt and unit."""
+    (case,) = of_tilt([of_volume(case, options.volume)], options.tilt)
+    if not asks_for_suv(options.intensity_unit):
+        return case
+    is_one = len(case.images) == 1  # which must be PET; beside others only PET is converted
+    images = {
+        name: with_mark(path, IN_SUV) if is_one or is_pet(path) else path
+        for name, path in case.images.items()
+    }
+    return replace(case, images=images)
+
+
+def of_tilt(cases: Sequence[Case], tilt: str) -> list[Case]:
+    """Return cases with paths that accept a tilted stack, if `tilt` is to resample it."""
+    return list(map(_although_tilted, cases)) if tilt == RESAMPLE else list(cases)
+
+
+def _although_tilted(case: Case) -> Case:
+    images = {name: with_mark(path, TILT) for name, path in case.images.items()}
+    mask = None if case.reference is None else with_mark(case.reference, TILT)
+    return replace(case, images=images, reference=mask)
+
+
 def of_volume(case: Case, number: int | None) -> Case:
     """Return the case with this volume of each of its files that hold several."""
     if number is None:
@@ -434,7 +462,7 @@ def of_volume(case: Case, number: int | None) -> Case:
 
 def input_paths(*inputs: Path | str | AnyRecipe | None) -> list[Path]:
     """Return the inputs that are existing files or folders."""
-    paths = [Path(value) for value in inputs if isinstance(value, Path | str)]
+    paths = [split_marks(Path(value))[0] for value in inputs if isinstance(value, Path | str)]
     return [path for path in paths if path.exists()]
 
 

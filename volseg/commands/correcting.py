@@ -22,6 +22,7 @@ from volseg.commands.pages import page_budget, read_run, write_report
 from volseg.commands.remarks import remarks_on_scan
 from volseg.errors import ScanError, VolsegError
 from volseg.io.cases import Case
+from volseg.io.series import like_scan
 from volseg.measurement.rows import CaseRow
 from volseg.options import MeasureOptions
 from volseg.pages.about import About
@@ -189,6 +190,5 @@ class _CorrectedMask:
                 fix="measure the mask with --image, --mask and another --out",
                 code="E_RECORD",
             ) from error
-        return Case(
-            self.name, {"image": source.scan}, reference=self.results / self._path
-        ), settings
+        mask = like_scan(self.results / self._path, source.scan)
+        return Case(self.name, {"image": source.scan}, reference=mask), settings

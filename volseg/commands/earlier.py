@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from volseg.commands.automatic_recipe import recipe_for
-from volseg.commands.batch import case_files
+from volseg.commands.batch import REFUSE, case_files
 from volseg.commands.preparing import read_header
 from volseg.errors import VolsegError
 from volseg.inputs import read_json
@@ -31,22 +31,24 @@ class Fitted:
     plan: Closed
 
 
-def cached_recipe(dataset: Path, work: Path, progress: Progress) -> Recipe:
+def cached_recipe(dataset: Path, work: Path, progress: Progress, tilt: str = REFUSE) -> Recipe:
     """Derive the recipe from a dataset; reuse the stored one while no file changed.
 
     A file counts as changed if its size or modification time differs.
+
+    Args:
+        tilt: what becomes of tilted stacks: refuse or resample.
     """
     files = _dates(dataset)
     try:
         content = read_json(work / RECIPE_FILE)
-        if content["files"] == files:
+        if (content["files"], content.get("tilt", REFUSE)) == (files, tilt):
             return parse_recipe(content["recipe"], where=str(work / RECIPE_FILE))
     except (OSError, ValueError, KeyError, TypeError, VolsegError):
         pass  # missing, or written by another version
-    recipe = recipe_for(dataset, None, progress)
-    write_json_atomic(
-        work / RECIPE_FILE, {"files": files, "recipe": recipe.model_dump(mode="json")}
-    )
+    recipe = recipe_for(dataset, None, progress, tilt)
+    content = {"files": files, "tilt": tilt, "recipe": recipe.model_dump(mode="json")}
+    write_json_atomic(work / RECIPE_FILE, content)
     return recipe
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from volseg.commands.automatic_recipe import MASKS, auto_recipe
-from volseg.commands.batch import Inputs, case_files
+from volseg.commands.batch import REFUSE, Inputs, case_files, of_tilt
 from volseg.commands.preparing import HASHING, PREPARED_FILE, PREPARING, Preparation
 from volseg.commands.training_cases import ANALYSING, TrainingSet, labelled_cases
 from volseg.errors import VolsegError
@@ -81,6 +81,7 @@ class Source:
     prepared: Path
     budget: Budget
     seed: int
+    tilt: str = REFUSE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,9 +211,9 @@ def _time_case(source: Source, case: Case) -> _Timed:
     stated = source.recipe
     laps = [time.monotonic()]
     if stated is None:
-        stated = auto_recipe(source.dataset, [case])
+        stated = auto_recipe(source.dataset, of_tilt([case], source.tilt))
     laps.append(time.monotonic())
-    data = TrainingSet(source.dataset, stated, source.seed)
+    data = TrainingSet(source.dataset, stated, source.seed, source.tilt)
     case = next(training_case for training_case in data.cases() if training_case.id == case.id)
     digests = Inputs(of_masks=True)
     digests.of(case)
@@ -241,7 +242,7 @@ def _closed(source: Source, timed: _Timed, cases: Sequence[Case], until: float) 
         return timed.closed
     others = [case for case in cases if case.id != timed.prepared.id]
     deadline = min(time.monotonic() + LOOKED_SECONDS, until)
-    data = TrainingSet(source.dataset, timed.recipe, source.seed)
+    data = TrainingSet(source.dataset, timed.recipe, source.seed, source.tilt)
     fingerprints = _sample_fingerprints(data, others, deadline)
     combined = combine_fingerprints([timed.fingerprint, *fingerprints])
     return close(timed.recipe, combined, source.budget).recipe

@@ -50,6 +50,8 @@ OF_SCANS = (  # options that mean nothing for images
     *(
         "volume",
         "series",
+        "intensity_unit",
+        "tilt",
         "max_ram",
         "figures",
         "overlap",

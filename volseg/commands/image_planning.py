@@ -20,7 +20,7 @@ from volseg.store.outputs import OutputFolder
 if TYPE_CHECKING:  # torch takes seconds to import
     from volseg.image_bundle import ImageBundle
 
-NOT_PLANNED = ("memory",)  # options that the plan of a classifier does not take into account
+NOT_PLANNED = ("memory", "tilt")  # options that the plan of a classifier does not take into account
 NOT_PLANNED_WHY = "the plan of a classifier of images does not depend on it"
 
 

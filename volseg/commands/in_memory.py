@@ -29,10 +29,12 @@ from volseg.io.arrays import (
     needs_placement,
     type_name,
 )
+from volseg.io.series import IN_SUV, with_mark
 from volseg.measurement.rows import CaseRow, LesionMeasurement
 from volseg.measurement.units import warnings_in
 from volseg.options import LoadModelOptions, MeasureMaskOptions, SegmentOptions, command
 from volseg.options.memory import Placed
+from volseg.recipe import asks_for_suv
 from volseg.reports import html_of, text_of, text_of_lesions, totals_of_cases
 from volseg.store.tables import frame_of
 from volseg.volume import Geometry, Volume
@@ -277,7 +279,7 @@ def measure_mask(options: MeasureMaskOptions) -> MaskResult:
         kind_of(getattr(options, what), what)
     placement = _placement(options, options.image, options.mask)
     settings = settings_of_masks(options)
-    scan = as_scan(options.image, placement=placement)
+    scan = as_scan(_as_read(options), placement=placement)
     of_mask = NOWHERE if needs_placement(options.image) else placement
     mask = as_mask(
         options.mask,
@@ -302,6 +304,23 @@ def measure_mask(options: MeasureMaskOptions) -> MaskResult:
         remarks=remarks,
     )
     return MaskResult(**_content(measured, scan, mask.volume.array))
+
+
+def _as_read(options: MeasureMaskOptions) -> Any:
+    """Return the scan, or the path that says in which unit it is read.
+
+    Raises:
+        VolsegError: a scan in memory is to be converted.
+    """
+    if not asks_for_suv(options.intensity_unit):
+        return options.image
+    if isinstance(options.image, str | PathLike):
+        return with_mark(Path(options.image), IN_SUV)
+    raise VolsegError(
+        "a scan in memory does not say what SUV needs, such as dose and weight",
+        fix="give the path of a DICOM series; if it is in SUV already, intensity_unit='SUV'",
+        code="E_SUV",
+    )
 
 
 def _content(measured: MeasuredCase, scan: InMemory, mask: np.ndarray) -> dict[str, Any]:

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from volseg.commands.batch import (
+    RESAMPLE,
     Batch,
     CaseFiles,
     Inputs,
     MeasuredCase,
+    as_read,
     case_files,
     input_key,
-    of_volume,
     run_cases,
     run_description,
     write_case,
@@ -36,6 +37,7 @@ from volseg.execution.cpu import (
 )
 from volseg.execution.local import Outcome, run_overlapped
 from volseg.execution.memory import announcement
+from volseg.inputs import shorten
 from volseg.io.cases import Case
 from volseg.io.formats import RESULT_SUFFIX, result_suffix
 from volseg.io.header import ScanHeader
@@ -47,7 +49,8 @@ from volseg.pages.about import About
 from volseg.pages.model_box import ModelBox, model_box
 from volseg.postprocessing.lesions import CONNECTIVITY
 from volseg.preprocessing.lattice import same_voxels
-from volseg.recipe import Data, Recipe, parse_recipe
+from volseg.preprocessing.tilt import Straight
+from volseg.recipe import Data, Recipe, asks_for_suv, parse_recipe
 from volseg.reports import CasesReport
 from volseg.store.outputs import RECORDS, Commit
 from volseg.store.records import LESION_IDS, MASKS, PROBABILITIES, CaseRecord
@@ -57,10 +60,11 @@ from volseg.words import format_sizes
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a command that needs it pays
     from volseg.bundle import ModelBundle
-    from volseg.inference.memory import MemoryPlan
+    from volseg.inference.memory import MemoryPlan, ScanSize
     from volseg.preprocessing.probabilities import ProbabilityMaps
     from volseg.segmentation import CaseResult, Model, OnTile
 
+COPIES = 4  # bytes per voxel of mask and confidence on a second grid
 STAGE, TILES = "Segmenting", "Tiles"
 
 
@@ -84,6 +88,7 @@ def infer(options: InferOptions) -> CasesReport:
         True
     """
     started = time.monotonic()
+    _refuse_settings(options)
     from volseg.bundle import load_bundle, shipped_bundle
     from volseg.image_bundle import is_image_model
     from volseg.inference.memory import limited_gpu
@@ -102,7 +107,7 @@ def infer(options: InferOptions) -> CasesReport:
     if options.model is None:
         options.announce(shipped_model_text())
     used = [*options.scans, folder, *(path for case in cases for path in case_files(case))]
-    cases = [of_volume(case, options.volume) for case in cases]
+    cases = [as_read(case, options) for case in cases]
     with ResultsFolder(options.out, "infer", inputs=used) as results:
         run = _load_run(bundle, changes, folder, cases, results, options)
         model, bundle = run.model, run.model.bundle
@@ -129,6 +134,30 @@ def infer(options: InferOptions) -> CasesReport:
         warnings=[*remarks, *report.warnings],
         computed_with=model.segmentation.identity,
     )
+
+
+def _refuse_settings(options: InferOptions) -> None:
+    """Refuse a unit other than SUVbw, and what cannot be written on tilted slices.
+
+    Raises:
+        VolsegError: one is given.
+    """
+    unit = options.intensity_unit
+    if unit is not None and not asks_for_suv(unit):
+        raise VolsegError(
+            f"--unit {shorten(unit)}: the model says in which unit its scans are",
+            fix="leave it out; only --unit SUVbw, which converts PET, is possible",
+            code="E_USAGE",
+        )
+    others = ["--probabilities"] if options.probabilities else []
+    if result_suffix(options.format) != RESULT_SUFFIX:
+        others.append(f"--format {options.format}")
+    if others and options.tilt == RESAMPLE:
+        raise VolsegError(
+            f"{' and '.join(others)}: not possible on tilted slices, so with --tilt resample",
+            fix="leave it out, or segment the tilted scans in a folder of their own",
+            code="E_USAGE",
+        )
 
 
 def _find_scans(options: InferOptions, data: Data, remarks: list[str]) -> list[Case]:
@@ -220,7 +249,7 @@ class _Plans:
 def _plan_memory(
     cases: Sequence[Case], n_cases: int, model: Model, options: InferOptions
 ) -> _Plans:
-    from volseg.inference.memory import MemoryLimits, ScanSize, gpu_memory, plan_memory
+    from volseg.inference.memory import MemoryLimits, gpu_memory, plan_memory
     from volseg.segmentation import network_pass
 
     max_vram = None
@@ -234,8 +263,8 @@ def _plan_memory(
             headers = [read_header(path) for path in case.images.values()]
         except VolsegError:
             continue
-        size = ScanSize(geometry=headers[0].geometry, itemsize=_bytes_per_voxel(headers))
         try:
+            size = _size_of(headers)
             fitting[case.id] = plan_memory(
                 size, passes, limits, is_alone=len(cases) == 1, n_cases=n_cases
             )
@@ -244,6 +273,21 @@ def _plan_memory(
     if fitting:
         _announce_plans(fitting, model, options)
     return _Plans(fitting, refused)
+
+
+def _size_of(headers: Sequence[ScanHeader]) -> ScanSize:
+    """Return the grid of a scan and its bytes; of a tilted one, that of its right-angled copy.
+
+    Raises:
+        ScanError: it is sheared within its slices.
+    """
+    from volseg.inference.memory import ScanSize
+
+    geometry, itemsize = headers[0].geometry, _bytes_per_voxel(headers)
+    if not geometry.is_tilted:
+        return ScanSize(geometry=geometry, itemsize=itemsize)
+    # The scan, its copy, and mask and confidence on both grids exist at once.
+    return ScanSize(geometry=Straight.of(geometry).geometry, itemsize=2 * itemsize + COPIES)
 
 
 def _announce_plans(plans: Mapping[str, MemoryPlan], model: Model, options: InferOptions) -> None:

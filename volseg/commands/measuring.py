@@ -13,10 +13,10 @@ from volseg.commands.batch import (
     Batch,
     CaseFiles,
     Inputs,
+    as_read,
     case_files,
     input_key,
     input_paths,
-    of_volume,
     run_cases,
     run_description,
     write_case,
@@ -34,7 +34,7 @@ from volseg.io.series import split_series
 from volseg.options import MaskOptions, MeasureOptions, command
 from volseg.pages.about import About
 from volseg.postprocessing.lesions import CONNECTIVITY, Objects
-from volseg.recipe import Measure, as_recipe, parse_unit
+from volseg.recipe import SUV, Measure, as_recipe, asks_for_suv, parse_unit
 from volseg.reports import CasesReport
 from volseg.store.records import LESION_IDS, CaseRecord
 from volseg.store.results import ResultsFolder
@@ -74,7 +74,7 @@ def measure(options: MeasureOptions) -> CasesReport:
     out = options.out or Path(DEFAULT_OUT)
     stated = (options.image, options.mask, options.cases, options.recipe)
     inputs = input_paths(*stated, *chain(*map(case_files, pairs)))
-    pairs = [of_volume(case, options.volume) for case in pairs]
+    pairs = [as_read(case, options) for case in pairs]
     with ResultsFolder(out, "measure", inputs=inputs) as folder:
         batch = Batch(
             results=folder,
@@ -212,6 +212,7 @@ def settings_of_masks(options: MaskOptions) -> MaskSettings:
         "organ": options.organ,
         "lymph_nodes": options.lymph_nodes,
         "calcium": options.calcium,
+        "mtv_threshold_suv": options.mtv_threshold or None,
     }
     changes = {name: value for name, value in arguments.items() if value not in (None, (), False)}
     return MaskSettings(
@@ -226,11 +227,13 @@ def settings_of_masks(options: MaskOptions) -> MaskSettings:
 
 def _unit_of(text: str | None) -> str:
     """Return the unit given by --unit, or "" if it states none."""
+    if asks_for_suv(text):
+        return SUV
     try:
         return parse_unit(text or "")
     except ValueError as error:
         raise VolsegError(
-            f"--unit {error}", fix="--unit HU, SUV, a.u. or another unit", code="E_USAGE"
+            f"--unit {error}", fix="--unit HU, SUV, SUVbw, a.u. or another unit", code="E_USAGE"
         ) from error
 
 

@@ -18,6 +18,7 @@ from volseg.errors import ScanError
 from volseg.execution.memory import LIBRARIES, Budget
 from volseg.inputs import open_regular, read_json
 from volseg.io.formats import is_there
+from volseg.io.series import like_scan
 from volseg.io.volumes import read_header, read_mask, read_volume
 from volseg.measurement.memory import LISTED, plan_page, plan_report
 from volseg.measurement.rows import CaseRow, LesionMeasurement
@@ -119,7 +120,7 @@ def remake_page(
     if not is_there(path):
         return f"its scan {path.name} was moved or deleted"
     try:
-        ids_path = file_of(results.path, name, record.files, LESION_IDS)
+        ids_path = like_scan(file_of(results.path, name, record.files, LESION_IDS), path)
         if budget is not None:
             _check_budget(budget, name, path, ids_path)
         scan = read_volume(path, is_finite=False)

@@ -68,10 +68,10 @@ def plan(options: PlanOptions) -> PlanReport:
         refuse_unsealed(out)
         make_folder(out.parent)
     choose_device(options.device)  # before anything is read
-    recipe = recipe_for(dataset, options.recipe, options.progress)
+    recipe = recipe_for(dataset, options.recipe, options.progress, options.tilt)
     check_recipe(recipe)
     n = number_of_folds(dataset, recipe, options.folds, is_auto=options.recipe is None)
-    data = TrainingSet(dataset, recipe, options.seed, options.progress)
+    data = TrainingSet(dataset, recipe, options.seed, options.tilt, options.progress)
     fingerprint, failed = data.fingerprint(data.cases(survey := data.survey()))
     if failed:
         refuse_dataset(dataset, failed)

@@ -97,8 +97,8 @@ def prepare_dataset(
     Raises:
         VolsegError: the dataset or recipe is wrong, or no case could be read.
     """
-    recipe = recipe_for(options.dataset, options.recipe, options.progress)
-    data = TrainingSet(options.dataset, recipe, options.seed, options.progress, options.announce)
+    data = _training_set(options)
+    recipe = data.recipe
     cases = data.cases(survey := data.survey())
     inputs = input_paths(options.dataset, options.recipe, *chain(*map(case_files, cases)))
     with OutputFolder(options.out, "preprocess", inputs=inputs) as outputs:
@@ -131,6 +131,12 @@ def prepare_dataset(
         warnings=warnings,
         fingerprint=_summary(fingerprint, planned.recipe),
     )
+
+
+def _training_set(options: PreprocessOptions) -> TrainingSet:
+    recipe = recipe_for(options.dataset, options.recipe, options.progress, options.tilt)
+    stated = (options.dataset, recipe, options.seed, options.tilt)
+    return TrainingSet(*stated, options.progress, options.announce)
 
 
 @dataclass(frozen=True, slots=True)

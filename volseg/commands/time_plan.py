@@ -97,6 +97,7 @@ class TimePlan:
             prepared=call.prepared,
             budget=replace(call.budget(), is_least=True),
             seed=call.options.seed,
+            tilt=call.options.tilt,
         )
         forecast = make_forecast(
             source,

@@ -18,7 +18,7 @@ from volseg.errors import ScanError, VolsegError
 from volseg.inputs import read_json
 from volseg.io.files import sha256_of
 from volseg.io.formats import is_there
-from volseg.io.series import split_volume, with_volume
+from volseg.io.series import like_scan, split_volume, with_volume
 from volseg.io.volumes import read_mask, read_volume
 from volseg.measurement.rows import LesionMeasurement
 from volseg.measurement.specks import SPECKS
@@ -148,7 +148,7 @@ class TimePoint:
         self._check_masks(record)
         lesions = sorted(record.lesions, key=lambda lesion: lesion.lesion_id)
         path = file_of(self.results, case, record.files, LESION_IDS)
-        ids = read_mask(path, max_labels=len(lesions) + 1000)
+        ids = _read_ids(path, record.source.scan, most=len(lesions) + 1000)
         if [lesion.lesion_id for lesion in lesions] != list(range(1, int(ids.array.max()) + 1)):
             raise ScanError(
                 f"{path}: has {format_count(int(ids.array.max()), 'lesion')}, but the record of "
@@ -291,6 +291,22 @@ class CaseAtTime:
             and (first.slope, first.intercept) == (second.slope, second.intercept)
             and np.array_equal(first.array, second.array)
         )
+
+
+def _read_ids(path: Path, scan: Path | None, *, most: int) -> Volume:
+    """Read the lesion ids of a scan.
+
+    Raises:
+        ScanError: they cannot be read, or lie on tilted slices, which registration does not know.
+    """
+    ids = read_mask(path if scan is None else like_scan(path, scan), max_labels=most)
+    if ids.geometry.is_tilted:
+        raise ScanError(
+            f"{path}: lies on tilted slices, and tilted scans are not compared",
+            fix="resample both scans to right-angled grids, and measure those",
+            code="E_TILT",
+        )
+    return ids
 
 
 def _files_named(name: str, folder: Path) -> list[Path]:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from volseg.commands.batch import failure_reason, reason_of
+from volseg.commands.batch import REFUSE, failure_reason, of_tilt, reason_of
 from volseg.commands.placing import channel_notes, place_mask
 from volseg.errors import ScanError, VolsegError
 from volseg.execution.local import run
 from volseg.inputs import shorten
 from volseg.io.cases import Case, Survey, dataset_error, listed
+from volseg.io.header import TILTED
 from volseg.io.layouts import survey_cases
 from volseg.io.volumes import read_mask, read_volume
 from volseg.measurement.units import judge_unit
@@ -23,6 +24,7 @@ from volseg.options import Announce, Progress, ignore_progress, ignore_text
 from volseg.options.shared import failure_line
 from volseg.preprocessing.channels import on_one_grid
 from volseg.preprocessing.lattice import difference
+from volseg.preprocessing.tilt import Straight
 from volseg.recipe import Recipe
 from volseg.store.outputs import OutputFolder
 from volseg.volume import Volume
@@ -41,11 +43,13 @@ class TrainingSet:
     Args:
         recipe: may leave values open.
         seed: of the drawn split and of sampled voxels.
+        tilt: what becomes of tilted stacks: refuse or resample.
     """
 
     dataset: Path
     recipe: Recipe
     seed: int = 0
+    tilt: str = REFUSE
     progress: Progress = field(default=ignore_progress, compare=False)
     announce: Announce = field(default=ignore_text, compare=False)
 
@@ -54,7 +58,8 @@ class TrainingSet:
         data = self.recipe.data
         allow_missing = data.missing == "empty"
         survey = survey_cases(self.dataset, data.channels, allow_missing=allow_missing)
-        return replace(survey, mistakes=survey.mistakes + self._class_mistakes(survey.cases))
+        cases, mistakes = survey.cases, survey.mistakes + self._class_mistakes(survey.cases)
+        return replace(survey, cases=of_tilt(cases, self.tilt), mistakes=mistakes)
 
     def _class_mistakes(self, cases: Sequence[Case]) -> list[str]:
         """Return the mistake if no case with a mask has the column of the classes."""
@@ -260,6 +265,11 @@ def read_training_case(
         text = "; ".join(problem.problem for problem in problems)
         fix = "; ".join(dict.fromkeys(problem.fix for problem in problems))
         raise ScanError(text, fix=fix, code=problems[0].code)
+    if reference.geometry.is_tilted:
+        straight = Straight.of(reference.geometry)
+        images = {name: straight.scan(image) for name, image in images.items()}
+        text = f"{TILTED}: slices were moved within their planes, as their stack is tilted"
+        reference, notes = straight.mask(reference), [text, *notes]
     return TrainingCase(images, reference, tuple(notes))
 
 

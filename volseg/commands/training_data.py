@@ -60,7 +60,7 @@ def _prepared(times: TimePlan, recipe: Recipe | None, model: ModelBundle | None)
     outlook = times.foresee(recipe)
     progress = call.progress if outlook is None else outlook.guarded(call.progress)
     if recipe is None:
-        recipe = cached_recipe(options.dataset, call.work, progress)
+        recipe = cached_recipe(options.dataset, call.work, progress, options.tilt)
     if model is not None and recipe.leaves_size_open:
         recipe = _with_size_of(model, recipe, options.init)
     check_recipe(recipe)
@@ -70,7 +70,12 @@ def _prepared(times: TimePlan, recipe: Recipe | None, model: ModelBundle | None)
     # A resumed run keeps its plan, even if the free memory has changed.
     earlier = earlier_plan(call.prepared) if options.resume else None
     settings = PreprocessOptions(
-        options.dataset, recipe=recipe, out=call.prepared, seed=options.seed, progress=progress
+        options.dataset,
+        recipe=recipe,
+        out=call.prepared,
+        seed=options.seed,
+        tilt=options.tilt,
+        progress=progress,
     )
     report = prepare_dataset(settings, earlier=earlier, budget=call.budget(), refuse=True)
     if report.failed:

@@ -20,7 +20,7 @@ from nibabel.nifti1 import Nifti1Header
 from volseg.errors import ScanError, VolsegError
 from volseg.io import nifti
 from volseg.io.gzip_stream import COPY_AGAIN, refusal
-from volseg.io.header import ScanWarning, checked_grid, volume_shape
+from volseg.io.header import ScanWarning, checked_grid, refuse_tilt, volume_shape
 from volseg.io.label_table import parse_label_table, read_label_table
 from volseg.io.volumes import (
     MAX_LABELS,
@@ -178,6 +178,7 @@ def as_scan(image: Any, *, what: str = "image", placement: Placement = NOWHERE) 
     grid, warnings = stored.geometry, list(stored.warnings)
     if grid is None:
         grid, warnings = placement.grid(_shape_of(stored.array), name)
+    refuse_tilt(grid, name)
     scan = checked_scan(stored.placed(grid), name, is_finite=False)
     return InMemory(scan, image, name, tuple(warnings))
 
@@ -212,6 +213,7 @@ def as_mask(
         grid, warnings = placement.grid(_shape_of(stored.array), name)
     elif grid is None:
         grid = _grid_of_scan(stored.array, like, name)
+    refuse_tilt(grid, name)
     labels = checked_mask(stored.placed(grid), name, max_labels=max_labels, threshold=threshold)
     return InMemory(labels, mask, name, (*stored.warnings, *warnings))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,12 @@ from volseg.errors import ScanError, VolsegError
 from volseg.io.dicom_frames import Frame, rest_of
 from volseg.io.dicom_pixels import CODEC_FIX, codec_problem, stored_dtype, stored_values
 from volseg.io.dicom_series import DicomFolder, DicomVolume, collect, key_for, read_folder
+from volseg.io.dicom_suv import suv_of
 from volseg.io.gzip_stream import opened_raw, refusal
 from volseg.io.header import ScanHeader, ScanWarning, checked_grid, rounded
-from volseg.io.series import place_of, split_series
+from volseg.io.series import IN_SUV, TILT, place_of, split_marks, split_series
 from volseg.io.voxels import joined_digest
+from volseg.recipe.units import SUV
 from volseg.words import format_list
 
 
@@ -32,6 +35,8 @@ def find_volume(path: Path) -> DicomVolume:
     """
     place, key = split_series(path)
     folder = folder_of(place)
+    if TILT in split_marks(path)[1]:
+        folder.volumes = [volume.although_tilted() for volume in folder.volumes]
     if key is not None:
         matching = [volume for volume in folder.volumes if volume.key == key]
         if not matching:
@@ -57,6 +62,14 @@ def key_of(path: Path) -> str:
         return key_for(path.name)
 
 
+def is_pet(path: Path) -> bool:
+    """Check whether a path names a DICOM series of PET."""
+    try:
+        return find_volume(path).frames[0].modality == "PT"
+    except VolsegError:
+        return False
+
+
 def _listed(folder: DicomFolder) -> str:
     return format_list([volume.key for volume in folder.volumes], 5) or "none"
 
@@ -76,12 +89,28 @@ def _none_found(folder: DicomFolder, path: Path) -> ScanError:
 def read_header(path: Path) -> ScanHeader:
     """Read and check the headers of a series, without pixels.
 
+    Args:
+        path: one that ends in `#SUVbw` is read in SUV by body weight.
+
     Raises:
         ScanError: the series is no volume that can be trusted; `code` is the reason.
 
     Source: DICOM PS3.3 C.7.6.2 (image plane), C.7.6.16 (functional groups), PS3.5 8 (pixels)
     """
-    return header_of(find_volume(path), path)
+    volume = find_volume(path)
+    if IN_SUV not in split_marks(path)[1] or volume.error is not None:
+        return header_of(volume, path)
+    files = list(dict.fromkeys(frame.path for frame in volume.frames))
+    suv = suv_of(files, split_marks(path)[0])
+    frames = [_times(frame, suv.factor) for frame in volume.frames]
+    header = header_of(replace(volume, frames=tuple(frames)), path)
+    warnings = (*header.warnings, ScanWarning("N_SUV", str(suv)))
+    return replace(header, unit=SUV, warnings=warnings)
+
+
+def _times(frame: Frame, factor: float) -> Frame:
+    """Return a slice whose intensities are multiplied by a factor."""
+    return replace(frame, slope=frame.slope * factor, intercept=frame.intercept * factor)
 
 
 def header_of(volume: DicomVolume, path: Path) -> ScanHeader:

@@ -7,22 +7,23 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from volseg.io.dicom_frames import Frame, Skipped, read_frames
 from volseg.io.dicom_pixels import have_equal_pixels
-from volseg.io.header import MAX_COSINE
+from volseg.io.header import TILT_FIX
 from volseg.io.paths import visible_paths
-from volseg.volume import LPS_TO_RAS
+from volseg.volume import LPS_TO_RAS, MAX_COSINE
 from volseg.words import format_count
 
 KEY_DIGITS = 12
 SAME_PLACE = 0.01  # of the distance of slices; also in mm
 GAP = 1.5  # distance of slices, in medians, from which one is missing
 UNEVEN, VERY_UNEVEN = 0.01, 0.1  # deviation from even slices, in their distance
+TILT = "E_TILT"  # the stack is not at right angles to its slices
 TO_RAS = np.diag(LPS_TO_RAS)[:3]
 
 
@@ -59,6 +60,11 @@ class DicomVolume:
     def shape(self) -> tuple[int, int, int]:
         rows, columns = self.frames[0].pixels.shape
         return columns, rows, len(self.frames)
+
+    def although_tilted(self) -> DicomVolume:
+        """Return the volume without the error that it is tilted."""
+        findings = tuple(finding for finding in self.findings if finding.code != TILT)
+        return replace(self, findings=findings)
 
     @property
     def error(self) -> Finding | None:
@@ -228,5 +234,5 @@ def _tilt(affine: np.ndarray) -> list[Finding]:
     sine = float(np.linalg.norm(beside))
     if sine > MAX_COSINE:
         text = f"the stack of slices is tilted by {math.degrees(math.asin(min(1.0, sine))):.3g}°"
-        return [Finding("E_TILT", text, "resample it with dcm2niix")]
+        return [Finding(TILT, text, TILT_FIX)]
     return []

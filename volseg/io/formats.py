@@ -16,7 +16,7 @@ from volseg.io import dicom, metaimage, mgh, nifti, nrrd, seg_nrrd
 from volseg.io.dicom_frames import SUFFIXES as DICOM_SUFFIXES
 from volseg.io.dicom_frames import holds_dicom, is_dicom
 from volseg.io.header import ScanHeader
-from volseg.io.series import place_of, split_series, split_volume
+from volseg.io.series import place_of, split_marks, split_series, split_volume
 from volseg.io.voxels import FileContent, read_voxels
 from volseg.volume import Volume
 
@@ -97,7 +97,7 @@ def stem_of(path: Path) -> str:
 
 def table_name(path: Path) -> str:
     """Return the name of a scan in tables: of DICOM the key, since folders may name patients."""
-    return stem_of(path) if format_of(path).name == DICOM else path.name
+    return stem_of(path) if format_of(path).name == DICOM else split_marks(path)[0].name
 
 
 def result_suffix(name: str) -> str:

@@ -20,15 +20,17 @@ from volseg.io.gzip_stream import (
     opened,
     refusal,
 )
-from volseg.volume import Geometry
+from volseg.volume import MAX_COSINE, Geometry
 
 MAX_BYTES = 16 * 2**30  # voxel bytes that a header may request
 MIN_SLICE_EDGE = 8  # voxels; values on a surface are stored in one row, or in a few
 MAX_TAIL_BYTES = 2**20  # after the last voxel
 MIN_SPACING_MM, MAX_SPACING_MM = 0.01, 100.0
 ANISOTROPIC_RATIO = 20.0  # largest / smallest spacing that raises a warning
+TILTED = "W_TILT"  # code of the warning about a grid that is not right-angled
+TILT_FIX = "give --tilt resample to infer, measure, preprocess or train"
 FAR_ORIGIN_MM = 10_000.0  # longer than any scanner table
-ROUNDED_COSINE, MAX_COSINE = 1e-5, 1e-3  # between two axes: header rounding; real shear
+ROUNDED_COSINE = 1e-5  # between two axes; above it is more than the rounding of a header
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,7 @@ class ScanHeader:
         geometry: the grid.
         dtype: dtype of the stored values, in the byte order of the file.
         slope, intercept: intensity = stored value × slope + intercept.
+        unit: of the intensities, if the file proves it; empty if it does not.
         path: file of the header.
         stored: bytes of the header as stored, decompressed; empty if the reader needs none.
         n_after: bytes of later volumes of a series, behind the voxels.
@@ -63,6 +66,7 @@ class ScanHeader:
     dtype: np.dtype
     slope: float = 1.0
     intercept: float = 0.0
+    unit: str = ""
     path: Path
     stored: bytes = b""
     data_path: Path | None = None
@@ -178,6 +182,8 @@ def checked_grid(
 ) -> tuple[Geometry, list[ScanWarning]]:
     """Return the grid of a scan and its oddities; refuse one that no scanner makes.
 
+    A tilted one is an oddity; who cannot use it calls `refuse_tilt`.
+
     Args:
         source: what the affine was read from, such as `sform`, for messages.
     """
@@ -198,16 +204,10 @@ def checked_grid(
         raise refusal(path, "E_SPACING", text, "store spacing and affine in mm")
     if spacing.max() / spacing.min() > ANISOTROPIC_RATIO:
         warnings.append(ScanWarning("W_ANISO", f"voxel spacing is {listed(spacing)} mm"))
-    axes = geometry.directions
-    cosine = float(np.abs(axes.T @ axes - np.eye(3)).max())
+    cosine = geometry.largest_cosine
     if cosine > MAX_COSINE:
-        raise refusal(
-            path,
-            "E_SHEAR",
-            f"its axes are {math.degrees(math.asin(min(1.0, cosine))):.2f}° away from right angles",
-            "resample it to a right-angled grid; dcm2niix does so for CT with gantry tilt",
-        )
-    if cosine > ROUNDED_COSINE:
+        warnings.append(ScanWarning(TILTED, _tilt(cosine)))
+    elif cosine > ROUNDED_COSINE:
         text = f"axes are at right angles only within {cosine:.1e}"
         warnings.append(ScanWarning("W_SHEAR", text))
     corners = geometry.to_world_mm(np.array([(0, 0, 0), np.array(geometry.shape) - 1]))
@@ -216,6 +216,26 @@ def checked_grid(
         text = f"the scan lies {distance_mm / 1000:,.1f} m off the origin"
         warnings.append(ScanWarning("W_ORIGIN", text))
     return geometry, warnings
+
+
+def refuse_tilt(geometry: Geometry, path: Path | str) -> None:
+    """Refuse axes that are not at right angles, which most commands and formats assume.
+
+    Raises:
+        ScanError: the grid is tilted or sheared (`E_SHEAR`).
+    """
+    if geometry.is_tilted:
+        raise refusal(
+            path,
+            "E_SHEAR",
+            _tilt(geometry.largest_cosine),
+            f"{TILT_FIX}, or resample it to a right-angled grid",
+        )
+
+
+def _tilt(cosine: float) -> str:
+    degrees = math.degrees(math.asin(min(1.0, cosine)))
+    return f"its axes are {degrees:.2f}° away from right angles"
 
 
 def rounded(affine: np.ndarray) -> np.ndarray:

@@ -9,7 +9,14 @@ import numpy as np
 from nibabel.freesurfer.mghformat import DATA_OFFSET, MGHError, MGHHeader
 
 from volseg.io.gzip_stream import COPY_AGAIN, refusal
-from volseg.io.header import ScanHeader, checked_grid, listed, read_start, volume_shape
+from volseg.io.header import (
+    ScanHeader,
+    checked_grid,
+    listed,
+    read_start,
+    refuse_tilt,
+    volume_shape,
+)
 from volseg.io.series import split_volume
 from volseg.io.voxels import FileContent, voxel_bytes
 from volseg.volume import Volume
@@ -79,6 +86,7 @@ def encode(volume: Volume, path: Path, like: ScanHeader | None = None) -> FileCo
         ValueError: the dtype or scale cannot be stored.
     """
     volume_shape(volume.geometry.shape, path)
+    refuse_tilt(volume.geometry, path)
     if volume.is_scaled:
         raise ValueError("MGH holds no slope and intercept")
     header, geometry = MGHHeader(), volume.geometry

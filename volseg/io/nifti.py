@@ -84,7 +84,8 @@ def encode(volume: Volume, path: Path, like: ScanHeader | None = None) -> FileCo
     affine = volume.geometry.affine
     if source is None:
         with np.errstate(over="ignore"):
-            header.set_qform(affine, code=1)
+            # A qform holds no tilt: other readers must take the sform.
+            header.set_qform(affine, code=0 if volume.geometry.is_tilted else 1)
             header.set_sform(affine, code=1)
             affine = affine.astype(header["srow_x"].dtype)
         header["xyzt_units"] = 2
@@ -296,8 +297,10 @@ def _check_against_sform(
 ) -> list[ScanWarning]:
     """Check pixdim and qform, on which other readers may rely, against the sform."""
     spacing = np.array(geometry.spacing_mm)
-    difference = np.abs(np.abs(pixdim) - spacing)
-    if not np.isfinite(pixdim).all() or (difference > SPACING_TOLERANCE * spacing).any():
+    # Of a tilted stack some converters store the distance of the slices instead.
+    distances = np.stack([spacing, geometry.slice_distances_mm])
+    is_near = np.abs(np.abs(pixdim) - distances) <= SPACING_TOLERANCE * spacing
+    if not np.isfinite(pixdim).all() or not is_near.any(axis=0).all():
         raise refusal(
             path,
             "E_PIXDIM",

@@ -13,7 +13,14 @@ import numpy as np
 
 from volseg.inputs import MAX_NAME, label_value, shorten
 from volseg.io.gzip_stream import fill, refusal
-from volseg.io.header import ScanHeader, SeriesShape, checked_grid, rounded, volume_shape
+from volseg.io.header import (
+    ScanHeader,
+    SeriesShape,
+    checked_grid,
+    refuse_tilt,
+    rounded,
+    volume_shape,
+)
 from volseg.io.nrrd import Axes, Fields, encode_with, parse_fields, read_fields, scan_header
 from volseg.io.series import split_volume
 from volseg.io.text_header import header_refusal, shown
@@ -105,6 +112,7 @@ def encode_named(volume: Volume, path: Path, names: Mapping[int, str]) -> FileCo
     """
     volume_shape(volume.geometry.shape, path)
     checked_grid(volume.geometry.shape, rounded(volume.geometry.affine), path, source="affine")
+    refuse_tilt(volume.geometry, path)
     labels = volume.array
     if labels.dtype.kind not in "iu" or labels.min() < 0 or volume.is_scaled:
         raise ValueError("a segmentation holds labels, whole numbers from 0 up")

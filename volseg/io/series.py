@@ -1,4 +1,7 @@
-"""Paths of volumes: `scan.nii.gz#3` is the third of a file, `folder#s…` a DICOM series."""
+"""Paths of volumes: `scan.nii.gz#3` is the third of a file, `folder#s…` a DICOM series.
+
+A mark at the end says how a volume is read: `folder#s…#SUVbw` is a PET in SUV.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,33 @@ from pathlib import Path
 
 NUMBER = re.compile(r"[1-9][0-9]{0,5}")
 KEY = re.compile(r"s[0-9a-f]{12}")  # of a DICOM series in a folder
+IN_SUV = "SUVbw"  # convert a PET to standardised uptake values
+TILT = "tilt"  # accept a stack that is not at right angles to its slices
+MARKS = (IN_SUV, TILT)
+
+
+def split_marks(path: Path) -> tuple[Path, tuple[str, ...]]:
+    """Return the path of a volume, and the marks that say how it is read.
+
+    >>> split_marks(Path("study#s0123456789ab#SUVbw"))[1]
+    ('SUVbw',)
+    """
+    marks: tuple[str, ...] = ()
+    while True:
+        name, _, mark = path.name.rpartition("#")
+        if not name or mark not in MARKS or path.exists():
+            return path, marks
+        path, marks = path.with_name(name), (mark, *marks)
+
+
+def with_mark(path: Path, mark: str) -> Path:
+    """Return the path of a volume that is read in the way of a mark."""
+    return path if mark in split_marks(path)[1] else path.with_name(f"{path.name}#{mark}")
+
+
+def like_scan(mask: Path, scan: Path) -> Path:
+    """Return the path of a mask that may be tilted if its scan may be."""
+    return with_mark(mask, TILT) if TILT in split_marks(scan)[1] else mask
 
 
 def split_volume(path: Path) -> tuple[Path, int | None]:
@@ -15,6 +45,7 @@ def split_volume(path: Path) -> tuple[Path, int | None]:
     >>> split_volume(Path("scan.nii.gz#3"))[1]
     3
     """
+    path, _ = split_marks(path)
     name, _, number = path.name.rpartition("#")
     if not name or not NUMBER.fullmatch(number) or path.exists():
         return path, None
@@ -27,6 +58,7 @@ def split_series(path: Path) -> tuple[Path, str | None]:
     >>> split_series(Path("study#s0123456789ab"))[1]
     's0123456789ab'
     """
+    path, _ = split_marks(path)
     name, _, key = path.name.rpartition("#")
     if not name or not KEY.fullmatch(key) or path.exists():
         return path, None

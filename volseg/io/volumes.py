@@ -15,8 +15,8 @@ from volseg.errors import ScanError, VolsegError, given_path
 from volseg.io import nifti
 from volseg.io.formats import DICOM, WRITABLE, format_of, is_scan
 from volseg.io.gzip_stream import opened_raw, refusal, skip
-from volseg.io.header import MAX_BYTES, ScanHeader, check_size, is_compressed
-from volseg.io.series import split_volume, with_volume
+from volseg.io.header import MAX_BYTES, ScanHeader, check_size, is_compressed, refuse_tilt
+from volseg.io.series import IN_SUV, TILT, split_marks, split_volume, with_volume
 from volseg.io.voxels import (
     StreamedContent,
     finite_range,
@@ -36,15 +36,24 @@ def read_header(path: Path | str, *, max_bytes: int = MAX_BYTES) -> ScanHeader:
     """Read the header of a scan, without voxels; it is checked against the size of the file.
 
     Args:
-        path: `scan.nii.gz#3` is the third volume of a file that holds several.
+        path: `scan.nii.gz#3` is the third volume of a file that holds several. A path that ends in
+            `#tilt` may be of a tilted stack of slices, and one in `#SUVbw` of a PET in SUV.
         max_bytes: a header that asks for more voxel bytes is refused.
 
     Raises:
         ScanError: the file or its header cannot be trusted; `code` is the reason.
     """
     path = Path(path)
-    header = format_of(path).read_header(path)
+    row = format_of(path)
+    header = row.read_header(path)
     check_size(header, path, max_bytes)
+    plain, marks = split_marks(path)
+    if TILT not in marks:
+        refuse_tilt(header.geometry, plain)
+    if IN_SUV in marks and row.name != DICOM:
+        problem = f"{row.name} does not say what SUV needs, such as dose and weight"
+        fix = "give the DICOM series; if its intensities are SUV already, --unit SUV"
+        raise refusal(plain, "E_SUV", problem, fix)
     return header
 
 
@@ -167,7 +176,7 @@ def _read_stored(path: Path) -> Volume:
     header = read_header(path)
     array, sha256 = format_of(path).read_voxels(header, path)
     sha256 += _volume_mark(path)
-    return Volume(array, header.geometry, header.slope, header.intercept, sha256)
+    return Volume(array, header.geometry, header.slope, header.intercept, sha256, unit=header.unit)
 
 
 def scan_digest(path: Path) -> str:
@@ -186,9 +195,10 @@ def scan_digest(path: Path) -> str:
 
 
 def _volume_mark(path: Path | str) -> str:
-    """Return what tells the volumes of a file apart, behind its SHA-256."""
+    """Return what tells the volumes of a file apart, and how it is read, behind its SHA-256."""
     _, number = split_volume(Path(path))
-    return "" if number is None else f"#{number}"
+    marks = [] if number is None else [str(number)]
+    return "".join(f"#{mark}" for mark in (*marks, *split_marks(Path(path))[1]))
 
 
 def write_volume(
@@ -233,6 +243,8 @@ def write_volume(
     if volume.array.dtype == np.bool_:
         volume = Volume(volume.array.view(np.uint8), volume.geometry)
     source = None if like is None else read_header(like)
+    if source is None:
+        refuse_tilt(volume.geometry, path)
     if source and not np.array_equal(source.geometry.affine, volume.geometry.affine):
         raise ValueError(f"the volume lies on another grid than {like}")
     if label_names and row.encode_named is not None:

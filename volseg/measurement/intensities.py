@@ -11,11 +11,15 @@ import numpy as np
 from volseg.measurement.cells import NOTHING, Cells, joined
 from volseg.measurement.density import SCHNEIDER, agatston, density_g_cm3, statistics
 from volseg.measurement.lesion_box import LesionBox
+from volseg.measurement.peak import intensity_peak
 from volseg.measurement.ragged import Ragged
 from volseg.measurement.scan import CanonicalScan, SegmentedScan
 from volseg.words import format_count
 
 NEEDED = tuple(f"intensity_{name}" for name in ("mean", "sd", "min", "p10", "median", "p90", "max"))
+
+MTV_FRACTION = 0.41  # of SUVmax
+UPTAKE = ("tlg_g", "mtv41_ml", "tlg41_g", "mtv_fixed_ml", "tlg_fixed_g")
 
 
 def intensity_cells(lesions: Sequence[LesionBox]) -> list[Cells]:
@@ -27,6 +31,7 @@ def intensity_cells(lesions: Sequence[LesionBox]) -> list[Cells]:
         Ragged.of([lesion.values(view.image.array) for lesion in lesions], view.image),
         view,
         cores=cores,
+        peaks=map(_peak_cells, lesions) if view.scan.unit.is_suv else repeat(NOTHING),
         calcium=map(_calcium_cells, lesions) if view.scan.is_calcium_scored else repeat(NOTHING),
     )
 
@@ -36,12 +41,13 @@ def value_cells(
     view: CanonicalScan,
     *,
     cores: Iterable[Cells] = repeat(NOTHING),
+    peaks: Iterable[Cells] = repeat(NOTHING),
     calcium: Iterable[Cells] = repeat(NOTHING),
 ) -> list[Cells]:
     """Return the columns that follow from the intensities of each lesion.
 
     Args:
-        cores, calcium: columns that depend on the places of the voxels, if they were measured.
+        cores, peaks, calcium: columns that depend on the places of voxels, if they were measured.
     """
     scan = view.scan
     doubt, need_hu = _unit_cells(scan)
@@ -49,7 +55,9 @@ def value_cells(
     has_lost = ~(np.isfinite(values.first) & np.isfinite(values.last))
     lost = _counts(values, has_lost, lambda part: ~np.isfinite(part))
     density = _density_cells(values, view) if scan.unit.is_hu else repeat(NOTHING)
-    lesions = zip(lost, values.counts.tolist(), _statistic_cells(values), cores, density, calcium)
+    uptake = _uptake_cells(values, view) if scan.unit.is_suv else repeat(NOTHING)
+    columns = (_statistic_cells(values), cores, density, peaks, uptake, calcium)
+    lesions = zip(lost, values.counts.tolist(), *columns)
     return [
         joined((doubt, _lost_cells(n_lost, n_voxels, scan), need_hu))
         if n_lost
@@ -78,6 +86,7 @@ def _lost_cells(n_lost: int, n_voxels: int, scan: SegmentedScan) -> Cells:
     """Return the cells of a lesion with voxels that are not finite."""
     names = ["intensity"]
     names += ["mass", "density"] if scan.unit.is_hu else []
+    names += ["suv_peak", "mtv", "tlg"] if scan.unit.is_suv else []
     names += ["agatston_score", "calcium"] if scan.is_calcium_scored else []
     note = f"{', '.join(names)}: {n_lost} of {n_voxels} voxels are not finite"
     return Cells(dict.fromkeys(NEEDED, math.nan), note)
@@ -125,6 +134,31 @@ def _density_cells(values: Ragged, view: CanonicalScan) -> Iterator[Cells]:
         ]
         mass_g = density * n_voxels * view.voxel_mm3 / 1000
         yield Cells({"density_g_cm3": density, "mass_g": mass_g}, "; ".join(notes))
+
+
+def _peak_cells(lesion: LesionBox) -> Cells:
+    peak = intensity_peak(lesion)
+    note = "suv_peak: a voxel near each voxel of the lesion is not finite"
+    return Cells({"suv_peak": peak}, note if math.isnan(peak) else "")
+
+
+def _uptake_cells(values: Ragged, view: CanonicalScan) -> Iterator[Cells]:
+    """Yield the metabolic volumes and their glycolysis, of each lesion."""
+    fixed = view.scan.settings.mtv_threshold_suv
+    with np.errstate(invalid="ignore"):
+        thresholds = (
+            MTV_FRACTION * values.last.astype(np.float64),
+            np.full(len(values.counts), fixed),
+        )
+        totals = [values.sum()]
+        for suv in thresholds:
+            totals.append(values.sum(lambda part, n, least=suv: np.where(part >= least[n], 1.0, 0)))
+            totals.append(
+                values.sum(lambda part, n, least=suv: np.where(part >= least[n], part, 0))
+            )
+    voxel_ml = view.voxel_mm3 / 1000
+    for row in zip(*((total * voxel_ml).tolist() for total in totals), strict=True):
+        yield Cells(dict(zip(UPTAKE, row, strict=True)))
 
 
 def _calcium_cells(lesion: LesionBox) -> Cells:

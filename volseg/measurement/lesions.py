@@ -113,7 +113,7 @@ def _shape_cells(lesion: LesionBox) -> Cells:
     form, scan = lesion.form, lesion.view.scan
     axes, ends = form.diameters, lesion.start_mm + form.axes_mm
     low, high = lesion.start_mm + form.extent_mm
-    slice_mm = max(lesion.view.image.geometry.spacing_mm)
+    slice_mm = max(lesion.view.image.geometry.slice_distances_mm)
     label, n_voxels = (
         values[lesion.number - 1] for values in (scan.lesions.labels, scan.lesions.n_voxels)
     )

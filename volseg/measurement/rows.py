@@ -145,6 +145,32 @@ class LesionMeasurement:
     calcium_mass_mg: float | None = column(
         "mg", "their mean HU × volume × the recipe's calibration factor; empty without one", None
     )
+    suv_peak: float | None = column(
+        "SUV",
+        "highest mean of a ball of 1 cm³ (radius 6.2 mm) round any voxel of the lesion, over all "
+        "voxels of the scan whose centres lie in it; only if the unit is SUV. SUVmax is "
+        "intensity_max, SUVmean intensity_mean",
+        None,
+        source="IBSI 0F91 (global intensity peak)",
+    )
+    mtv41_ml: float | None = column(
+        "mL",
+        "metabolic tumour volume: voxels of the lesion from 41 % of its SUVmax up; only if the "
+        "unit is SUV",
+        None,
+        source="EANM, Eur J Nucl Med Mol Imaging 42:328 (2015)",
+    )
+    mtv_fixed_ml: float | None = column(
+        "mL", "the same, from a fixed SUV up: `--mtv-threshold`, by default 4", None
+    )
+    tlg_g: float | None = column(
+        "g",
+        "total lesion glycolysis: SUVmean × volume_ml; only if the unit is SUV",
+        None,
+        source="Larson, Clin Positron Imaging 2:159 (1999)",
+    )
+    tlg41_g: float | None = column("g", "the same of the voxels in mtv41_ml", None)
+    tlg_fixed_g: float | None = column("g", "the same of the voxels in mtv_fixed_ml", None)
     surface_area_mm2: float | None = column(
         "mm²", "area of the surface that encloses volume_mesh_mm3", None, source="IBSI C0JK"
     )

@@ -125,6 +125,7 @@ class Specks:
             "nearest_lesion_mm",
             "intensity_mean_eroded1",
             *(["volume_expected_ml"] if scan.confidence is not None else []),
+            *(["suv_peak"] if scan.unit.is_suv else []),
             *(["calcium"] if scan.is_calcium_scored else []),
             *(["class"] if scan.classes is not None and not scan.unit.doubt else []),
         ]

@@ -61,10 +61,15 @@ class Unit:
         """True if density, mass and calcium may be computed: HU, stated and not contradicted."""
         return self.name == HU and not self.doubt
 
+    @property
+    def is_suv(self) -> bool:
+        """True if uptake may be computed: SUV, stated and not contradicted."""
+        return self.name == SUV and not self.doubt
+
 
 def warnings_in(text: str | None) -> list[tuple[str, str]]:
     """Split a `warnings` cell, of cases.csv for example, into (code, sentence) pairs."""
-    parts = re.split(r"; (?=W_[A-Z]+: )", text) if text else []
+    parts = re.split(r"; (?=[NW]_[A-Z]+: )", text) if text else []
     return [(code, sentence) for code, _, sentence in (part.partition(": ") for part in parts)]
 
 
@@ -89,16 +94,20 @@ def judge_unit(scan: Volume, stated: str | None, *, by: str = "--unit") -> Unit:
     """Return the unit of a scan's intensities; the same for all 48 axis orders.
 
     Args:
-        stated: HU, SUV, a.u. or any other name; None: guess it.
+        stated: HU, SUV, a.u. or any other name; None: that which the file proves, else guess it.
         by: who stated it, for the sentence of doubt.
 
     Raises:
         ValueError: `stated` is a misspelling of HU, SUV or a.u.
     """
+    if stated is None and scan.unit:
+        stated, by = scan.unit, "the header"
     if stated is None:
         return _guess(scan)
     name = parse_unit(stated)
     reason = contradiction(scan, name)
+    if not reason and scan.unit not in ("", name):
+        reason = f"the scan was converted to {scan.unit}"
     if not reason:
         return Unit(name=name)
     return Unit(name=ARBITRARY, doubt=f"{by} states {name}, but {reason}", is_contradicted=True)

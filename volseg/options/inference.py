@@ -18,11 +18,13 @@ from volseg.options.declare import (
 from volseg.options.shared import (
     RESULTS,
     Announcing,
+    InUnit,
     Limited,
     OfSeries,
     OnDevice,
     Pictured,
     Progressing,
+    Tilted,
 )
 
 
@@ -44,7 +46,7 @@ class LoadOptions(OnDevice):
 
 
 @options
-class InferOptions(LoadOptions, OfSeries, Limited, Pictured, Announcing):
+class InferOptions(LoadOptions, OfSeries, InUnit, Tilted, Limited, Pictured, Announcing):
     """Segment scans and measure every lesion, or classify images.
 
     Writes masks, lesions.csv and cases.csv. Each mask has the voxel grid of its scan. A lesion is a

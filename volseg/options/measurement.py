@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from volseg.options.declare import (
-    Options,
     Range,
     argument,
     input_path,
@@ -21,7 +20,15 @@ from volseg.options.declare import (
     options,
     path,
 )
-from volseg.options.shared import RESULTS, Announcing, Limited, OfSeries, Pictured
+from volseg.options.shared import (
+    RESULTS,
+    Announcing,
+    InUnit,
+    Limited,
+    OfSeries,
+    Pictured,
+    Tilted,
+)
 
 OBJECTS = ("components", "labels")
 THRESHOLD_HELP = (
@@ -34,7 +41,7 @@ if TYPE_CHECKING:
 
 
 @options
-class MaskOptions(Options):
+class MaskOptions(InUnit):
     """What is measured of a mask."""
 
     objects: str = option(
@@ -48,12 +55,6 @@ class MaskOptions(Options):
         "table in the mask file.",
         default=None,
         kind=Path,
-    )
-    intensity_unit: str | None = option(
-        "Unit of the intensities: HU, SUV, a.u. or another; only HU gives density and mass. "
-        "Default: guessed from the scan.",
-        default=None,
-        flag="--unit",
     )
     recipe: Path | str | Recipe | None = option(
         "Take label names, unit and [measure] settings from this recipe.", default=None, kind=str
@@ -70,11 +71,16 @@ class MaskOptions(Options):
         converter=names,
         flag="--lymph-node",
     )
+    mtv_threshold: float | None = option(
+        "SUV from which a voxel counts in mtv_fixed_ml, e.g. 2.5; default: the recipe's, else 4.",
+        default=None,
+        values=Range(0.0),
+    )
     calcium: bool = option("Also compute Agatston, volume and mass scores.", default=False)
 
 
 @options
-class MeasureOptions(MaskOptions, OfSeries, Limited, Pictured, Announcing):
+class MeasureOptions(MaskOptions, OfSeries, Tilted, Limited, Pictured, Announcing):
     """Measure the lesions in existing masks, without a model.
 
     Reports volume, density, shape, diameters and position of every lesion. Give --image and --mask,

@@ -106,6 +106,29 @@ class OfSeries(Options):
 
 
 @options
+class Tilted(Options):
+    tilt: str = option(
+        "Stacks of slices that are not at right angles to them, as in CT with a tilted gantry: "
+        "refuse them, or resample: move the slices of what the network sees within their planes. "
+        "Masks and measurements stay on the slices of the scan.",
+        default="refuse",
+        values=("refuse", "resample"),
+    )
+
+
+@options
+class InUnit(Options):
+    intensity_unit: str | None = option(
+        "Unit of the intensities: HU, SUV, a.u. or another; only HU gives density and mass, only "
+        "SUV uptake. SUVbw converts PET in DICOM to SUV by body weight, or refuses it. Default: "
+        "guessed from the scan; with a model that of the model, beside which only SUVbw is "
+        "possible.",
+        default=None,
+        flag="--unit",
+    )
+
+
+@options
 class Pictured(Options):
     figures: bool = option("Also write a PNG per scan with its lesions outlined.", default=False)
     pages: bool = option(

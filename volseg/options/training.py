@@ -31,6 +31,7 @@ from volseg.options.shared import (
     OnDevice,
     Progressing,
     Seeded,
+    Tilted,
 )
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class CasesOptions(Options):
 
 
 @options
-class PlanningOptions(OnDevice, Seeded):
+class PlanningOptions(OnDevice, Seeded, Tilted):
     """What planning needs."""
 
     memory: int | None = option(

@@ -21,7 +21,7 @@ from volseg.recipe.preprocess import Preprocess
 from volseg.recipe.section import AUTO, Intensity, LabelValue, Name, Text
 from volseg.recipe.segment import PLANNED_LAYERS, Measure, Roi, Step
 from volseg.recipe.train import Augment, Loss, Network, Train
-from volseg.recipe.units import ARBITRARY, HU, SUV, UNITS, parse_unit
+from volseg.recipe.units import ARBITRARY, HU, SUV, UNITS, asks_for_suv, parse_unit
 
 __all__ = [
     "ARBITRARY",
@@ -54,6 +54,7 @@ __all__ = [
     "ZScore",
     "as_any_recipe",
     "as_recipe",
+    "asks_for_suv",
     "listed",
     "load_any_recipe",
     "load_recipe",

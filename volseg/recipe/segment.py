@@ -98,6 +98,7 @@ class Measure(Section):
     calcium_threshold_hu: Intensity = 130.0
     # of the scanner, from its calibration phantom; without it no mass score
     calcium_mg_per_ml_hu: Positive | None = None
+    mtv_threshold_suv: Positive = 4.0  # from which the fixed metabolic tumour volume counts
 
     @model_validator(mode="after")
     def _density_ascends(self) -> Measure:
