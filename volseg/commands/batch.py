@@ -23,7 +23,7 @@ from volseg.execution.memory import Budget
 from volseg.io.cases import Case
 from volseg.io.formats import RESULT_SUFFIX, table_name
 from volseg.io.header import ScanWarning
-from volseg.io.volumes import read_header, scan_digest, volume_of, write_volume
+from volseg.io.volumes import mask_digest, read_header, scan_digest, volume_of, write_volume
 from volseg.measurement.rows import CaseRow
 from volseg.measurement.saturation import intensity_warnings
 from volseg.measurement.specks import MeasuredLesions
@@ -90,8 +90,10 @@ class Inputs:
 
     def of(self, case: Case) -> tuple[str, ...]:
         if case.id not in self._digests:
-            paths = case_files(case) if self._of_masks else case.images.values()
-            self._digests[case.id] = tuple(map(digest_of, paths))
+            digests = [digest_of(path) for path in case.images.values()]
+            if self._of_masks and case.reference is not None:
+                digests.append(mask_digest_of(case.reference, _scan_of(case)))
+            self._digests[case.id] = tuple(digests)
         return self._digests[case.id]
 
     def were_read(self, case: Case, digests: Iterable[str]) -> None:
@@ -442,6 +444,18 @@ def digest_of(path: Path) -> str:
     """Return the SHA-256 of a scan, or its path if it cannot be read."""
     try:
         return scan_digest(path)
+    except ScanError:
+        return str(path)
+
+
+def mask_digest_of(path: Path, scan: Path | None) -> str:
+    """Return the SHA-256 of a mask, or its path if it cannot be read.
+
+    Args:
+        scan: on which it is drawn, if known.
+    """
+    try:
+        return mask_digest(path, scan)
     except ScanError:
         return str(path)
 

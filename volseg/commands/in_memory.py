@@ -27,6 +27,7 @@ from volseg.io.arrays import (
     label_names_of,
     like_source,
     needs_placement,
+    notes_on_mask,
     type_name,
 )
 from volseg.measurement.rows import CaseRow, LesionMeasurement
@@ -291,7 +292,8 @@ def measure_mask(options: MeasureMaskOptions) -> MaskResult:
         scan=scan.volume,
         mask=mask.volume,
         names=(scan.name, mask.name),
-        label_names=settings.label_names or label_names_of(options.mask),
+        label_names=settings.label_names or label_names_of(options.mask, scan),
+        notes=notes_on_mask(options.mask, scan),
     )
     lesions, remarks = measure_masked(masked, settings)
     measured = MeasuredCase(
