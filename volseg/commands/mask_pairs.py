@@ -215,8 +215,8 @@ class MaskPairs:
         masks = self.truths[case_id], self.guesses[case_id]
         paths = [mask.path for mask in masks]
         budget = self.budget
-        headers = [read_mask_header(mask.path, mask.scan) for mask in masks]
         process = budget.process
+        headers = [read_mask_header(mask.path, mask.scan) for mask in masks]
         reading = plan_reading(headers, process=process)
         enough = most_evaluating(headers, process=process).total
         if refusal := budget.refusal(reading, enough=enough):

@@ -9,12 +9,14 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from volseg.io.dicom_frames import (
     MAX_FRAMES,
     Frame,
+    PixelFormat,
     Unusable,
     enhanced_frames,
     pixel_format,
@@ -30,19 +32,21 @@ from volseg.io.dicom_object import (
     name_of,
     overlap_fix,
 )
-from volseg.io.dicom_pixels import CODEC_FIX, IMPLICIT, PLAIN, PLUGINS, codec_problem
+from volseg.io.dicom_pixels import BIG, CODEC_FIX, IMPLICIT, PLUGINS, codec_problem
 from volseg.io.dicom_series import TO_RAS
 from volseg.io.gzip_stream import COPY_AGAIN, opened_raw, refusal
 from volseg.io.header import ScanHeader, checked_grid, rounded
-from volseg.io.series import split_segments
+from volseg.io.series import place_of, split_segments
 from volseg.io.text_header import shown
 
 SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
 LABELMAP = "1.2.840.10008.5.1.4.1.1.66.7"
 CLASSES = (SEGMENTATION, LABELMAP)
+BINARY, FRACTIONAL, LABELS = "BINARY", "FRACTIONAL", "LABELMAP"
 OFF_GRID = 0.1  # of the distance of slices, from which a frame is not on the grid
 SAME_PLACE_MM = 0.01
 MAX_SLICES = 100_000
+DISTANCES = ("SpacingBetweenSlices", "SliceThickness")
 MAX_LISTED = 3  # pairs of segments in a message
 
 
@@ -76,27 +80,14 @@ def read_header(file: DicomObject, path: Path) -> ScanHeader:
 
     Source: DICOM PS3.3 C.8.20 (segmentation), C.7.6.16 (functional groups)
     """
-    data = file.data
-    kind = "LABELMAP" if file.sop_class == LABELMAP else str(data.get("SegmentationType", ""))
-    if kind not in ("BINARY", "FRACTIONAL", "LABELMAP"):
-        raise refusal(path, "E_LABELS", f"is a segmentation of type {kind or 'unknown'}", FIX)
-    names = {
-        int(item.SegmentNumber): name_of(item, "SegmentLabel")
-        for item in items_of(data, "SegmentSequence")
-    }
-    names.pop(0, None)  # the background of a label map
-    taken = choose_segments(names, split_segments(path)[1], path, "segment")
-    names = {label: names[label] for label in taken}
-    if kind == "FRACTIONAL" and len(names) > 1:
-        problem = f"holds fractions of {len(names)} segments"
-        fix = f"choose one of them, such as {file.path.name}#{min(names)}"
-        raise refusal(path, "E_LABELS", problem, fix)
+    data, kind = file.data, _kind_of(file, path)
+    names = _names(data, kind, path)
     frames = _frames(file)
-    affine, places = _grid(frames, data, path)
+    affine, places = _grid(frames, data)
     rows, columns = frames[0].pixels.shape
     shape = (columns, rows, max(places) + 1)
     geometry, oddities = checked_grid(shape, rounded(affine), path, source="DICOM header")
-    is_fraction = kind == "FRACTIONAL"
+    is_fraction = kind == FRACTIONAL
     most = 255 if is_fraction else max(names, default=1)
     return ScanHeader(
         geometry=geometry,
@@ -116,6 +107,29 @@ def read_header(file: DicomObject, path: Path) -> ScanHeader:
     )
 
 
+def _kind_of(file: DicomObject, path: Path) -> str:
+    if file.sop_class == LABELMAP:
+        return LABELS
+    kind = str(file.data.get("SegmentationType", ""))
+    if kind not in (BINARY, FRACTIONAL):
+        raise refusal(path, "E_LABELS", f"is a segmentation of type {kind or 'unknown'}", FIX)
+    return kind
+
+
+def _names(data: Any, kind: str, path: Path) -> dict[int, str]:
+    """Return number → name of the segments that the path names; of all if it names none."""
+    names = {
+        int(item.SegmentNumber): name_of(item, "SegmentLabel")
+        for item in items_of(data, "SegmentSequence")
+    }
+    names.pop(0, None)  # the background of a label map
+    taken = choose_segments(names, split_segments(path)[1], path, "segment")
+    if kind == FRACTIONAL and len(taken) > 1:
+        fix = f"choose one of them, such as {place_of(path).name}#{min(names)}"
+        raise refusal(path, "E_LABELS", f"holds fractions of {len(taken)} segments", fix)
+    return {label: names[label] for label in taken}
+
+
 def _frames(file: DicomObject) -> list[Frame]:
     data = file.data
     n = int(data.get("NumberOfFrames") or 1)
@@ -129,6 +143,8 @@ def _frames(file: DicomObject) -> list[Frame]:
         "frame_of_reference": text_of(data, "FrameOfReferenceUID"),
         "pixels": pixel_format(data, file.offset, ""),
     }
+    if common["pixels"].bits_allocated == 1 and file.syntax == BIG:
+        raise Unusable("E_DTYPE: stores single bits in big-endian order")
     frames = list(enhanced_frames(data, n, common))
     first = frames[0]
     for frame in frames:
@@ -138,30 +154,17 @@ def _frames(file: DicomObject) -> list[Frame]:
     return frames
 
 
-def _grid(frames: Sequence[Frame], data: object, path: Path) -> tuple[np.ndarray, list[int]]:
-    """Return the affine (4, 4) to RAS mm, and the slice of each frame.
-
-    The distance of slices is that which the header states, or the smallest between two frames: as
-    empty frames are left out, most frames may be further apart.
-    """
+def _grid(frames: Sequence[Frame], data: Any) -> tuple[np.ndarray, list[int]]:
+    """Return the affine (4, 4) to RAS mm, and the slice of each frame, from 0 along the normal."""
     first = frames[0]
     normal = np.cross(first.axes[0], first.axes[1])
     positions = np.array([frame.position_mm for frame in frames])
     along = positions @ normal
-    order = np.argsort(along, kind="stable")
-    offsets = along - along[order[0]]
-    gaps = np.diff(np.sort(offsets))
-    gaps = gaps[gaps > SAME_PLACE_MM]
-    stated = [*_stated_distances(data), *([float(gaps.min())] if len(gaps) else [])]
-    if not stated:
-        raise Unusable("E_NOGEOM: the distance of its slices is unknown")
-    distance = next((mm for mm in stated if _is_even(offsets, mm)), None)
-    if distance is None:
-        raise Unusable(f"E_UNEVEN: its frames are not multiples of {stated[0]:.4g} mm apart")
-    places = np.rint(offsets / distance).astype(int)
+    start, last = int(along.argmin()), int(along.argmax())
+    distance = _distance(along - along[start], data)
+    places = np.rint((along - along[start]) / distance).astype(int)
     if places.max() >= MAX_SLICES:
         raise Unusable(f"E_TOOBIG: its frames span {places.max() + 1:,} slices")
-    start, last = order[0], order[-1]
     step = normal * distance
     if places[last] > 0:
         step = (positions[last] - positions[start]) / places[last]
@@ -176,12 +179,29 @@ def _grid(frames: Sequence[Frame], data: object, path: Path) -> tuple[np.ndarray
     return affine, places.tolist()
 
 
+def _distance(offsets: np.ndarray, data: Any) -> float:
+    """Return the distance of slices in mm, of which each offset (n,) must be a multiple.
+
+    It is that which the header states, or the smallest between two frames: as empty frames are
+    left out, most frames may be further apart.
+    """
+    gaps = np.diff(np.sort(offsets))
+    gaps = gaps[gaps > SAME_PLACE_MM]
+    distances = [*_stated_distances(data), *([float(gaps.min())] if len(gaps) else [])]
+    if not distances:
+        raise Unusable("E_NOGEOM: the distance of its slices is unknown")
+    distance = next((mm for mm in distances if _is_even(offsets, mm)), None)
+    if distance is None:
+        raise Unusable(f"E_UNEVEN: its frames are not multiples of {distances[0]:.4g} mm apart")
+    return distance
+
+
 def _is_even(offsets: np.ndarray, distance: float) -> bool:
     steps = offsets / distance
     return bool(np.abs(steps - np.rint(steps)).max() < OFF_GRID)
 
 
-def _stated_distances(data) -> list[float]:
+def _stated_distances(data: Any) -> list[float]:
     measures = [
         item
         for group in items_of(data, "SharedFunctionalGroupsSequence")
@@ -192,12 +212,9 @@ def _stated_distances(data) -> list[float]:
     return [mm for mm in numbers if math.isfinite(mm) and mm > 0]
 
 
-DISTANCES = ("SpacingBetweenSlices", "SliceThickness")
-
-
-def _segments(data, n: int, kind: str) -> list[int]:
+def _segments(data: Any, n: int, kind: str) -> list[int]:
     """Return the number of the segment of each frame, which all frames may share."""
-    if kind == "LABELMAP":
+    if kind == LABELS:
         return [0] * n
     shared = items_of(data, "SharedFunctionalGroupsSequence")
     segments = []
@@ -213,7 +230,7 @@ def _segments(data, n: int, kind: str) -> list[int]:
     return segments
 
 
-def _padding(data) -> tuple[int, ...]:
+def _padding(data: Any) -> tuple[int, ...]:
     value = data.get("PixelPaddingValue")
     return () if value is None else (int(value),)
 
@@ -253,12 +270,12 @@ def overlap_refusal(pairs: Sequence[tuple[int, int]], names: dict[int, str], pat
 
 def _labels_of(seg: Segmentation, index: int, stored: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Return the labels (rows, columns) of a frame; 0 where no segment that is taken is."""
-    if seg.kind == "LABELMAP":
+    if seg.kind == LABELS:
         is_taken = np.isin(stored, list(seg.names)) & ~np.isin(stored, seg.background)
         return np.where(is_taken, stored, 0).astype(dtype)
     if seg.segments[index] not in seg.names:
         return np.zeros(stored.shape, dtype)
-    if seg.kind == "FRACTIONAL":
+    if seg.kind == FRACTIONAL:
         return stored.astype(dtype)
     return (stored != 0).astype(dtype) * dtype.type(seg.segments[index])
 
@@ -268,34 +285,34 @@ def _stored_frames(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield the index and the stored (rows, columns) of each frame."""
     pixels = seg.frames[0].pixels
-    if pixels.syntax in PLAIN and pixels.offset is not None and pixels.bits_allocated == 1:
-        yield from _unpacked(seg, content, path)
-        return
     if problem := codec_problem(pixels.syntax):
         raise refusal(path, "E_CODEC", problem, CODEC_FIX)
-    yield from enumerate(_decoded(content, pixels.syntax, len(seg.frames), path))
-
-
-def _unpacked(seg: Segmentation, content: bytes, path: Path) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield frames of one bit for a pixel, stored without a gap between frames."""
-    pixels = seg.frames[0].pixels
-    assert pixels.offset is not None
-    start = pixels.offset + (8 if pixels.syntax == IMPLICIT else 12)
+    if pixels.bits_allocated > 1 or pixels.syntax in PLUGINS:
+        yield from enumerate(_decoded(content, pixels.syntax, len(seg.frames), path))
+        return
     n = math.prod(pixels.shape)
-    n_bytes = -(-n * len(seg.frames) // 8)
-    if start + n_bytes > len(content):
-        text = f"holds {max(0, len(content) - start):,} of {n_bytes:,} bytes of pixels"
-        raise refusal(path, "E_TRUNCATED", text, COPY_AGAIN)
-    stored = np.frombuffer(content, np.uint8, n_bytes, start)
-    for index in range(len(seg.frames)):
+    stored = _bits(content, pixels, n * len(seg.frames), path)
+    for index in range(len(seg.frames)):  # no gap is left between frames
         first, last = index * n, (index + 1) * n
         bits = np.unpackbits(stored[first // 8 : -(-last // 8)], bitorder="little")
         yield index, bits[first % 8 :][:n].reshape(pixels.shape)
 
 
+def _bits(content: bytes, pixels: PixelFormat, n: int, path: Path) -> np.ndarray:
+    """Return the bytes that hold `n` pixels of one bit."""
+    if pixels.offset is None:
+        stored = _parsed(content).PixelData
+    else:
+        stored = content[pixels.offset + (8 if pixels.syntax == IMPLICIT else 12) :]
+    n_bytes = -(-n // 8)
+    if len(stored) < n_bytes:
+        text = f"holds {len(stored):,} of {n_bytes:,} bytes of pixels"
+        raise refusal(path, "E_TRUNCATED", text, COPY_AGAIN)
+    return np.frombuffer(stored, np.uint8, n_bytes)
+
+
 def _decoded(content: bytes, syntax: str, n: int, path: Path) -> Iterator[np.ndarray]:
     """Yield frames that are compressed, or of whole bytes, as a stated decoder gives them."""
-    from pydicom import dcmread
     from pydicom.pixels import iter_pixels
 
     plugin, _ = PLUGINS.get(syntax, ("", ""))
@@ -303,8 +320,7 @@ def _decoded(content: bytes, syntax: str, n: int, path: Path) -> Iterator[np.nda
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            whole = dcmread(io.BytesIO(content))
-            for array in iter_pixels(whole, raw=True, decoding_plugin=plugin):
+            for array in iter_pixels(_parsed(content), raw=True, decoding_plugin=plugin):
                 n_decoded += 1
                 yield array
     except Exception as error:  # decoders raise many types on damaged pixels
@@ -312,6 +328,12 @@ def _decoded(content: bytes, syntax: str, n: int, path: Path) -> Iterator[np.nda
         raise refusal(path, "E_DAMAGED", reason, COPY_AGAIN) from error
     if n_decoded != n:
         raise refusal(path, "E_TRUNCATED", f"holds {n_decoded} of {n} frames", COPY_AGAIN)
+
+
+def _parsed(content: bytes) -> Any:
+    from pydicom import dcmread
+
+    return dcmread(io.BytesIO(content))
 
 
 def read_names(header: ScanHeader) -> dict[int, str]:
