@@ -72,6 +72,7 @@ def write_seg(layers: Volume | Sequence[Volume], path: Path, how: Seg | None = N
     header.PixelData = content + bytes(len(content) % 2)
     header["PixelData"].VR = "OB" if bits == 8 else "OW"
     how.edit(header)
+    path.parent.mkdir(parents=True, exist_ok=True)
     save(header, path, how.syntax)
     return path
 
@@ -145,6 +146,7 @@ def write_rtstruct(rois: Sequence[Roi], path: Path, *, frame: str = "") -> Path:
             for contour in roi.contours
         ]
         header.ROIContourSequence.append(item)
+    path.parent.mkdir(parents=True, exist_ok=True)
     save(header, path)
     return path
 

@@ -84,6 +84,7 @@ def test_segments_come_back_whatever_is_left_out_and_in_any_order(
     expected = {1: "liver", 2: "segment 2", 3: "lesion"}
     assert read_label_table(path) == expected
     assert read_mask(path).sha256 == mask_digest(path)
+    assert np.array_equal(read_mask(path, like=scan.geometry).array, labels.array)
     # Without empty frames the grid ends with the last one.
     assert read_mask(path).geometry.shape[2] == (6 if keeps_empty else 5)
 

@@ -242,12 +242,16 @@ class MaskPairs:
         if refusal := budget.refusal(peak):
             raise refusal
         budget.announce(peak, case_id)
-        if self.ignored is not None:
-            for part in slabs_of(truth.array):
-                unannotated = truth.array[part] == self.ignored  # counted as background in both
-                truth.array[part][unannotated] = guess.array[part][unannotated] = 0
+        self._clear_ignored(truth, guess)
         names = read_region_names(masks[0].path, masks[0].scan)
         return _ReadMasks(truth, guess, [*notes, *placed.notes], names)
+
+    def _clear_ignored(self, truth: Volume, guess: Volume) -> None:
+        """Count unannotated voxels of the reference as background in both masks, in place."""
+        if self.ignored is not None:
+            for part in slabs_of(truth.array):
+                unannotated = truth.array[part] == self.ignored
+                truth.array[part][unannotated] = guess.array[part][unannotated] = 0
 
 
 def _reviews_of(options: EvaluateOptions) -> Reviews:

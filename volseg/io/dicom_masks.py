@@ -58,7 +58,7 @@ def read_header(path: Path, grid: ReferenceGrid | None = None) -> ScanHeader:
 
 def _header_of(file: DicomObject, path: Path, grid: ReferenceGrid | None) -> ScanHeader:
     if file.sop_class in dicom_seg.CLASSES:
-        header = dicom_seg.read_header(file, path)
+        header = dicom_seg.read_header(file, path, grid)
         frames = header.frame_of_reference, "" if grid is None else grid.frame_of_reference
         if all(frames) and frames[0] != frames[1]:
             problem = "is in another frame of reference than the scan"

@@ -35,9 +35,10 @@ from volseg.io.dicom_object import (
 from volseg.io.dicom_pixels import BIG, CODEC_FIX, IMPLICIT, PLUGINS, codec_problem
 from volseg.io.dicom_series import TO_RAS
 from volseg.io.gzip_stream import COPY_AGAIN, opened_raw, refusal
-from volseg.io.header import ScanHeader, checked_grid, rounded
+from volseg.io.header import ReferenceGrid, ScanHeader, checked_grid, rounded
 from volseg.io.series import place_of, split_segments
 from volseg.io.text_header import shown
+from volseg.volume import SAME_GRID_TOLERANCE_VOXELS, Geometry
 
 SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
 LABELMAP = "1.2.840.10008.5.1.4.1.1.66.7"
@@ -69,8 +70,10 @@ class Segmentation:
     background: tuple[int, ...]
 
 
-def read_header(file: DicomObject, path: Path) -> ScanHeader:
-    """Return the header of a segmentation, whose grid reaches from its first frame to its last.
+def read_header(file: DicomObject, path: Path, grid: ReferenceGrid | None) -> ScanHeader:
+    """Return the header of a segmentation, on the grid of its scan if its frames are slices of it.
+
+    On another grid, or without a scan, it reaches from its first frame to its last.
 
     Frames that are left out because they are empty are background.
 
@@ -87,6 +90,9 @@ def read_header(file: DicomObject, path: Path) -> ScanHeader:
     rows, columns = frames[0].pixels.shape
     shape = (columns, rows, max(places) + 1)
     geometry, oddities = checked_grid(shape, rounded(affine), path, source="DICOM header")
+    start = None if grid is None else _first_slice(geometry, grid.geometry)
+    if grid is not None and start is not None:
+        geometry, places, oddities = grid.geometry, [start + place for place in places], []
     is_fraction = kind == FRACTIONAL
     most = 255 if is_fraction else max(names, default=1)
     return ScanHeader(
@@ -177,6 +183,19 @@ def _grid(frames: Sequence[Frame], data: Any) -> tuple[np.ndarray, list[int]]:
     affine[:3, 2], affine[:3, 3] = step, positions[start]
     affine[:3] *= TO_RAS[:, None]
     return affine, places.tolist()
+
+
+def _first_slice(geometry: Geometry, scan: Geometry) -> int | None:
+    """Return the slice of the scan that is the first one here; None if these are not its slices."""
+    if geometry.shape[:2] != scan.shape[:2]:
+        return None
+    corners = geometry.corners()
+    offsets = scan.to_index(geometry.to_world_mm(corners)) - corners
+    start = np.rint(offsets[0])
+    if start[:2].any() or np.abs(offsets - start).max() >= SAME_GRID_TOLERANCE_VOXELS:
+        return None
+    first = int(start[2])
+    return first if 0 <= first <= scan.shape[2] - geometry.shape[2] else None
 
 
 def _distance(offsets: np.ndarray, data: Any) -> float:
