@@ -48,17 +48,20 @@ class CaseFiles:
     Args:
         folders: of its masks.
         mask_suffix: of the files in `masks/`; those in the other folders are NIfTI.
+        dicom_folders: of files in DICOM.
     """
 
     folders: Sequence[str]
     figures: bool
     pages: bool
     mask_suffix: str = RESULT_SUFFIX
+    dicom_folders: Sequence[str] = ()
 
     def names(self, case_id: str) -> list[str]:
         """List the files of a case, relative to the output folder."""
         return [
             *(self.mask_name(folder, case_id) for folder in self.folders),
+            *(f"{folder}/{case_id}.dcm" for folder in self.dicom_folders),
             *((f"{FIGURES}/{case_id}.png",) if self.figures else ()),
             *self.page_names(case_id),
         ]
