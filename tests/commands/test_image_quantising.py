@@ -366,6 +366,7 @@ INFER = {
     **{"max_vram": "4G", "fast": True, "probabilities": True, "accept_mismatch": True},
     "format": "nrrd",
     "series": "largest",
+    **{"dicom_seg": "binary", "dicom_sr": True},
 }
 TRAIN = {
     **dict.fromkeys(("dataset", "out", "recipe", "epochs", "patience", "resume", "init", "prune")),

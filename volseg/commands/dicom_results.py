@@ -140,7 +140,8 @@ class DicomResults:
         segments = [lesion.segment for lesion in measured]
         written = _Written(f"{LESIONS}/{case_id}.dcm", path, commit)
         ids = lesions.scan.lesions.ids
-        seg = written.segmentation(ids, segments, source, "lesions", self.seg or "binary")
+        # Readers know references from a report to segments of binary segmentations alone.
+        seg = written.segmentation(ids, segments, source, "lesions", "binary")
         _Written(f"{REPORT}/{case_id}.dcm", path, commit).report(measured, source, seg)
 
 
