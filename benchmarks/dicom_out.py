@@ -67,7 +67,7 @@ def rows_of(
     series: Path, mask: Volume, names: dict[int, str], out: Path, peers: Path
 ) -> Iterator[str]:
     """Yield the cells of each file that is written for a series."""
-    known = errors_of(min(path for path in series.iterdir() if path.is_file()), peers)
+    inherited = errors_of(min(path for path in series.iterdir() if path.is_file()), peers)
     scan = read_volume(series)
     for kind in ("binary", "labelmap"):
         folder = out / kind
@@ -84,14 +84,17 @@ def rows_of(
             cells += [f"{np.count_nonzero(truth.array):,}", theirs]
             cells += [
                 differing(highdicom_labels(path), truth, values),
-                new_errors(path, known, peers),
+                new_errors(path, inherited, peers),
             ]
             yield " | ".join(map(str, cells))
     report = folder / REPORT / "case.dcm"
     numbers = sum(map(len, expected_numbers(lesions)))
     cells = ["SR", f"{report.stat().st_size:,}", "", numbers]
     cells += [wrong_numbers(dcmqi_numbers(report, out, peers), lesions)]
-    cells += [wrong_numbers(highdicom_numbers(report), lesions), new_errors(report, known, peers)]
+    cells += [
+        wrong_numbers(highdicom_numbers(report), lesions),
+        new_errors(report, inherited, peers),
+    ]
     yield " | ".join(map(str, cells))
 
 
@@ -223,8 +226,8 @@ def errors_of(path: Path, peers: Path) -> set[str]:
     return {line for line in (run.stdout + run.stderr).splitlines() if line.startswith("Error")}
 
 
-def new_errors(path: Path, known: set[str], peers: Path) -> int:
-    errors = errors_of(path, peers) - known
+def new_errors(path: Path, inherited: set[str], peers: Path) -> int:
+    errors = errors_of(path, peers) - inherited
     for error in sorted(errors):
         print(f"{path.parent.name}: {error}", file=sys.stderr)
     return len(errors)

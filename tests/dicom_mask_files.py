@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from dicom_files import LPS, NAME, group, numbers, orientation, save
+from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.uid import UID, ExplicitVRLittleEndian, SegmentationStorage, generate_uid
 
@@ -104,6 +105,19 @@ def _place(geometry: Geometry, index: int, segment: int) -> Dataset:
 def _pixels(frames: Sequence[np.ndarray], bits: int) -> bytes:
     stack = np.stack(frames).astype(np.uint8)
     return np.packbits(stack.ravel(), bitorder="little").tobytes() if bits == 1 else stack.tobytes()
+
+
+def refer_to(path: Path, series: str) -> Path:
+    """Let a mask say of which series it is."""
+    header = dcmread(path)
+    item = group(SeriesInstanceUID=series)
+    if header.Modality == "SEG":
+        header.ReferencedSeriesSequence = [item]
+    else:
+        study = group(RTReferencedSeriesSequence=item)
+        header.ReferencedFrameOfReferenceSequence = [group(RTReferencedStudySequence=study)]
+    header.save_as(path)
+    return path
 
 
 def _common(sop_class: UID, modality: str) -> Dataset:

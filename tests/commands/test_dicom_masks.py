@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from dicom_files import NAME, Series, oblique_volume, write_series
-from dicom_mask_files import Roi, Seg, contour_on, write_rtstruct, write_seg
+from dicom_mask_files import Roi, Seg, contour_on, refer_to, write_rtstruct, write_seg
+from pydicom import dcmread
 
 import volseg
 from volseg.commands.automatic_recipe import auto_recipe
@@ -138,6 +140,26 @@ def test_training_goes_by_the_names_of_regions_and_not_by_their_numbers(study, t
     )
     with pytest.raises(ScanError, match=r"'node'.*RS\.dcm#GTV"):
         read_training_case(find_cases(table(study, tmp_path / "d.csv", "rt/RS.dcm"))[0], fewer)
+
+
+def test_a_study_gives_each_series_the_mask_that_refers_to_it(study, tmp_path):
+    uid = dcmread(next((study / "ct").iterdir())).SeriesInstanceUID
+    for name in ("rt/RS.dcm", "seg/S.dcm"):
+        folder = tmp_path / name[:2]
+        shutil.copytree(study / "ct", folder / "ct")
+        mask = refer_to(Path(shutil.copy(study / name, folder / "mask.dcm")), uid)
+        shutil.copy(study / name, folder / "of_another_series.dcm")
+        (case,) = find_cases(folder)
+        assert case.reference == mask
+        volseg.measure(image=folder, mask=folder, out=tmp_path / f"out_{name[:2]}")
+        lesions = rows(tmp_path / f"out_{name[:2]}" / "lesions.csv")
+        assert [row["label_name"] for row in lesions] == ["GTV", "node"]
+        codes = [problem["code"] for problem in volseg.check(folder)]
+        assert sorted(codes) == ["N_SERIES", "N_SKIPPED"]
+        shutil.copy(mask, folder / "second.dcm")
+        (case,) = find_cases(folder)
+        assert case.reference is None
+        assert "N_MASKS" in [problem["code"] for problem in volseg.check(folder)]
 
 
 def test_what_is_planted_in_masks_is_in_no_result(study, tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 from volseg.errors import VolsegError
 from volseg.io import dicom_seg, rtstruct
 from volseg.io.dicom_frames import Skipped, Unusable, read_frames, reason_of
-from volseg.io.dicom_object import DicomObject, read_object
+from volseg.io.dicom_object import DicomObject, items_of, read_object
 from volseg.io.dicom_seg import Segmentation
 from volseg.io.dicom_series import files_below
 from volseg.io.gzip_stream import COPY_AGAIN, refusal
@@ -24,12 +24,25 @@ FIX = "give a DICOM segmentation (SEG) or contours (RTSTRUCT), or a mask in anot
 
 def mask_files(folder: Path) -> list[Path]:
     """List the segmentations and contours in a folder and in those below."""
-    return sorted(path for path in files_below(folder) if _is_mask(path))
+    return sorted(path for path in files_below(folder) if is_mask(read_frames(path)))
 
 
-def _is_mask(path: Path) -> bool:
-    read = read_frames(path)
-    return isinstance(read, Skipped) and read.reason.removeprefix("not an image: ") in KINDS
+def is_mask(file: object) -> bool:
+    """Check whether a file without a slice holds a segmentation or contours."""
+    return isinstance(file, Skipped) and file.reason.removeprefix("not an image: ") in KINDS
+
+
+def referenced_series(path: Path) -> list[str]:
+    """Return the UIDs of the series of which a file is a mask; none if it does not say so."""
+    try:
+        data = read_object(path).data
+        items = items_of(data, "ReferencedSeriesSequence")
+        for frame in items_of(data, "ReferencedFrameOfReferenceSequence"):
+            for study in items_of(frame, "RTReferencedStudySequence"):
+                items += items_of(study, "RTReferencedSeriesSequence")
+        return list(dict.fromkeys(str(item.SeriesInstanceUID) for item in items))
+    except Exception:  # a damaged file is no mask of anything; reading it as one says why
+        return []
 
 
 def read_header(path: Path, grid: ReferenceGrid | None = None) -> ScanHeader:
