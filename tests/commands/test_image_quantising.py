@@ -368,6 +368,7 @@ INFER = {
     "series": "largest",
     "intensity_unit": "SUVbw",
     "tilt": "resample",
+    **{"dicom_seg": "binary", "dicom_sr": True},
 }
 TRAIN = {
     **dict.fromkeys(("dataset", "out", "recipe", "epochs", "patience", "resume", "init", "prune")),

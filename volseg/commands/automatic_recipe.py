@@ -17,6 +17,7 @@ from volseg.errors import VolsegError
 from volseg.execution.local import run
 from volseg.io.cases import Case
 from volseg.io.dataset_json import IGNORE, stated_labels, stated_modalities, stated_regions
+from volseg.io.label_table import read_region_names
 from volseg.io.layouts import survey_cases
 from volseg.io.volumes import read_mask, read_volume
 from volseg.measurement.units import looks_like_ct
@@ -138,13 +139,34 @@ def _labels(
     }
     if len(failed) == len(masks) or failed.keys() & values_of.keys():
         refuse_dataset(dataset, failed)
-    values = set[int]().union(*values_of.values())
-    labels = {stated.get(value, f"label_{value}"): value for value in sorted(values - {0, ignore})}
+    labels = _named(values_of.values(), stated, ignore)
     if not labels:
         raise VolsegError(
             f"{dataset}: no mask holds a labelled voxel", fix="check the masks", code="E_LABELS"
         )
     return labels, ignore
+
+
+def _named(
+    masks: Collection[Mapping[int, str]], stated: Mapping[int, str], ignore: int | None
+) -> dict[str, int]:
+    """Return name → value of the labels in all masks.
+
+    Args:
+        masks: value → name in each mask; the name is empty if the file states none.
+        stated: value → name in the dataset, which comes first.
+    """
+    pairs = {
+        (value, stated.get(value) or name or f"label_{value}")
+        for names in masks
+        for value, name in names.items()
+        if value not in (0, ignore)
+    }
+    labels = {name: value for value, name in sorted(pairs)}
+    if len(pairs) == len(labels) == len(set(labels.values())):
+        return labels
+    # Files number their regions differently; training brings them to these values by name.
+    return {name: number for number, name in enumerate(sorted(labels), start=1)}
 
 
 def unnamed_values(values: Collection[int], dataset: Path) -> str:
@@ -168,22 +190,25 @@ def unnamed_values(values: Collection[int], dataset: Path) -> str:
 
 def _values_of(
     cases: Sequence[Case], progress: Progress
-) -> tuple[dict[str, set[int]], dict[str, str]]:
-    """Return case → values in its mask, and why other masks cannot be read."""
-    values: dict[str, set[int]] = {}
+) -> tuple[dict[str, dict[int, str]], dict[str, str]]:
+    """Return case → values in its mask with their names, and why other masks cannot be read."""
+    values: dict[str, dict[int, str]] = {}
     failed: dict[str, str] = {}
     for count, outcome in enumerate(run(_mask_values, cases), start=1):
         progress(MASKS, count / len(cases), outcome.item.id)
         if outcome.error is None:
-            values[outcome.item.id] = outcome.value or set()
+            values[outcome.item.id] = outcome.value or {}
         else:
             failed[outcome.item.id] = reason_of(outcome.error)
     return values, failed
 
 
-def _mask_values(case: Case) -> set[int]:
+def _mask_values(case: Case) -> dict[int, str]:
     assert case.reference is not None
-    return set(np.unique(read_mask(case.reference).array).tolist())
+    scan = next(iter(case.images.values()))
+    values = np.unique(read_mask(case.reference, like=scan).array).tolist()
+    names = read_region_names(case.reference, scan)
+    return {value: names.get(value, "") for value in values}
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from volseg.io.dicom import is_pet
 from volseg.io.formats import RESULT_SUFFIX, table_name
 from volseg.io.header import ScanWarning
 from volseg.io.series import IN_SUV, TILT, split_marks, with_mark
-from volseg.io.volumes import read_header, scan_digest, volume_of, write_volume
+from volseg.io.volumes import mask_digest, read_header, scan_digest, volume_of, write_volume
 from volseg.measurement.rows import CaseRow
 from volseg.measurement.saturation import intensity_warnings
 from volseg.measurement.specks import MeasuredLesions
@@ -52,17 +52,20 @@ class CaseFiles:
     Args:
         folders: of its masks.
         mask_suffix: of the files in `masks/`; those in the other folders are NIfTI.
+        dicom_folders: of files in DICOM.
     """
 
     folders: Sequence[str]
     figures: bool
     pages: bool
     mask_suffix: str = RESULT_SUFFIX
+    dicom_folders: Sequence[str] = ()
 
     def names(self, case_id: str) -> list[str]:
         """List the files of a case, relative to the output folder."""
         return [
             *(self.mask_name(folder, case_id) for folder in self.folders),
+            *(f"{folder}/{case_id}.dcm" for folder in self.dicom_folders),
             *((f"{FIGURES}/{case_id}.png",) if self.figures else ()),
             *self.page_names(case_id),
         ]
@@ -94,8 +97,10 @@ class Inputs:
 
     def of(self, case: Case) -> tuple[str, ...]:
         if case.id not in self._digests:
-            paths = case_files(case) if self._of_masks else case.images.values()
-            self._digests[case.id] = tuple(map(digest_of, paths))
+            digests = [digest_of(path) for path in case.images.values()]
+            if self._of_masks and case.reference is not None:
+                digests.append(mask_digest_of(case.reference, _scan_of(case)))
+            self._digests[case.id] = tuple(digests)
         return self._digests[case.id]
 
     def were_read(self, case: Case, digests: Iterable[str]) -> None:
@@ -470,6 +475,18 @@ def digest_of(path: Path) -> str:
     """Return the SHA-256 of a scan, or its path if it cannot be read."""
     try:
         return scan_digest(path)
+    except ScanError:
+        return str(path)
+
+
+def mask_digest_of(path: Path, scan: Path | None) -> str:
+    """Return the SHA-256 of a mask, or its path if it cannot be read.
+
+    Args:
+        scan: on which it is drawn, if known.
+    """
+    try:
+        return mask_digest(path, scan)
     except ScanError:
         return str(path)
 

@@ -24,7 +24,7 @@ from volseg.io.dicom_layout import are_slices, descriptions
 from volseg.io.image_cases import looks_like_images
 from volseg.io.images import is_image, read_image
 from volseg.io.layouts import survey_cases
-from volseg.io.volumes import read_header, read_mask, read_volume
+from volseg.io.volumes import mask_notes, read_header, read_mask, read_volume
 from volseg.measurement.units import judge_unit
 from volseg.recipe import (
     AnyRecipe,
@@ -202,7 +202,8 @@ class _CaseChecker:
         Raises:
             VolsegError: the mask cannot be read, or does not fit the scans or the recipe.
         """
-        mask = read_mask(path)
+        scan = next(iter(case.images.values()))
+        mask = read_mask(path, like=scan)
         values = np.unique(mask.array).tolist()
         self.labels.update(values)
         if not mask.array.any():
@@ -211,6 +212,8 @@ class _CaseChecker:
             for note in read_training_case(case, self._recipe).notes:
                 yield _problem_of_note(case.id, path, note)
             return
+        for note in mask_notes(path, scan):
+            yield _problem_of_note(case.id, path, note)
         if self._recipe is None and (problem := unnamed_values(values, self._dataset)):
             yield problem_at(case.id, "E_LABELS", problem, "correct the mask, or name the value")
         for name, volume in volumes.items():

@@ -60,7 +60,7 @@ OF_SCANS = (  # options that mean nothing for images
         "fast",
         "probabilities",
     ),
-    *("accept_mismatch", "format"),
+    *("accept_mismatch", "format", "dicom_seg", "dicom_sr"),
 )
 
 

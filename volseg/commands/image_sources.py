@@ -111,7 +111,7 @@ def read_lesions(path: Path, mask_path: Path | None) -> tuple[Volume, np.ndarray
         ScanError: a file cannot be read, or the mask does not lie on the scan.
     """
     assert mask_path is not None, "cases without a mask have no lesions"
-    scan, mask = read_volume(path), read_mask(mask_path)
+    scan, mask = read_volume(path), read_mask(mask_path, like=path)
     names = {"mask_name": str(mask_path), "grid_name": str(path)}
     placed = place_mask(mask, scan.geometry, **names).mask
     return scan, label_lesions(placed.array, placed.geometry).ids

@@ -27,6 +27,7 @@ from volseg.io.arrays import (
     label_names_of,
     like_source,
     needs_placement,
+    notes_on_mask,
     type_name,
 )
 from volseg.io.series import IN_SUV, with_mark
@@ -293,7 +294,8 @@ def measure_mask(options: MeasureMaskOptions) -> MaskResult:
         scan=scan.volume,
         mask=mask.volume,
         names=(scan.name, mask.name),
-        label_names=settings.label_names or label_names_of(options.mask),
+        label_names=settings.label_names or label_names_of(options.mask, scan),
+        notes=notes_on_mask(options.mask, scan),
     )
     lesions, remarks = measure_masked(masked, settings)
     measured = MeasuredCase(

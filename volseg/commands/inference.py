@@ -26,6 +26,7 @@ from volseg.commands.batch import (
     write_mask,
 )
 from volseg.commands.checking import shipped_model_text
+from volseg.commands.dicom_results import DicomResults
 from volseg.commands.pages import source_of
 from volseg.commands.placing import channel_notes
 from volseg.errors import ScanError, VolsegError
@@ -103,6 +104,7 @@ def infer(options: InferOptions) -> CasesReport:
     bundle = replace(bundle, recipe=_changed(bundle.recipe, changes))
     data, remarks = bundle.recipe.data, list[str]()
     cases = _find_scans(options, data, remarks)
+    _dicom_results(options, bundle).refuse_others(cases)
     options.warn(*remarks)
     if options.model is None:
         options.announce(shipped_model_text())
@@ -186,6 +188,16 @@ def _find_scans(options: InferOptions, data: Data, remarks: list[str]) -> list[C
         ) from None
 
 
+def _dicom_results(options: InferOptions, bundle: ModelBundle) -> DicomResults:
+    return DicomResults(
+        seg=options.dicom_seg,
+        sr=options.dicom_sr,
+        model=bundle.name,
+        label_names=bundle.recipe.data.label_names,
+        organ=bundle.recipe.measure.organ,
+    )
+
+
 def _load_run(
     bundle: ModelBundle,
     changes: Mapping[str, Any],
@@ -199,8 +211,10 @@ def _load_run(
     model, plans = _load_model(bundle, folder, cases, n_cases, options)
     key_options = {"model_sha256": bundle.sha256, "figures": options.figures}
     key_options |= {**model.segmentation.identity, **changes}
-    for name in ("accept_mismatch", "probabilities"):
+    for name in ("accept_mismatch", "probabilities", "dicom_sr"):
         key_options |= {name: True} if getattr(options, name) else {}
+    if options.dicom_seg:
+        key_options["dicom_seg"] = options.dicom_seg
     if result_suffix(options.format) != RESULT_SUFFIX:
         key_options["format"] = options.format
     bundle = model.bundle
@@ -409,7 +423,12 @@ class _Run:
         if self.options.probabilities:
             folders += [map_folder(value) for value in self._values]
         suffix = result_suffix(self.options.format)
-        return CaseFiles(folders, self.options.figures, self.options.pages, suffix)
+        others = self._dicom.folders
+        return CaseFiles(folders, self.options.figures, self.options.pages, suffix, others)
+
+    @property
+    def _dicom(self) -> DicomResults:
+        return _dicom_results(self.options, self.model.bundle)
 
     @property
     def _values(self) -> list[int]:
@@ -478,13 +497,14 @@ class _Run:
             write_mask(result.mask, commit, name, like=scan_path, label_names=names)
             if segmented.probabilities is not None:
                 _write_maps(segmented.probabilities, scan, commit, case.id, like=scan_path)
+            notes = self._dicom.write(scan_path, result.mask, result.measured, commit)
             measured = MeasuredCase(
                 path=scan_path,
                 lesions=result.measured,
                 seconds=segmented.seconds + time.monotonic() - started,
                 sha256=segmented.sha256,
                 model=self.model.bundle.name,
-                remarks=(*result.resemblance.remarks, *segmented.notes),
+                remarks=(*result.resemblance.remarks, *segmented.notes, *notes),
             )
             source = replace(
                 source_of(scan_path, scan, unit.name, self.box),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,14 @@ from volseg.execution.memory import Budget, Peak
 from volseg.inputs import label_value, shorten
 from volseg.io.cases import Case
 from volseg.io.label_table import read_label_table
-from volseg.io.volumes import MAX_LABELS, read_header, read_mask, read_volume
+from volseg.io.volumes import (
+    MAX_LABELS,
+    mask_notes,
+    read_header,
+    read_mask,
+    read_mask_header,
+    read_volume,
+)
 from volseg.measurement.memory import plan_measuring
 from volseg.measurement.scan import SegmentedScan
 from volseg.measurement.specks import MeasuredLesions, measure_largest
@@ -62,13 +69,16 @@ def measure_mask(case: Case, settings: MaskSettings) -> MeasuredCase:
     path = case.images["image"]
     assert case.reference is not None
     scan = read_volume(path, is_finite=False)
-    mask = read_mask(case.reference, max_labels=settings.max_labels, threshold=settings.threshold)
+    mask = read_mask(
+        case.reference, like=path, max_labels=settings.max_labels, threshold=settings.threshold
+    )
     masked = MaskedScan(
         case_id=case.id,
         scan=scan,
         mask=mask,
         names=(str(path), str(case.reference)),
-        label_names=settings.label_names or read_label_table(case.reference),
+        label_names=settings.label_names or read_label_table(case.reference, path),
+        notes=mask_notes(case.reference, path),
     )
     lesions, remarks = measure_masked(masked, settings)
     return MeasuredCase(
@@ -91,6 +101,7 @@ class MaskedScan:
 
     Args:
         names: of scan and mask, for messages. label_names: value of the mask → name.
+        notes: on how the mask was read, as `W_CODE: sentence`.
     """
 
     case_id: str
@@ -98,6 +109,7 @@ class MaskedScan:
     mask: Volume
     names: tuple[str, str]
     label_names: Mapping[int, str]
+    notes: Sequence[str] = ()
 
 
 def measure_masked(masked: MaskedScan, settings: MaskSettings) -> tuple[MeasuredLesions, list[str]]:
@@ -114,7 +126,7 @@ def measure_masked(masked: MaskedScan, settings: MaskSettings) -> tuple[Measured
     if settings.unit_doubt:
         unit = replace(unit, doubt=settings.unit_doubt)
     segmented = _segmented(masked, unit, settings)
-    remarks = [*settings.remarks, *placed.notes]
+    remarks = [*settings.remarks, *masked.notes, *placed.notes]
     if unit.doubt and not any(unit.doubt in text for text in remarks):
         remarks.insert(0, f"W_UNIT: {unit.doubt}")
     if segmented.organ_voxels and not segmented.lesions.labels:
@@ -205,7 +217,8 @@ def refused_masks(
     for case, settings in cases:
         assert case.reference is not None
         with contextlib.suppress(VolsegError):  # reading it raises the error later
-            scan, mask = read_header(case.images["image"]), read_header(case.reference)
+            path = case.images["image"]
+            scan, mask = read_header(path), read_mask_header(case.reference, path)
             plans[case.id] = plan_measuring(
                 max(math.prod(header.geometry.shape) for header in (scan, mask)),
                 scan.dtype.itemsize,

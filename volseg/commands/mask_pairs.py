@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from volseg.commands.batch import digest_of
+from volseg.commands.batch import mask_digest_of
 from volseg.commands.label_values import Shared, parsed_pairs, renamed, shared_voxels, values_in
 from volseg.commands.mask_measurement import most_labels
 from volseg.commands.placing import place_mask
@@ -31,9 +31,10 @@ from volseg.io.csv_text import iterate_csv
 from volseg.io.dataset_json import IGNORE, stated_labels
 from volseg.io.files import RECORDS
 from volseg.io.formats import RESULT_SUFFIX, stem_of
+from volseg.io.label_table import read_region_names
 from volseg.io.layouts import find_cases, find_scans, is_dataset
 from volseg.io.matching import pair_names
-from volseg.io.volumes import read_header, read_mask
+from volseg.io.volumes import mask_notes, read_mask, read_mask_header
 from volseg.options import EvaluateOptions
 from volseg.postprocessing.lesions import MANY
 from volseg.store.evaluations import EvaluatedCase
@@ -142,7 +143,10 @@ class MaskPairs:
         return self.truths[case_id].patient
 
     def digests(self, case_id: str) -> tuple[str, str]:
-        truth, guess = digest_of(self.truths[case_id].path), digest_of(self.guesses[case_id].path)
+        truth, guess = (
+            mask_digest_of(mask.path, mask.scan)
+            for mask in (self.truths[case_id], self.guesses[case_id])
+        )
         return truth, self._reviewed(guess, case_id)
 
     def _reviewed(self, digest: str | None, case_id: str) -> str:
@@ -161,7 +165,8 @@ class MaskPairs:
         else:
             shared = shared_voxels(truth, guess)
             values = values_in(truth) | values_in(guess)
-            names = {value: self.label_names.get(value, f"label_{value}") for value in values}
+            stated = {**read.names, **self.label_names}
+            names = {value: stated.get(value, f"label_{value}") for value in values}
             rows = evaluate_case(truth, guess, names, case_id=case_id)
         patient = self.patient_of(case_id)
         detections: list[DetectionRow] = []
@@ -207,17 +212,20 @@ class MaskPairs:
             ScanError: comparing them may exceed the budget (E_RAM), a mask cannot be read, or they
                 have other voxels (E_PAIR).
         """
-        paths = self.truths[case_id].path, self.guesses[case_id].path
-        budget, headers = self.budget, [read_header(path) for path in paths]
+        masks = self.truths[case_id], self.guesses[case_id]
+        paths = [mask.path for mask in masks]
+        budget = self.budget
         process = budget.process
+        headers = [read_mask_header(mask.path, mask.scan) for mask in masks]
         reading = plan_reading(headers, process=process)
         enough = most_evaluating(headers, process=process).total
         if refusal := budget.refusal(reading, enough=enough):
             raise refusal
         objects, threshold = self.options.objects, self.options.threshold
         limits = {"max_labels": most_labels(objects), "threshold": threshold}
-        truth = read_mask(paths[0], **limits)
-        predicted, name = read_mask(paths[1], **limits), stem_of(paths[1])
+        truth, predicted = (read_mask(mask.path, like=mask.scan, **limits) for mask in masks)
+        notes = [note for mask in masks for note in mask_notes(mask.path, mask.scan)]
+        name = stem_of(paths[1])
         if name in self.reviews.of_case:
             _remove_rejected(predicted, name, self.options.predicted, self.reviews)
         placed = place_mask(
@@ -234,11 +242,16 @@ class MaskPairs:
         if refusal := budget.refusal(peak):
             raise refusal
         budget.announce(peak, case_id)
+        self._clear_ignored(truth, guess)
+        names = read_region_names(masks[0].path, masks[0].scan)
+        return _ReadMasks(truth, guess, [*notes, *placed.notes], names)
+
+    def _clear_ignored(self, truth: Volume, guess: Volume) -> None:
+        """Count unannotated voxels of the reference as background in both masks, in place."""
         if self.ignored is not None:
             for part in slabs_of(truth.array):
-                unannotated = truth.array[part] == self.ignored  # counted as background in both
+                unannotated = truth.array[part] == self.ignored
                 truth.array[part][unannotated] = guess.array[part][unannotated] = 0
-        return _ReadMasks(truth, guess, placed.notes)
 
 
 def _reviews_of(options: EvaluateOptions) -> Reviews:
@@ -280,11 +293,12 @@ def _remove_rejected(guess: Volume, case_id: str, results: Path, reviews: Review
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _ReadMasks:
-    """Two masks on one grid, and notes on how the predicted one was brought onto it."""
+    """Two masks on one grid, notes on how they were read, and the names of the reference."""
 
     truth: Volume
     guess: Volume
     notes: Sequence[str]
+    names: Mapping[int, str]
 
 
 def _noise_note(error: NoisyMaskError) -> str:
@@ -297,8 +311,11 @@ def _joined(*notes: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Mask:
+    """A mask, the scan on which it is drawn, if known, and its patient."""
+
     path: Path
     patient: str | None = None
+    scan: Path | None = None
 
 
 def _masks(path: Path, remark: Callable[[str], None]) -> dict[str, _Mask]:
@@ -313,7 +330,9 @@ def _masks(path: Path, remark: Callable[[str], None]) -> dict[str, _Mask]:
     # A case may lack any channel here: only its mask is read.
     cases = find_cases(folder, None, allow_missing=True, remark=remark)
     references = {
-        case.id: _Mask(case.reference, case.patient) for case in cases if case.reference is not None
+        case.id: _Mask(case.reference, case.patient, next(iter(case.images.values())))
+        for case in cases
+        if case.reference is not None
     }
     if references or is_described:
         return references

@@ -27,6 +27,7 @@ from volseg.commands.pages import source_of
 from volseg.errors import VolsegError
 from volseg.execution.local import run
 from volseg.io.cases import ONE_CHANNEL, Case, listed
+from volseg.io.dicom_masks import mask_files
 from volseg.io.label_names import read_label_names
 from volseg.io.layouts import find_cases, find_scans
 from volseg.io.matching import pair_names
@@ -128,8 +129,9 @@ def _pairs(options: MeasureOptions, remark: Remark) -> tuple[list[Case], list[st
         return _pairs_of_dataset(image, options.channel, remark), []
     requested = (options.channel or ONE_CHANNEL,)
     scans = _measured_channel(find_scans([image], requested, series=options.series, remark=remark))
-    _refuse_half_folder(image, mask, scans)
-    if mask.is_dir():
+    is_folder = mask.is_dir() and not mask_files(mask)
+    _refuse_half_folder(image, mask, scans, is_folder=is_folder)
+    if is_folder:
         return _pairs_of_folders(scans, mask)
     if len(scans) > 1:
         raise VolsegError(
@@ -140,10 +142,14 @@ def _pairs(options: MeasureOptions, remark: Remark) -> tuple[list[Case], list[st
     return [replace(scans[0], reference=mask)], []
 
 
-def _refuse_half_folder(image: Path, mask: Path, scans: Sequence[Case]) -> None:
-    """Refuse a folder of scans with one mask, or the reverse; a DICOM series is one scan."""
+def _refuse_half_folder(image: Path, mask: Path, scans: Sequence[Case], *, is_folder: bool) -> None:
+    """Refuse a folder of scans with one mask, or the reverse; a DICOM series is one scan.
+
+    Args:
+        is_folder: True if the mask is a folder of masks.
+    """
     is_series = any(split_series(scan.images[ONE_CHANNEL])[1] for scan in scans)
-    if image.is_dir() != mask.is_dir() and not is_series:
+    if image.is_dir() != is_folder and not is_series:
         raise VolsegError(
             f"{image} and {mask}: one is a folder, the other is not",
             fix="give two files or two folders",

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from volseg.commands.batch import REFUSE, failure_reason, of_tilt, reason_of
+from volseg.commands.label_values import renamed, values_in
 from volseg.commands.placing import channel_notes, place_mask
 from volseg.errors import ScanError, VolsegError
 from volseg.execution.local import run
 from volseg.inputs import shorten
 from volseg.io.cases import Case, Survey, dataset_error, listed
 from volseg.io.header import TILTED
+from volseg.io.label_table import read_region_names
 from volseg.io.layouts import survey_cases
-from volseg.io.volumes import read_mask, read_volume
+from volseg.io.volumes import mask_notes, read_mask, read_volume
 from volseg.measurement.units import judge_unit
 from volseg.options import Announce, Progress, ignore_progress, ignore_text
 from volseg.options.shared import failure_line
@@ -241,7 +243,8 @@ def read_training_case(
     data = recipe.data
     assert case.reference is not None
     images = {name: read_volume(case.images[name]) for name in data.channels if name in case.images}
-    reference = read_mask(case.reference)
+    first_path = next(iter(case.images.values()))
+    reference = _by_name(read_mask(case.reference, like=first_path), case, recipe)
     hashes = {volume.sha256 for volume in (*images.values(), reference)}
     if digests is not None and not hashes <= set(digests):
         raise ScanError(
@@ -249,7 +252,7 @@ def read_training_case(
             fix="run the command again",
             code="E_CHANGED",
         )
-    notes = channel_notes(images)
+    notes = [*mask_notes(case.reference, first_path), *channel_notes(images)]
     images = on_one_grid(images, recipe)
     problems = [*_channel_problems(case, images, recipe)]
     first_name, first = next(iter(images.items()))
@@ -271,6 +274,30 @@ def read_training_case(
         text = f"{TILTED}: slices were moved within their planes, as their stack is tilted"
         reference, notes = straight.mask(reference), [text, *notes]
     return TrainingCase(images, reference, tuple(notes))
+
+
+def _by_name(reference: Volume, case: Case, recipe: Recipe) -> Volume:
+    """Return a mask whose regions have the values that the recipe gives to their names.
+
+    A mask without names, or with none of the recipe's, keeps its values.
+
+    Raises:
+        ScanError: the recipe has some of its names, but not all (`E_LABELS`).
+    """
+    assert case.reference is not None
+    names = read_region_names(case.reference, next(iter(case.images.values())))
+    names = {value: names[value] for value in sorted(values_in(reference) & names.keys())}
+    labels = recipe.data.labels
+    if not names.keys() or not labels.keys() & set(names.values()):
+        return reference
+    if unknown := [name for name in names.values() if name not in labels]:
+        raise ScanError(
+            f"{case.reference}: holds regions {listed(unknown)}, which the recipe does not name; "
+            f"it names {listed(labels)}",
+            fix=f"take those that it names, such as {case.reference.name}#{next(iter(labels))}",
+            code="E_LABELS",
+        )
+    return renamed(reference, {value: labels[name] for value, name in names.items()})
 
 
 def _channel_problems(

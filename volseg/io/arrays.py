@@ -26,6 +26,7 @@ from volseg.io.volumes import (
     MAX_LABELS,
     checked_mask,
     checked_scan,
+    mask_notes,
     read_header,
     read_mask,
     read_volume,
@@ -202,9 +203,9 @@ def as_mask(
     """
     kind = kind_of(mask, "mask")
     if kind.read is _from_path:
-        path = Path(mask)
+        path, place = Path(mask), _place_of_scan(like)
         return InMemory(
-            read_mask(path, max_labels=max_labels, threshold=threshold), mask, str(path)
+            read_mask(path, like=place, max_labels=max_labels, threshold=threshold), mask, str(path)
         )
     name = f"mask ({kind.name})"
     stored, warnings = kind.read(mask, name), []
@@ -218,19 +219,38 @@ def as_mask(
     return InMemory(labels, mask, name, (*stored.warnings, *warnings))
 
 
-def label_names_of(mask: Any) -> dict[int, str]:
+def _place_of_scan(scan: InMemory) -> Path | Geometry:
+    """Return the file of a scan, or its grid if it is in memory."""
+    is_file = kind_of(scan.source).read is _from_path
+    return Path(scan.source) if is_file else scan.volume.geometry
+
+
+def label_names_of(mask: Any, like: InMemory) -> dict[int, str]:
     """Return value → name from the label table of a mask; {} if there is none.
+
+    Args:
+        like: its scan.
 
     Raises:
         ScanError: its file cannot be read.
     """
     kind = kind_of(mask, "mask")
     if kind.read is _from_path:
-        return read_label_table(mask)
+        return read_label_table(mask, _place_of_scan(like))
     extensions = getattr(getattr(mask, "header", None), "extensions", ())
     content = (extension.get_content() for extension in extensions)
     parts = [part if isinstance(part, bytes) else str(part).encode() for part in content]
     return parse_label_table(b"".join(parts).decode("utf-8", "replace"))
+
+
+def notes_on_mask(mask: Any, like: InMemory) -> list[str]:
+    """Describe what was left out of the mask of a file, each as `W_CODE: sentence`.
+
+    Args:
+        like: its scan.
+    """
+    is_file = kind_of(mask, "mask").read is _from_path
+    return mask_notes(Path(mask), _place_of_scan(like)) if is_file else []
 
 
 def like_source(volume: Volume, source: Any) -> Any:

@@ -134,6 +134,7 @@ def header_of(volume: DicomVolume, path: Path) -> ScanHeader:
         path=place_of(path),
         content=volume,
         parts=tuple(dict.fromkeys(frame.path for frame in volume.frames)),
+        frame_of_reference=volume.frames[0].frame_of_reference,
         warnings=tuple(warnings),
     )
 

@@ -50,6 +50,7 @@ TAGS: Mapping[str, int] = MappingProxyType(
         "SeriesInstanceUID": 0x0020_000E,
         "ImagePositionPatient": 0x0020_0032,
         "ImageOrientationPatient": 0x0020_0037,
+        "FrameOfReferenceUID": 0x0020_0052,
         "SamplesPerPixel": 0x0028_0002,
         "PhotometricInterpretation": 0x0028_0004,
         "NumberOfFrames": 0x0028_0008,
@@ -111,6 +112,7 @@ class Frame:
     Args:
         number: of the frame in its file, from 0.
         series, modality, description: of its series.
+        frame_of_reference: UID of the space in which positions are given; empty if unknown.
         position_mm: (3,) centre of the first pixel. axes: (2, 3) unit vectors along a row (to the
             next column) and along a column (to the next row). Both in DICOM's LPS axes.
         spacing_mm: between rows, and between columns.
@@ -123,6 +125,7 @@ class Frame:
     series: str
     modality: str
     description: str
+    frame_of_reference: str
     position_mm: np.ndarray
     axes: np.ndarray
     spacing_mm: tuple[float, float]
@@ -218,12 +221,12 @@ def _read_frames(path: Path, n_bytes: int, changed_ns: int) -> list[Frame] | Ski
                 header, offset = _parse(start, is_whole=True)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # on values that are not used
-                pixels = _pixel_format(header, offset, _digest(start, offset))
+                pixels = _image_format(header, offset, _digest(start, offset))
                 return _frames_of(header, pixels, path)
         except Unusable as error:
             return Skipped(path, str(error))
         except Exception as error:  # pydicom converts a value when it is asked for
-            return Skipped(path, f"E_DAMAGED: {_reason(error)}")
+            return Skipped(path, f"E_DAMAGED: {reason_of(error)}")
 
 
 def parse_image(content: bytes) -> tuple[Any, PixelFormat]:
@@ -234,11 +237,11 @@ def parse_image(content: bytes) -> tuple[Any, PixelFormat]:
     """
     try:
         header, offset = _parse(content, is_whole=True)
-        return header, _pixel_format(header, offset, _digest(content, offset))
+        return header, _image_format(header, offset, _digest(content, offset))
     except Unusable:
         raise
     except Exception as error:  # pydicom converts a value when it is asked for
-        raise Unusable(f"E_DAMAGED: {_reason(error)}") from error
+        raise Unusable(f"E_DAMAGED: {reason_of(error)}") from error
 
 
 def number_of(header: Any, name: str, default: float) -> float:
@@ -261,10 +264,11 @@ def _frames_of(header: Any, pixels: PixelFormat, path: Path) -> list[Frame]:
         "series": text_of(header, "SeriesInstanceUID"),
         "modality": text_of(header, "Modality"),
         "description": text_of(header, "SeriesDescription"),
+        "frame_of_reference": text_of(header, "FrameOfReferenceUID"),
         "pixels": pixels,
     }
     if "PerFrameFunctionalGroupsSequence" in header:
-        return list(_enhanced(header, n, common))
+        return list(enhanced_frames(header, n, common))
     if n > 1:
         raise Unusable(f"E_NOGEOM: {n} frames, no functional groups")
     return [Frame(number=0, **_place([header]), **common)]
@@ -280,7 +284,7 @@ def _parse(content: bytes, *, is_whole: bool) -> tuple[Any, int | None]:
     from pydicom.uid import DeflatedExplicitVRLittleEndian
 
     if is_whole and DeflatedExplicitVRLittleEndian.encode() in content[:START_BYTES]:
-        _refuse_bomb(content)
+        refuse_bomb(content)
     file = io.BytesIO(content)
     try:
         with warnings.catch_warnings():
@@ -297,11 +301,11 @@ def _parse(content: bytes, *, is_whole: bool) -> tuple[Any, int | None]:
     except EOFError as error:
         raise Unusable("E_TRUNCATED: the header ends too early") from error
     except Exception as error:  # pydicom raises many types on damaged headers
-        raise Unusable(f"E_DAMAGED: {_reason(error)}") from error
+        raise Unusable(f"E_DAMAGED: {reason_of(error)}") from error
     return header, offset
 
 
-def _refuse_bomb(content: bytes) -> None:
+def refuse_bomb(content: bytes) -> None:
     """Refuse a deflated file that grows beyond all images, before pydicom inflates it.
 
     Raises:
@@ -317,7 +321,8 @@ def _refuse_bomb(content: bytes) -> None:
             raise Unusable(f"E_BOMB: grows to more than {MAX_INFLATED_BYTES:,} bytes")
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
+    """Return the text of an error in one line."""
     return shorten(" ".join(str(error).split()) or type(error).__name__, 100)
 
 
@@ -348,8 +353,17 @@ def _refuse_kinds(header: Any) -> None:
         raise Unusable("E_SCALE: intensities are in a lookup table; export the series again")
 
 
-def _pixel_format(header: Any, offset: int | None, digest: str) -> PixelFormat:
+def _image_format(header: Any, offset: int | None, digest: str) -> PixelFormat:
     _refuse_others(header)
+    return pixel_format(header, offset, digest)
+
+
+def pixel_format(header: Any, offset: int | None, digest: str) -> PixelFormat:
+    """Return how the pixels of a file are stored.
+
+    Raises:
+        Unusable: its header does not say so.
+    """
     allocated = _whole(header, "BitsAllocated", 16, 1, 64)
     stored = _whole(header, "BitsStored", allocated, 1, allocated)
     return PixelFormat(
@@ -367,8 +381,15 @@ def _pixel_format(header: Any, offset: int | None, digest: str) -> PixelFormat:
 # ---- the place of a frame
 
 
-def _enhanced(header: Any, n: int, common: dict[str, Any]) -> Iterator[Frame]:
-    """Yield the frames of an enhanced file, each described by its own and the shared groups."""
+def enhanced_frames(header: Any, n: int, common: dict[str, Any]) -> Iterator[Frame]:
+    """Yield the frames of an enhanced file, each described by its own and the shared groups.
+
+    Args:
+        n: number of frames. common: the fields that they share.
+
+    Raises:
+        Unusable: the place of a frame is missing or impossible.
+    """
     items_of = list(header.PerFrameFunctionalGroupsSequence)
     if len(items_of) != n:
         raise Unusable(f"E_NOGEOM: {n} frames, and {len(items_of)} of them are described")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from volseg.inputs import shorten
 from volseg.io.cases import ONE_CHANNEL, Channels, Listing, Row
 from volseg.io.dicom import folder_of
 from volseg.io.dicom_frames import SUFFIXES
+from volseg.io.dicom_masks import is_mask, referenced_series
 from volseg.io.dicom_series import DicomFolder, DicomVolume, collect
 from volseg.io.series import with_series
 from volseg.words import format_count, format_list
@@ -36,7 +38,8 @@ def read_dicom(place: Path, channels: Channels, series: str | None = None) -> Li
     folder = folder_of(place)
     if not folder.volumes and not folder.skipped:
         return None
-    listing = Listing(remarks=list(_remarks(place, folder)))
+    masks = _masks_of(folder)
+    listing = Listing(remarks=list(_remarks(place, folder, masks)))
     volumes = [volume for volume in folder.volumes if not _is_single(volume)]
     if not volumes:
         reasons = [skipped.reason for skipped in folder.skipped] or ["single slices"]
@@ -46,18 +49,34 @@ def read_dicom(place: Path, channels: Channels, series: str | None = None) -> Li
         path = with_series(_home_of(volume), volume.key)
         images = channels.pick({ONE_CHANNEL: path}, str(place))
         why = f"a DICOM series of {format_count(len(volume.frames), 'slice')}"
-        listing.rows.append(Row(where=str(place), id=volume.key, images=images, why=why))
+        row = Row(where=str(place), id=volume.key, images=images, why=why)
+        if len(paths := masks.get(volume.frames[0].series, ())) == 1:
+            row = replace(row, reference=paths[0], why=f"{why}, to which the mask refers")
+        listing.rows.append(row)
     return listing
 
 
+def _masks_of(folder: DicomFolder) -> dict[str, list[Path]]:
+    """Return UID of a series → the segmentations and contours that refer to it."""
+    masks = defaultdict[str, list[Path]](list)
+    for skipped in folder.skipped:
+        if is_mask(skipped):
+            for series in referenced_series(skipped.path):
+                masks[series].append(skipped.path)
+    return masks
+
+
 def are_slices(paths: Sequence[Path]) -> bool:
-    """Tell whether these files are DICOM slices of volumes, from some of them.
+    """Tell whether these files are DICOM slices of volumes, or their masks, from some of them.
 
     Radiographs are not: each is a series of its own, or has no place in the patient.
     """
     if not all(path.suffix.lower() in SUFFIXES for path in paths):
         return False
-    return any(len(volume.frames) > 1 for volume in collect(paths[:SAMPLE]).volumes)
+    sample = collect(paths[:SAMPLE])
+    return any(len(volume.frames) > 1 for volume in sample.volumes) or any(
+        map(is_mask, sample.skipped)
+    )
 
 
 def _is_single(volume: DicomVolume) -> bool:
@@ -100,14 +119,24 @@ def _described(volumes: Sequence[DicomVolume], text: str) -> list[DicomVolume]:
     return [v for v in volumes if v.frames[0].description.casefold() == text.casefold()]
 
 
-def _remarks(place: Path, folder: DicomFolder) -> Iterator[str]:
-    """Say in one line each which series there are, and which files are none."""
+def _remarks(
+    place: Path, folder: DicomFolder, masks: Mapping[str, Sequence[Path]]
+) -> Iterator[str]:
+    """Say in one line each which series there are, their masks, and which files are neither."""
+    used = set[Path]()
     for volume in folder.volumes:
         yield f"N_SERIES: {place}: {describe(volume)}"
-    if folder.skipped:
-        counts = Counter(skipped.reason.partition(";")[0] for skipped in folder.skipped)
+        paths = masks.get(volume.frames[0].series, ())
+        used |= set(paths)
+        if len(paths) > 1:
+            names = format_list([str(path) for path in paths], 3)
+            text = f"{len(paths)} masks refer to {volume.key}, so a table must name one: {names}"
+            yield f"N_MASKS: {place}: {text}"
+    skipped_files = [skipped for skipped in folder.skipped if skipped.path not in used]
+    if skipped_files:
+        counts = Counter(skipped.reason.partition(";")[0] for skipped in skipped_files)
         reasons = [f"{reason} ({n})" for reason, n in counts.items()]
-        count = format_count(len(folder.skipped), "DICOM file")
+        count = format_count(len(skipped_files), "DICOM file")
         text = f"{count} left out: {format_list(reasons, 5)}"
         is_lost = any(reason.startswith("E_") for reason in counts)
         yield f"{'W' if is_lost else 'N'}_SKIPPED: {place}: {text}"

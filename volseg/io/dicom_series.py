@@ -85,7 +85,7 @@ def read_folder(folder: Path) -> DicomFolder:
     Raises:
         VolsegError: a folder or file cannot be opened.
     """
-    return collect(_files_below(folder))
+    return collect(files_below(folder))
 
 
 def collect(paths: Iterable[Path]) -> DicomFolder:
@@ -106,10 +106,11 @@ def collect(paths: Iterable[Path]) -> DicomFolder:
     return result
 
 
-def _files_below(folder: Path) -> Iterable[Path]:
+def files_below(folder: Path) -> Iterable[Path]:
+    """Yield the files of a folder and of those below, but not of hidden or linked folders."""
     for path in visible_paths(folder):
         if path.is_dir() and not path.is_symlink():
-            yield from _files_below(path)
+            yield from files_below(path)
         elif path.is_file():
             yield path
 

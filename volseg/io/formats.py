@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from volseg.io import dicom, metaimage, mgh, nifti, nrrd, seg_nrrd
+from volseg.io import dicom, dicom_masks, metaimage, mgh, nifti, nrrd, seg_nrrd
 from volseg.io.dicom_frames import SUFFIXES as DICOM_SUFFIXES
 from volseg.io.dicom_frames import holds_dicom, is_dicom
-from volseg.io.header import ScanHeader
+from volseg.io.header import ReferenceGrid, ScanHeader
 from volseg.io.series import place_of, split_marks, split_series, split_volume
 from volseg.io.voxels import FileContent, read_voxels
 from volseg.volume import Volume
@@ -36,6 +36,7 @@ class Format:
         partner_suffixes: endings of the other file of a pair, by which a scan may be opened too.
         holds_masks: False if it stores intensities only, as a compressed picture does.
         holds_scans: False if it stores labels only.
+        read_on: reads the header of a mask that may need the grid of its scan, as contours do.
         read_names: header → label → name, if it stores names.
         encode_named: as `encode`, with label → name in place of the header.
     """
@@ -48,6 +49,7 @@ class Format:
     partner_suffixes: tuple[str, ...] = ()
     holds_masks: bool = True
     holds_scans: bool = True
+    read_on: Callable[[Path, ReferenceGrid | None], ScanHeader] | None = None
     read_names: Callable[[ScanHeader], dict[int, str]] | None = None
     encode_named: Callable[[Volume, Path, Mapping[int, str]], FileContent] | None = None
 
@@ -65,6 +67,12 @@ def format_of(path: Path) -> Format:
         return row
     is_series = name.endswith(DICOM_SUFFIXES) or os.path.isdir(place) or is_dicom(place)
     return DICOM_SERIES if is_series else NIFTI
+
+
+def mask_format_of(path: Path) -> Format:
+    """Return the format of a mask: in DICOM, segmentations and contours are files of their own."""
+    row = format_of(path)
+    return DICOM_MASKS if row.name == DICOM else row
 
 
 def is_there(path: Path) -> bool:
@@ -116,6 +124,15 @@ DICOM_SERIES = Format(
     read_header=dicom.read_header,
     read_voxels=dicom.read_voxels,
     holds_masks=False,
+)
+DICOM_MASKS = Format(
+    name=DICOM,
+    suffixes=(),
+    read_header=dicom_masks.read_header,
+    read_on=dicom_masks.read_header,
+    read_voxels=dicom_masks.read_voxels,
+    holds_scans=False,
+    read_names=dicom_masks.read_names,
 )
 NIFTI = Format(
     name="NIfTI",

@@ -59,6 +59,7 @@ class ScanHeader:
         max_tail: bytes that may follow the last voxel.
         parts: files of a scan that has a file for each slice.
         content: what the format's reader of voxels needs besides.
+        frame_of_reference: UID of the space of a DICOM file; empty if unknown. Not for results.
         warnings: oddities of header and file name.
     """
 
@@ -76,6 +77,7 @@ class ScanHeader:
     n_after: int = 0
     parts: tuple[Path, ...] = ()
     content: object = None
+    frame_of_reference: str = ""
     warnings: tuple[ScanWarning, ...] = ()
 
     @property
@@ -97,6 +99,18 @@ class ScanHeader:
     def mask_bytes_on(self, shape: tuple[int, int, int]) -> int:
         """Return `mask_bytes` of the same labels on a grid of another shape."""
         return self.mask_bytes // math.prod(self.geometry.shape) * math.prod(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceGrid:
+    """The grid on which contours are drawn: that of their scan.
+
+    Args:
+        frame_of_reference: UID of its space; empty if unknown.
+    """
+
+    geometry: Geometry
+    frame_of_reference: str = ""
 
 
 def read_start(path: Path, n_bytes: int) -> tuple[bytes, list[ScanWarning]]:

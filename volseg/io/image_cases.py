@@ -363,7 +363,7 @@ def _labelled_by_masks(
 def _labelled_slices(path: Path, mask_path: Path, mistakes: list[str]) -> np.ndarray | None:
     """Return (slices,) bool; None after noting that the mask does not fit the volume."""
     try:
-        mask, geometry = read_mask(mask_path), read_header(path).geometry
+        mask, geometry = read_mask(mask_path, like=path), read_header(path).geometry
     except ScanError as error:
         mistakes.append(error.problem)
         return None

@@ -6,9 +6,10 @@ import html
 import re
 from pathlib import Path
 
-from volseg.io.formats import format_of
+from volseg.io.formats import mask_format_of
 from volseg.io.gzip_stream import fill, opened
-from volseg.io.volumes import read_header
+from volseg.io.volumes import read_mask_header
+from volseg.volume import Geometry
 
 MAX_DIGITS = 10  # of a label value; masks hold no larger ones
 _KEY = re.compile(rf"""\bKey=["']([0-9]{{1,{MAX_DIGITS}}})["']""")
@@ -16,17 +17,20 @@ _NOT_SPACE = re.compile(r"\S")
 _CDATA, _CDATA_END = "<![CDATA[", "]]>"
 
 
-def read_label_table(path: Path | str) -> dict[int, str]:
+def read_label_table(path: Path | str, like: Path | Geometry | None = None) -> dict[int, str]:
     """Return value → name of a mask whose file holds names; {} if it holds none.
 
     NIfTI holds them in a label table between header and voxels.
+
+    Args:
+        like: as in `read_mask`.
 
     Raises:
         ScanError: as `read_header`.
 
     Source: the CARET extension of NIfTI-1, an XML element `Label` with a `Key` for each value.
     """
-    header, read_names = read_header(path), format_of(Path(path)).read_names
+    header, read_names = read_mask_header(path, like), mask_format_of(Path(path)).read_names
     if read_names is not None:
         return read_names(header)
     if header.data_path is None or header.data_offset is None or header.part.encoding is not None:
@@ -35,6 +39,21 @@ def read_label_table(path: Path | str) -> dict[int, str]:
     with opened(header.data_path) as stream:
         del block[fill(stream, memoryview(block)) :]
     return parse_label_table(block.decode("utf-8", "replace"))
+
+
+def read_region_names(path: Path, like: Path | Geometry | None = None) -> dict[int, str]:
+    """Return value → name of a mask whose format numbers regions file by file; {} for others.
+
+    Their names say which regions of two files are the same, and their values do not.
+
+    Args:
+        like: as in `read_mask`.
+
+    Raises:
+        ScanError: as `read_header`.
+    """
+    read_names = mask_format_of(path).read_names
+    return {} if read_names is None else read_names(read_mask_header(path, like))
 
 
 def parse_label_table(text: str) -> dict[int, str]:

@@ -1,5 +1,6 @@
 """Paths of volumes: `scan.nii.gz#3` is the third of a file, `folder#s…` a DICOM series.
 
+`RS.dcm#GTV-1,3` is the mask of two regions of a DICOM file that holds more.
 A mark at the end says how a volume is read: `folder#s…#SUVbw` is a PET in SUV.
 """
 
@@ -65,9 +66,22 @@ def split_series(path: Path) -> tuple[Path, str | None]:
     return path.with_name(name), key
 
 
+def split_segments(path: Path) -> tuple[Path, str | None]:
+    """Return the file of a mask, and the names or numbers of the segments to take, by commas.
+
+    >>> split_segments(Path("RS.dcm#GTV-1,3"))[1]
+    'GTV-1,3'
+    """
+    path, _ = split_marks(path)
+    name, _, segments = path.name.partition("#")
+    if not name or not segments or path.exists():
+        return path, None
+    return path.with_name(name), segments
+
+
 def place_of(path: Path) -> Path:
     """Return the file or folder that holds a volume."""
-    return split_series(split_volume(path)[0])[0]
+    return split_segments(split_series(split_volume(path)[0])[0])[0]
 
 
 def with_series(place: Path, key: str) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,10 +13,25 @@ import numpy as np
 
 from volseg.errors import ScanError, VolsegError, given_path
 from volseg.io import nifti
-from volseg.io.formats import DICOM, WRITABLE, format_of, is_scan
+from volseg.io.formats import DICOM, WRITABLE, Format, format_of, is_scan, mask_format_of
 from volseg.io.gzip_stream import opened_raw, refusal, skip
-from volseg.io.header import MAX_BYTES, ScanHeader, check_size, is_compressed, refuse_tilt
-from volseg.io.series import IN_SUV, TILT, split_marks, split_volume, with_volume
+from volseg.io.header import (
+    MAX_BYTES,
+    ReferenceGrid,
+    ScanHeader,
+    check_size,
+    is_compressed,
+    refuse_tilt,
+)
+from volseg.io.series import (
+    IN_SUV,
+    TILT,
+    split_marks,
+    split_segments,
+    split_series,
+    split_volume,
+    with_volume,
+)
 from volseg.io.voxels import (
     StreamedContent,
     finite_range,
@@ -26,7 +41,7 @@ from volseg.io.voxels import (
     value_range,
     write_content,
 )
-from volseg.volume import Volume
+from volseg.volume import Geometry, Volume
 
 MAX_LABELS = 1000  # a mask with more distinct values is taken for an image
 MAX_INTENSITY = float(np.finfo(np.float32).max)
@@ -55,6 +70,47 @@ def read_header(path: Path | str, *, max_bytes: int = MAX_BYTES) -> ScanHeader:
         fix = "give the DICOM series; if its intensities are SUV already, --unit SUV"
         raise refusal(plain, "E_SUV", problem, fix)
     return header
+
+
+def read_mask_header(
+    path: Path | str, like: Path | Geometry | None = None, *, max_bytes: int = MAX_BYTES
+) -> ScanHeader:
+    """Read the header of a mask, as `read_header` does; its warnings say how it is drawn.
+
+    Args:
+        like: the scan, or its grid, on which a mask of contours is drawn; others ignore it.
+
+    Raises:
+        ScanError: as `read_header`; also of the scan, or if contours belong to another one.
+    """
+    path = Path(path)
+    row = mask_format_of(path)
+    if row.read_on is None:
+        return read_header(path, max_bytes=max_bytes)
+    header = row.read_on(path, _reference_grid(like))
+    check_size(header, path, max_bytes)
+    plain, marks = split_marks(path)
+    if TILT not in marks:
+        refuse_tilt(header.geometry, plain)
+    return header
+
+
+def _reference_grid(like: Path | Geometry | None) -> ReferenceGrid | None:
+    if like is None or isinstance(like, Geometry):
+        return None if like is None else ReferenceGrid(like)
+    header = read_header(like)
+    return ReferenceGrid(header.geometry, header.frame_of_reference)
+
+
+def mask_notes(path: Path, like: Path | Geometry | None) -> list[str]:
+    """Describe what was left out of a mask in drawing it on its scan, each as `W_CODE: sentence`.
+
+    Raises:
+        ScanError: as `read_mask_header`.
+    """
+    if mask_format_of(path).read_on is None:
+        return []
+    return [f"{note.code}: {note.text}" for note in read_mask_header(path, like).warnings]
 
 
 def volume_of(path: Path, number: int) -> Path:
@@ -92,7 +148,8 @@ def read_volume(path: Path | str, *, is_finite: bool = True) -> Volume:
         read_header(path)  # a missing or damaged file is that first
         problem = f"{format_of(path).name} holds labels only, no scan"
         raise refusal(path, "E_LABELS", problem, "give the scan from which it was made")
-    return checked_scan(_read_stored(path), path, is_finite=is_finite)
+    stored = _read_stored(read_header(path), format_of(path), path)
+    return checked_scan(stored, path, is_finite=is_finite)
 
 
 def checked_scan(volume: Volume, path: Path | str, *, is_finite: bool = True) -> Volume:
@@ -114,7 +171,11 @@ def checked_scan(volume: Volume, path: Path | str, *, is_finite: bool = True) ->
 
 
 def read_mask(
-    path: Path | str, *, max_labels: int = MAX_LABELS, threshold: float | None = None
+    path: Path | str,
+    *,
+    like: Path | Geometry | None = None,
+    max_labels: int = MAX_LABELS,
+    threshold: float | None = None,
 ) -> Volume:
     """Read a mask or label map in the smallest unsigned dtype that holds its labels.
 
@@ -122,6 +183,8 @@ def read_mask(
     truncation would turn 6.9999 into 6.
 
     Args:
+        like: the scan, or its grid, on which contours (RTSTRUCT) are drawn; other masks have a
+            grid of their own.
         max_labels: a mask with more distinct values is refused.
         threshold: a mask that holds fractions, such as probabilities, is 1 from this value up and
             0 below; None refuses it.
@@ -137,11 +200,13 @@ def read_mask(
         [0, 1]
     """
     path = given_path(path)
-    if not format_of(path).holds_masks:
+    row = mask_format_of(path)
+    if not row.holds_masks:
         read_header(path)  # refuses what is no such file at all
-        problem = f"{format_of(path).name} holds intensities only, no mask"
+        problem = f"{row.name} holds intensities only, no mask"
         raise refusal(path, "E_LABELS", problem, "give the mask in another format, such as NIfTI")
-    return checked_mask(_read_stored(path), path, max_labels=max_labels, threshold=threshold)
+    stored = _read_stored(read_mask_header(path, like), row, path)
+    return checked_mask(stored, path, max_labels=max_labels, threshold=threshold)
 
 
 def checked_mask(
@@ -172,9 +237,8 @@ def checked_mask(
     return Volume(labels, stored.geometry, sha256=stored.sha256)
 
 
-def _read_stored(path: Path) -> Volume:
-    header = read_header(path)
-    array, sha256 = format_of(path).read_voxels(header, path)
+def _read_stored(header: ScanHeader, row: Format, path: Path) -> Volume:
+    array, sha256 = row.read_voxels(header, path)
     sha256 += _volume_mark(path)
     return Volume(array, header.geometry, header.slope, header.intercept, sha256, unit=header.unit)
 
@@ -185,8 +249,21 @@ def scan_digest(path: Path) -> str:
     Raises:
         ScanError: the scan cannot be read.
     """
-    header, digests = read_header(path), []
-    for file in header.files:
+    return _digest_of(read_header(path).files, path)
+
+
+def mask_digest(path: Path, like: Path | Geometry | None = None) -> str:
+    """Return `Volume.sha256` of a mask without loading it into memory; `like` as in `read_mask`.
+
+    Raises:
+        ScanError: the mask cannot be read.
+    """
+    return _digest_of(read_mask_header(path, like).files, path)
+
+
+def _digest_of(files: Iterable[Path], path: Path) -> str:
+    digests = []
+    for file in files:
         digest = hashlib.sha256()
         with opened_raw(file, digest) as stream:
             skip(stream, sys.maxsize)
@@ -196,8 +273,9 @@ def scan_digest(path: Path) -> str:
 
 def _volume_mark(path: Path | str) -> str:
     """Return what tells the volumes of a file apart, and how it is read, behind its SHA-256."""
-    _, number = split_volume(Path(path))
-    marks = [] if number is None else [str(number)]
+    file, number = split_volume(Path(path))
+    _, segments = split_segments(split_series(file)[0])
+    marks = [str(mark) for mark in (segments, number) if mark is not None]
     return "".join(f"#{mark}" for mark in (*marks, *split_marks(Path(path))[1]))
 
 

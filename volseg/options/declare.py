@@ -192,7 +192,7 @@ class Options:
             if setting.converter in INPUT_CONVERTERS:
                 value = getattr(self, name)
                 for given in value if isinstance(value, tuple) else (value,):
-                    if given is not None and not os.path.exists(given):
+                    if given is not None and not _exists(given):
                         raise missing_path(given)
 
     def refuse_stated(self, names: Iterable[str], reason: str) -> None:
@@ -336,6 +336,11 @@ def optional_input_path(value: PathLike[str] | str | None) -> Path | None:
 def input_paths(value: PathLike[str] | str | Sequence[PathLike[str] | str]) -> tuple[Path, ...]:
     """Return one or several such paths as a tuple."""
     return tuple(map(input_path, paths(value)))
+
+
+def _exists(given: Path) -> bool:
+    """Check whether a path is there, or the file of which it names a part, as in `RS.dcm#GTV`."""
+    return os.path.exists(given) or os.path.isfile(str(given).rpartition("#")[0])
 
 
 INPUT_CONVERTERS = (input_path, optional_input_path, input_paths)

@@ -105,6 +105,18 @@ class InferOptions(LoadOptions, OfSeries, InUnit, Tilted, Limited, Pictured, Ann
         "uint8 scaled to 0 to 1, before post-processing.",
         default=False,
     )
+    dicom_seg: str | None = option(
+        "Also write the mask of a DICOM series as a DICOM segmentation, dicom_seg/<case>.dcm: "
+        "binary, or labelmap (smaller; newer viewers). It carries the patient and study of the "
+        "series, as no other result does, for a PACS.",
+        default=None,
+        values=("binary", "labelmap"),
+    )
+    dicom_sr: bool = option(
+        "Also write the lesions of a DICOM series as a DICOM report, dicom_sr/<case>.dcm, with a "
+        "segment each in dicom_lesions/<case>.dcm. Both carry the patient and study of the series.",
+        default=False,
+    )
     accept_mismatch: bool = option(
         "Also segment scans of another modality than the model's training scans, without density "
         "or class.",

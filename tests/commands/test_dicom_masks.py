@@ -1,0 +1,177 @@
+"""Commands on masks in DICOM give what they give on the same masks in NIfTI."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dicom_files import NAME, Series, oblique_volume, write_series
+from dicom_mask_files import Roi, Seg, contour_on, refer_to, write_rtstruct, write_seg
+from pydicom import dcmread
+
+import volseg
+from volseg.commands.automatic_recipe import auto_recipe
+from volseg.commands.training_cases import read_training_case
+from volseg.errors import ScanError, VolsegError
+from volseg.io.layouts import find_cases
+from volseg.io.volumes import read_mask, read_volume, write_volume
+from volseg.volume import Volume
+
+FRAME = "1.2.826.0.1.3680043.8.498.12345678901"
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def numbers_of(row: dict[str, str]) -> dict[str, str]:
+    volatile = ("case_id", "image", "seconds", "warnings", "label_name", "notes")
+    return {name: cell for name, cell in row.items() if name not in volatile}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory) -> Path:
+    """A series, with one mask as contours, as a segmentation and in NIfTI."""
+    folder = tmp_path_factory.mktemp("study")
+
+    def framed(header, index):
+        header.FrameOfReferenceUID = FRAME
+
+    write_series(oblique_volume((30, 26, 7)), folder / "ct", Series(edit=framed))
+    scan = read_volume(folder / "ct")
+    ring = 8 * np.array([(np.cos(a), np.sin(a)) for a in np.linspace(0, 6, 25)])
+    rois = [
+        Roi(number=4, contours=[contour_on(scan.geometry, ring + 11, k) for k in (2, 3)]),
+        Roi(number=9, name="node", contours=[contour_on(scan.geometry, ring / 2 + 20, 5)]),
+    ]  # fmt: skip
+    contours = write_rtstruct(rois, folder / "rt" / "RS.dcm", frame=FRAME)
+    mask = read_mask(contours, like=folder / "ct")
+    names = {4: "GTV", 9: "node"}
+    write_seg(mask, folder / "seg" / "S.dcm", Seg(names=names, seed=2))
+    write_volume(mask, folder / "mask.nii.gz", like=folder / "ct")
+    return folder
+
+
+MASKS = ("rt", "rt/RS.dcm", "rt/RS.dcm#GTV,node", "seg", "seg/S.dcm")
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_measure_equals_that_of_the_mask_in_nifti(name, study, tmp_path):
+    volseg.measure(image=study / "ct", mask=study / "mask.nii.gz", out=tmp_path / "nifti")
+    report = volseg.measure(image=study / "ct", mask=study / name, out=tmp_path / "dicom")
+    assert report.exit_code == 0
+    one, other = (rows(tmp_path / kind / "lesions.csv") for kind in ("dicom", "nifti"))
+    assert one and list(map(numbers_of, one)) == list(map(numbers_of, other))
+    assert [row["label_name"] for row in one] == ["GTV", "node"]
+    again = volseg.measure(image=study / "ct", mask=study / name, out=tmp_path / "dicom")
+    assert not again.done and len(again.kept) == 1
+
+
+def test_one_region_alone_can_be_measured(study, tmp_path):
+    mask = study / "rt" / "RS.dcm#node"
+    volseg.measure(image=study / "ct", mask=mask, out=tmp_path)
+    assert [row["label_name"] for row in rows(tmp_path / "lesions.csv")] == ["node"]
+    with pytest.raises(VolsegError, match="does not exist"):
+        volseg.measure(image=study / "ct", mask=study / "rt" / "none.dcm#node", out=tmp_path)
+
+
+def test_measure_in_memory_takes_the_files_too(study):
+    for name in MASKS[:4]:
+        for image in (study / "ct", read_volume(study / "ct")):
+            result = volseg.measure_mask(image, study / name)
+            assert list(result.lesions["label_name"]) == ["GTV", "node"]
+
+
+def table(study: Path, path: Path, *masks: str) -> Path:
+    lines = [f"case_{n},{study / 'ct'},{study / mask}" for n, mask in enumerate(masks)]
+    path.write_text("\n".join(["subject,image,label", *lines]) + "\n")
+    return path
+
+
+def test_evaluate_takes_them_in_a_table_and_names_their_labels(study, tmp_path):
+    names = ("rt/RS.dcm", "seg/S.dcm", "mask.nii.gz")
+    reference = table(study, tmp_path / "reference.csv", *names)
+    predicted = table(study, tmp_path / "predicted.csv", *("mask.nii.gz",) * 3)
+    report = volseg.evaluate(reference=reference, predicted=predicted, out=tmp_path / "out")
+    assert report.exit_code == 0
+    lines = rows(tmp_path / "out" / "evaluation.csv")
+    assert len(lines) == 6 and {row["dice"] for row in lines} == {"1"}
+    assert [row["label_name"] for row in lines[:4]] == ["GTV", "node"] * 2
+
+
+def test_check_reads_them_with_their_scans(study, tmp_path):
+    sound = table(study, tmp_path / "sound.csv", "rt", "seg/S.dcm")
+    assert not [problem for problem in volseg.check(sound) if problem["code"][0] != "N"]
+    scan = read_volume(study / "ct")
+    square = np.array([(2, 2), (9, 2), (9, 9), (2, 9)]) + 0.3
+    contours = [contour_on(scan.geometry, square, k) for k in (1, 4)]
+    write_rtstruct([Roi(number=1, contours=contours)], tmp_path / "sparse.dcm")
+    write_rtstruct([Roi(number=1, contours=contours)], tmp_path / "other.dcm", frame="1.2.3")
+    faulty = table(study, tmp_path / "faulty.csv", *map(str, tmp_path.glob("*.dcm")))
+    codes = sorted(problem["code"] for problem in volseg.check(faulty))
+    assert codes == ["E_PAIR", "W_SPARSE"]
+
+
+def test_training_goes_by_the_names_of_regions_and_not_by_their_numbers(study, tmp_path):
+    mask = read_mask(study / "seg" / "S.dcm")
+    swapped = Volume(np.select([mask.array == 4, mask.array == 9], [9, 4]), mask.geometry)
+    swapped.array.setflags(write=True)
+    names = {9: "GTV", 4: "node"}
+    other = Volume(swapped.array.astype(np.uint8), mask.geometry)
+    write_seg(other, tmp_path / "swapped.dcm", Seg(names=names))
+    cases = find_cases(table(study, tmp_path / "a.csv", "rt/RS.dcm", "seg/S.dcm"))
+    recipe = auto_recipe(tmp_path / "a.csv", cases)
+    assert recipe.data.labels == {"GTV": 4, "node": 9}
+    masks = ("seg/S.dcm", str(tmp_path / "swapped.dcm"), "rt")
+    cases = find_cases(table(study, tmp_path / "b.csv", *masks))
+    recipe = auto_recipe(tmp_path / "b.csv", cases)
+    assert recipe.data.labels == {"GTV": 1, "node": 2}
+    read = [read_training_case(case, recipe).reference.array for case in cases]
+    assert set(np.unique(read[0])) == {0, 1, 2}
+    assert np.array_equal(read[0], read[1]) and np.array_equal(read[0], read[2])
+    (alone,) = find_cases(table(study, tmp_path / "c.csv", "rt/RS.dcm#GTV"))
+    assert set(np.unique(read_training_case(alone, recipe).reference.array)) == {0, 1}
+    fewer = recipe.model_copy(
+        update={"data": recipe.data.model_copy(update={"labels": {"GTV": 1}})}
+    )
+    with pytest.raises(ScanError, match=r"'node'.*RS\.dcm#GTV"):
+        read_training_case(find_cases(table(study, tmp_path / "d.csv", "rt/RS.dcm"))[0], fewer)
+
+
+def test_a_study_gives_each_series_the_mask_that_refers_to_it(study, tmp_path):
+    uid = dcmread(next((study / "ct").iterdir())).SeriesInstanceUID
+    for name in ("rt/RS.dcm", "seg/S.dcm"):
+        folder = tmp_path / name[:2]
+        shutil.copytree(study / "ct", folder / "ct")
+        mask = refer_to(Path(shutil.copy(study / name, folder / "mask.dcm")), uid)
+        shutil.copy(study / name, folder / "of_another_series.dcm")
+        (case,) = find_cases(folder)
+        assert case.reference == mask
+        volseg.measure(image=folder, mask=folder, out=tmp_path / f"out_{name[:2]}")
+        lesions = rows(tmp_path / f"out_{name[:2]}" / "lesions.csv")
+        assert [row["label_name"] for row in lesions] == ["GTV", "node"]
+        codes = [problem["code"] for problem in volseg.check(folder)]
+        assert sorted(codes) == ["N_SERIES", "N_SKIPPED"]
+        shutil.copy(mask, folder / "second.dcm")
+        (case,) = find_cases(folder)
+        assert case.reference is None
+        assert "N_MASKS" in [problem["code"] for problem in volseg.check(folder)]
+
+
+def test_what_is_planted_in_masks_is_in_no_result(study, tmp_path):
+    for name in ("rt", "seg"):
+        volseg.measure(image=study / "ct", mask=study / name, out=tmp_path / name, figures=True)
+        files = [path for path in (tmp_path / name).rglob("*") if path.is_file()]
+        assert {path.suffix for path in files} >= {".csv", ".html", ".png", ".gz", ".json"}
+        for path in files:
+            content = path.read_bytes()
+            if path.suffix == ".gz":
+                import gzip
+
+                content = gzip.decompress(content)
+            for word in (NAME, "Thorax", "19611111", "20111111", FRAME, "1.2.826.0.1.3680043"):
+                assert word.encode() not in content, (path, word)
