@@ -442,6 +442,7 @@ def test_a_student_learns_from_a_teacher_and_a_vgg_is_pruned_and_fine_tuned(tabl
     taught = volseg.train(table, teacher=tmp_path / "vgg", out=tmp_path / "student", epochs=1)
     student = load_image_bundle(tmp_path / "student")
     assert taught.exit_code == 0 and student.recipe.network.name == "cnn_small"
+    assert student.recipe.network.settings["features"][0] == 8  # a quarter of the usual width
     assert student.recipe.images == load_image_bundle(tmp_path / "vgg").recipe.images
     with pytest.raises(VolsegError, match="classes differ"):
         volseg.train(

@@ -14,7 +14,7 @@ from volseg.recipe.classification import ClassifyRecipe, ImageAugment, ImageLoss
 from volseg.training.image_augment import augment_images, mix_up
 from volseg.training.image_batches import ImageBatches, class_weights
 from volseg.training.image_losses import LOSSES, ImageCriterion, make_loss
-from volseg.training.images import ImageObjective
+from volseg.training.images import ImageObjective, Taught
 
 NONE = ImageAugment(
     flip_axes=(),
@@ -231,3 +231,23 @@ def test_the_learning_rate_falls_from_the_head_to_the_input_and_the_base_is_froz
         assert sum(parameter.requires_grad for parameter in network.parameters()) == n_trained
     untrained = ImageObjective(data, data, settings)
     assert {group.factor for group in untrained.groups(network)} == {1.0}
+
+
+@pytest.mark.parametrize("balance", ["none", "sampling"])
+def test_each_image_is_followed_by_what_the_teacher_said_of_it(balance):
+    targets = [0, 1, 1, 1, 1, 0]
+    data, settings = image_set(targets), recipe(balance=balance)
+    answers = np.random.default_rng(1).normal(size=(6, 2)).astype(np.float32)
+    objective = ImageObjective(data, data, settings, taught=Taught(answers, "teacher"))
+    plain = ImageObjective(data, data, settings)
+    assert objective.identity() != plain.identity()
+    both = [o.batches(0, torch.device("cpu")) for o in (objective, plain)]
+    for step in range(4):
+        (images, rows), (same_images, same_rows) = (batches.at(step)[0] for batches in both)
+        assert torch.equal(images, same_images) and torch.equal(rows[:, :2], same_rows)
+        np.testing.assert_array_equal(rows[:, 2:], answers[both[0].indices(step)])
+    # With the teacher's own outputs, what is left of the loss is that of the targets.
+    rows = torch.cat([torch.eye(2)[targets], torch.from_numpy(answers)], dim=1)
+    outputs = [torch.from_numpy(answers), -torch.from_numpy(answers)]
+    imitating, opposing = (objective.loss(None)(output, rows) for output in outputs)
+    assert imitating < opposing

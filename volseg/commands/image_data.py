@@ -15,6 +15,7 @@ from volseg.commands.image_recipes import (
     automatic_image_recipe,
     only_target,
     refuse_other_target,
+    student_recipe,
     unlabelled_recipe,
 )
 from volseg.commands.image_sources import LESION, source_of, survey_lesions
@@ -101,8 +102,7 @@ class ImageDataset:
             recipe = automatic_image_recipe(self.dataset, target)
             recipe = recipe if self.start is None else self.start.fitted_to(recipe)
             if self.teacher is not None:
-                parts = {"data": self.teacher.data, "images": self.teacher.images}
-                recipe = recipe.model_copy(update=parts)
+                recipe = student_recipe(recipe, self.teacher)
         return survey, recipe
 
     def _report(self, name: str, reason: str) -> None:

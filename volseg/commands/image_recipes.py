@@ -13,10 +13,12 @@ from volseg.io.prepared_images import has_prepared_images
 from volseg.recipe import AnyRecipe, ClassifyRecipe, as_any_recipe
 from volseg.recipe.classification import Target
 from volseg.recipe.images import ZScoreImage
-from volseg.recipe.section import AUTO
+from volseg.recipe.section import AUTO, closed
+from volseg.recipe.train import Network
 from volseg.words import format_list
 
 DEFAULT_NETWORK = "cnn_small"
+STUDENT_FEATURES = 8  # of the first block of a student, which is to be small; 32 is usual
 OF_IMAGES = "only for models that classify images, but this one segments"  # refuses an option
 
 
@@ -54,6 +56,16 @@ def unlabelled_recipe(dataset: Path) -> ClassifyRecipe:
     images = recipe.images.model_copy(update={"normalise": ZScoreImage()})
     train = recipe.train.model_copy(update={"monitor": "log_loss", "balance": "none"})
     return recipe.model_copy(update={"data": data, "images": images, "train": train})
+
+
+def student_recipe(recipe: ClassifyRecipe, teacher: ClassifyRecipe) -> ClassifyRecipe:
+    """Return an automatic recipe with the data and images of the teacher, and a narrow network."""
+    from volseg.networks.cnn_small import features_for
+
+    features = features_for(closed(teacher.images.pixels), first=STUDENT_FEATURES)
+    network = Network.model_validate({"name": DEFAULT_NETWORK, "features": features})
+    parts = {"data": teacher.data, "images": teacher.images, "network": network}
+    return recipe.model_copy(update=parts)
 
 
 def only_target(dataset: Path, survey: ImageSurvey) -> str:

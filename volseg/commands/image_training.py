@@ -40,7 +40,7 @@ from volseg.image_bundle import (
     load_image_bundle,
     save_image_bundle,
 )
-from volseg.inference.images import embed_images, to_predictions
+from volseg.inference.images import embed_images, predict_outputs, to_predictions
 from volseg.io.csv_text import write_csv
 from volseg.io.files import TEMPORARY_PREFIX, make_folder
 from volseg.io.prepared_images import ImageSet, has_prepared_images
@@ -56,7 +56,7 @@ from volseg.store.tables import cell, table
 from volseg.training.baselines import Baseline, fit_baselines, save_baselines
 from volseg.training.check import check_image_recipe
 from volseg.training.image_features import first_planes
-from volseg.training.images import ImageObjective, Outputs, known_targets
+from volseg.training.images import ImageObjective, Outputs, Taught, known_targets
 from volseg.training.judge import judge
 from volseg.training.loop import Trained, Watch, train_network
 from volseg.training.objective import Weights
@@ -99,6 +99,7 @@ class _ImageTraining:
         if self._start is not None and call.options.prune:
             self._start = self._start.pruned(call.options.prune)
         self._teacher = None if teacher is None else load_image_bundle(teacher)
+        self._answers: dict[str, np.ndarray] = {}  # case id → outputs of the teacher
 
     def run(self) -> TrainReport:
         call, options = self._call, self._options
@@ -265,6 +266,7 @@ class _ImageTraining:
     def _train_all(self, data: LoadedImages) -> list[_Fold]:
         """Train a network per split, until Ctrl-C ends one."""
         folds, splits = list[_Fold](), self._splits(data)
+        self._ask_teacher(data.images, data.recipe)
         if not (self._options.resume and self._has_checkpoints):
             self._time.check(self._objective(*splits[0][1:], data.recipe), len(splits))
         for split in splits:
@@ -315,13 +317,16 @@ class _ImageTraining:
     def _objective(
         self, training: ImageSet, validation: ImageSet, recipe: ClassifyRecipe
     ) -> ImageObjective:
-        starts_trained = self._start is not None
-        return ImageObjective(training, validation, recipe, starts_trained, self._teachers(recipe))
+        taught = None
+        if self._teacher is not None:
+            outputs = np.stack([self._answers[case.id] for case in training.cases])
+            taught = Taught(outputs, self._teacher.sha256)
+        return ImageObjective(training, validation, recipe, self._start is not None, taught)
 
-    def _teachers(self, recipe: ClassifyRecipe) -> Sequence[ImageNetwork]:
-        """Return the networks of the teacher, which must see and name the same as the student."""
+    def _ask_teacher(self, images: ImageSet, recipe: ClassifyRecipe) -> None:
+        """Have the teacher, which must see and name the same as the student, judge all images."""
         if self._teacher is None:
-            return ()
+            return
         other = self._teacher.recipe
         for what, mine, its in (
             ("classes", recipe.data.names, other.data.names),
@@ -334,7 +339,18 @@ class _ImageTraining:
                     fix="give a recipe with the teacher's [data] and [images], or none",
                     code="E_TEACHER",
                 )
-        return self._teacher.networks()
+        device = self._call.team.fabric.device
+        networks = [network.to(device) for network in self._teacher.networks()]
+        size = other.infer.batch_size
+        for start in range(0, len(images), size):
+            part = images.pixels[start : start + size]
+            answers = np.mean(
+                [predict_outputs(network, part, other.infer, device) for network in networks], 0
+            )
+            cases = images.cases[start : start + size]
+            self._answers |= dict(zip((case.id for case in cases), answers, strict=True))
+            done = start + len(cases)
+            self._call.progress("Asking the teacher", done / len(images), f"{done} images")
 
     def _initial(self, objective: ImageObjective) -> Weights:
         if self._start is None:

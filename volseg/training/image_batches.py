@@ -25,6 +25,7 @@ class ImageBatches(ReadyBatches):
 
     Args:
         targets: (N, outputs) float32.
+        taught: (N, outputs) float32 of a teacher, which follow the targets of each image.
     """
 
     def __init__(
@@ -35,8 +36,10 @@ class ImageBatches(ReadyBatches):
         *,
         seed: int,
         device: torch.device,
+        taught: np.ndarray | None = None,
     ) -> None:
         self._images, self._targets, self._train = images, targets, recipe.train
+        self._rows = targets if taught is None else np.concatenate([targets, taught], axis=1)
         self._seed, self._device = seed, device
         self._is_balanced = recipe.train.balance == "sampling"
         self._size = min(closed(recipe.train.batch_size), len(images))
@@ -44,7 +47,8 @@ class ImageBatches(ReadyBatches):
     def at(self, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return one pair per accumulated part, on the device.
 
-        A pair is images (n, C, H, W) float32 and targets (n, outputs) float32.
+        A pair is images (n, C, H, W) float32 and targets (n, outputs) float32, or (n, 2 × outputs)
+        with those of a teacher.
         """
         started = time.monotonic()
         parts = self._train.accumulate
@@ -57,7 +61,7 @@ class ImageBatches(ReadyBatches):
         images = send(
             torch.from_numpy(np.stack([self._images.pixels[n] for n in indices])), self._device
         )
-        targets = send(torch.from_numpy(self._targets[indices]), self._device)
+        targets = send(torch.from_numpy(self._rows[indices]), self._device)
         seeds = [(self._seed, number, index) for index in range(len(indices))]
         images = self._augmented(images, seeds)
         images, targets = mix_up(images, targets, self._train.augment.mixup, (self._seed, number))

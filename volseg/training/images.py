@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from volseg.errors import VolsegError
 from volseg.evaluation.classes import SCORES, Score
 from volseg.inference.images import predict_outputs, to_predictions
 from volseg.io.prepared_images import ImageSet
-from volseg.networks import build_images, copy_weights, unique_tensors
+from volseg.networks import build_images, copy_weights
 from volseg.networks.image_network import ImageNetwork
 from volseg.recipe.classification import CLASSES, LABELS, NUMBER, ClassifyRecipe
 from volseg.recipe.section import closed
@@ -27,7 +26,6 @@ from volseg.training.objective import (
     EveryEpoch,
     Optimisation,
     ParameterGroup,
-    ReadyBatches,
     Total,
 )
 
@@ -40,20 +38,33 @@ class Outputs:
     targets: np.ndarray
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Taught:
+    """What a teacher says of each training image, as it is: asking again for every augmented copy
+    takes most of a training.
+
+    Args:
+        outputs: (N, outputs) float32 of its networks, their mean. teacher: hash of its weights.
+    """
+
+    outputs: np.ndarray
+    teacher: str
+
+
 @dataclass(frozen=True, eq=False)
 class ImageObjective:
     """Train the recipe's network on images; keep the weights with the best validation score.
 
     Args:
         starts_trained: the network starts from given weights, so that its base may be frozen.
-        teachers: networks whose mean output it learns besides the targets.
+        taught: what a teacher says of the training images, learned besides the targets.
     """
 
     training: ImageSet
     validation_images: ImageSet
     recipe: ClassifyRecipe
     starts_trained: bool = False
-    teachers: Sequence[ImageNetwork] = ()
+    taught: Taught | None = None
 
     @property
     def _score(self) -> Score:
@@ -74,16 +85,8 @@ class ImageObjective:
     def identity(self) -> Sequence[Any]:
         cases = [*self.training.cases, *self.validation_images.cases]
         keys = [[case.id, case.sha256, case.target] for case in cases]
-        return [self.recipe.sha256, keys, len(self.training), self.starts_trained, self._teaching()]
-
-    def _teaching(self) -> str:
-        """Return a hash of the teachers' weights, empty without teachers."""
-        if not self.teachers:
-            return ""
-        digest = hashlib.sha256()
-        for tensor in (t for network in self.teachers for t in unique_tensors(network).values()):
-            digest.update(tensor.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        teacher = "" if self.taught is None else self.taught.teacher
+        return [self.recipe.sha256, keys, len(self.training), self.starts_trained, teacher]
 
     def network(self) -> ImageNetwork:
         network = build_images(self.recipe)
@@ -108,15 +111,17 @@ class ImageObjective:
 
     def batches(
         self, seed: int, device: torch.device, *, rank: int = 0, ranks: int = 1
-    ) -> ImageBatches | TaughtBatches:
+    ) -> ImageBatches:
         assert ranks == 1, "images are trained on one device"
         targets = target_array(self.training, self.recipe)
-        batches = ImageBatches(self.training, targets, self.recipe, seed=seed, device=device)
-        return TaughtBatches(batches, self.teachers, device) if self.teachers else batches
+        taught = None if self.taught is None else self.taught.outputs
+        return ImageBatches(
+            self.training, targets, self.recipe, seed=seed, device=device, taught=taught
+        )
 
     def loss(self, total: Total | None) -> nn.Module:
         supervised = self._supervised()
-        if not self.teachers:
+        if self.taught is None:
             return supervised
         return TaughtLoss(Distillation(kind=closed(self.recipe.data.kind), supervised=supervised))
 
@@ -172,39 +177,8 @@ class ImageObjective:
         )
 
 
-class TaughtBatches(ReadyBatches):
-    """Batches whose targets are followed by the teachers' mean output for the same images."""
-
-    def __init__(
-        self, batches: ImageBatches, teachers: Sequence[ImageNetwork], device: torch.device
-    ) -> None:
-        self._batches = batches
-        self._teachers = [teacher.to(device).eval() for teacher in teachers]
-
-    @property
-    def waited(self) -> float:
-        return self._batches.waited
-
-    def __enter__(self) -> TaughtBatches:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def at(self, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return images and (n, 2 × outputs) targets with outputs of the teachers."""
-        return [
-            (images, self._taught(images, targets)) for images, targets in self._batches.at(step)
-        ]
-
-    @torch.no_grad()
-    def _taught(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        outputs = torch.stack([teacher(images).float() for teacher in self._teachers]).mean(0)
-        return torch.cat([targets, outputs], dim=1)
-
-
 class TaughtLoss(nn.Module):
-    """The loss of a student, whose targets are followed by the teachers' outputs."""
+    """The loss of a student, whose targets are followed by the teacher's outputs."""
 
     def __init__(self, distillation: Distillation) -> None:
         super().__init__()
