@@ -222,3 +222,21 @@ def test_real_series(name):
     np.testing.assert_allclose(
         suv.intensities(), stored.intensities().astype(np.float64) * REAL[name], rtol=1e-6
     )
+
+
+def test_damaged_headers_are_read_or_refused_in_one_line(tmp_path):
+    path, _ = series(tmp_path, pet())
+    file = min(path.iterdir())
+    whole, rng = file.read_bytes(), np.random.default_rng(0)
+    codes = set()
+    for _ in range(200):
+        damaged = bytearray(whole)
+        for place in rng.integers(132, len(whole) - 126, 3):
+            damaged[place] = rng.integers(256)
+        file.write_bytes(damaged)
+        try:
+            codes.add(read_header(with_mark(path, IN_SUV)).unit)
+        except ScanError as error:
+            codes.add(error.code)
+            assert "\n" not in str(error)
+    assert {"SUV", "E_SUV"} <= codes
