@@ -21,6 +21,7 @@ from pydicom.uid import (
 from volseg.volume import Geometry, Volume
 
 NAME = "PLANTED^NAME"
+STUDY, SERIES, FRAME = (f"1.2.826.0.1.3680043.8.498.1234567890{end}" for end in "123")
 LPS = np.array([-1.0, -1.0, 1.0])
 Edit = Callable[[Dataset, int], None]
 
@@ -65,6 +66,16 @@ def write_series(volume: Volume, folder: Path, how: Series | None = None) -> Pat
         how.edit(header, index)
         save(header, folder / f"IM{names[index]:04d}", how.syntax)
     return folder
+
+
+def complete(header: Dataset, index: int = 0) -> None:
+    """Add what DICOM demands of an image, and a patient."""
+    header.StudyInstanceUID, header.SeriesInstanceUID = STUDY, SERIES
+    header.FrameOfReferenceUID, header.PositionReferenceIndicator = FRAME, ""
+    header.PatientSex, header.StudyTime, header.ReferringPhysicianName = "O", "101010", NAME
+    header.StudyID, header.AccessionNumber, header.SeriesNumber = "1", "7", 1
+    header.Manufacturer, header.InstanceNumber = "none", index + 1
+    header.AcquisitionDate = header.ContentDate = header.SeriesDate = "20111111"
 
 
 def slice_header(volume: Volume, index: int, how: Series) -> Dataset:

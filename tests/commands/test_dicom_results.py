@@ -10,7 +10,17 @@ from pathlib import Path
 import highdicom
 import numpy as np
 import pytest
-from dicom_files import NAME, Series, oblique_volume, write_enhanced, write_series
+from dicom_files import (
+    FRAME,
+    NAME,
+    SERIES,
+    STUDY,
+    Series,
+    complete,
+    oblique_volume,
+    write_enhanced,
+    write_series,
+)
 from pydicom import dcmread
 from pydicom.uid import RLELossless
 
@@ -19,7 +29,7 @@ from volseg.commands import dicom_results
 from volseg.commands.dicom_results import NOTE, DicomResults
 from volseg.errors import EnvironmentProblem, ScanError, VolsegError
 from volseg.io.dicom_out import read_source, uid_of
-from volseg.io.volumes import read_header, read_mask, read_volume
+from volseg.io.volumes import read_header, read_mask, read_volume, write_volume
 from volseg.measurement.scan import SegmentedScan
 from volseg.measurement.specks import MeasuredLesions, measure_largest
 from volseg.measurement.units import judge_unit
@@ -30,17 +40,6 @@ from volseg.volume import Volume
 
 SHARED = Path(__file__).parents[2].parent / "shared/data/dicom"
 NAMES = {2: "nodule", 5: "organ", 7: "absent"}
-STUDY, SERIES, FRAME = (f"1.2.826.0.1.3680043.8.498.1234567890{end}" for end in "123")
-
-
-def complete(header, index=0):
-    """Add what DICOM demands of an image, and a patient."""
-    header.StudyInstanceUID, header.SeriesInstanceUID = STUDY, SERIES
-    header.FrameOfReferenceUID, header.PositionReferenceIndicator = FRAME, ""
-    header.PatientSex, header.StudyTime, header.ReferringPhysicianName = "O", "101010", NAME
-    header.StudyID, header.AccessionNumber, header.SeriesNumber = "1", "7", 1
-    header.Manufacturer, header.InstanceNumber = "none", index + 1
-    header.AcquisitionDate = header.ContentDate = header.SeriesDate = "20111111"
 
 
 @pytest.fixture
@@ -269,7 +268,15 @@ def test_infer_writes_them_and_no_other_result_names_the_patient(study, model, t
             assert word.encode() not in content, (path, word)
     again = volseg.infer(study, **how)
     assert not again.done and len(again.kept) == 1
-    other = volseg.infer(study, **(how | {"dicom_seg": "binary"}))
+    write_volume(mask.with_array(np.roll(mask.array, 2, axis=0)), out / "masks" / f"{case}.nii.gz")
+    volseg.measure(results=out)
+    corrected = read_mask(out / "masks" / f"{case}.nii.gz")
+    seg = read_mask(out / "dicom_seg" / f"{case}.dcm", like=study)
+    assert np.array_equal(seg.array != 0, corrected.array != 0)
+    header = dcmread(out / "dicom_seg" / f"{case}.dcm")
+    assert header.SegmentSequence[1].SegmentAlgorithmType == "SEMIAUTOMATIC"
+    assert header.file_meta.TransferSyntaxUID == RLELossless and "hand" in header.SeriesDescription
+    other = volseg.infer(study, **(how | {"dicom_seg": "binary", "out": tmp_path / "other"}))
     assert len(other.done) == 1
 
 

@@ -6,11 +6,13 @@ import csv
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from dicom_files import NAME, write_series
+from dicom_files import NAME, Series, complete, write_series
 from laws import DATA, ball, ball_volume_mm3, centre_mm, oblique, ras, real_data
+from pydicom import dcmread
 
 import volseg
 from volseg.errors import VolsegError
@@ -54,10 +56,12 @@ def phantom(affine: np.ndarray, shape: tuple[int, int, int], radius_mm: float):
     return Volume(np.asfortranarray(array.astype(np.int16)), geometry), inside
 
 
-def written(folder: Path, grid: tuple, radius_mm: float = RADIUS_MM) -> tuple[Path, Path]:
+def written(
+    folder: Path, grid: tuple, radius_mm: float = RADIUS_MM, **how: Any
+) -> tuple[Path, Path]:
     """Return a tilted series of a ball, and the mask of the ball on its slices."""
     scan, inside = phantom(*grid, radius_mm)
-    series = with_mark(write_series(scan, folder / "study"), TILT)
+    series = with_mark(write_series(scan, folder / "study", Series(**how)), TILT)
     stored = read_volume(series)
     order = np.sign(np.sum(stored.geometry.voxel_steps_mm[:, 2] * scan.geometry.affine[:3, 2]))
     mask = inside.astype(np.uint8)[:, :, :: int(order)]
@@ -190,6 +194,33 @@ def test_a_network_finds_the_ball_on_the_slices_of_the_scan(inferred):
     largest = rows(folder / "out" / "lesions.csv")[0]
     assert float(largest["volume_mm3"]) == pytest.approx(ball_volume_mm3(8.0), rel=0.25)
     assert largest["class_name"] or largest["confidence_mean"]
+
+
+def test_a_tilted_series_gets_a_segmentation_on_its_own_slices(model, tmp_path):
+    scan, _ = written(tmp_path, (tilted(ras((1.6, 2.0, 2.4))), (30, 32, 22)), 8.0, edit=complete)
+    out = tmp_path / "out"
+    report = volseg.infer(
+        scan, model=model, tilt="resample", dicom_seg="binary", dicom_sr=True, out=out
+    )
+    assert report.exit_code == 0
+    (path,), (nifti,) = (out / "dicom_seg").iterdir(), (out / "masks").iterdir()
+    series = with_mark(scan, TILT)
+    segmentation = read_mask(path, like=series)
+    geometry = read_volume(series).geometry
+    assert np.array_equal(segmentation.array > 0, read_mask(nifti, like=series).array > 0)
+    assert segmentation.array.any() and geometry.is_tilted
+    positions = {
+        tuple(map(float, frame.PlanePositionSequence[0].ImagePositionPatient))
+        for frame in dcmread(path).PerFrameFunctionalGroupsSequence
+    }
+    own = {tuple(map(float, dcmread(file).ImagePositionPatient)) for file in Path(scan).iterdir()}
+    assert positions and positions <= own
+    (lesions,) = (out / "dicom_lesions").iterdir()
+    volume_mm3 = int(read_mask(lesions, like=series).array.astype(bool).sum()) * abs(
+        np.linalg.det(geometry.voxel_steps_mm)
+    )
+    rows_mm3 = sum(float(row["volume_mm3"]) for row in rows(out / "lesions.csv"))
+    assert volume_mm3 == pytest.approx(rows_mm3, rel=1e-6)
 
 
 def test_a_corrected_tilted_mask_is_measured_again(inferred, tmp_path):

@@ -286,6 +286,20 @@ def test_contours_are_drawn_on_a_scan_in_any_axis_order(tmp_path):
         assert np.array_equal(read_mask(path, like=geometry).array, order.apply(expected))
 
 
+def test_masks_of_a_tilted_scan_lie_on_its_slices(tmp_path):
+    straight = oblique_volume((41, 53, 6)).geometry
+    shear = np.eye(4)
+    shear[1, 2] = 0.3  # each slice is 0.3 rows further, as with a tilted gantry
+    tilted = Geometry(straight.shape, straight.affine @ shear)
+    rois, expected = drawn(tilted)
+    contours = write_rtstruct(rois, tmp_path / "rs.dcm")
+    assert np.array_equal(read_mask(contours, like=tilted).array, expected)
+    labels = Volume(expected, tilted)
+    for kind in ("BINARY", "LABELMAP"):
+        path = write_seg(labels, tmp_path / f"{kind}.dcm", Seg(kind=kind, distance=False))
+        assert np.array_equal(read_mask(path, like=tilted).array, expected)
+
+
 def square(geometry: Geometry, k: float, at: float = 4.6, edge: float = 6.0) -> np.ndarray:
     corners = at + edge * np.array([(0, 0), (1, 0), (1, 1), (0, 1)])
     return contour_on(geometry, corners, k)

@@ -11,25 +11,29 @@ from typing import Any
 
 from volseg.commands.batch import (
     CaseFiles,
+    MeasuredCase,
     damaged_warnings,
     run_description,
     without_damaged,
     write_case,
 )
+from volseg.commands.dicom_results import DicomResults
 from volseg.commands.jobs import Tally
 from volseg.commands.mask_measurement import MaskSettings, measure_mask, refused_masks
 from volseg.commands.pages import page_budget, read_run, write_report
+from volseg.commands.placing import place_mask
 from volseg.commands.remarks import remarks_on_scan
 from volseg.errors import ScanError, VolsegError
 from volseg.io.cases import Case
 from volseg.io.series import like_scan
+from volseg.io.volumes import read_mask
 from volseg.measurement.rows import CaseRow
 from volseg.options import MeasureOptions
 from volseg.pages.about import About
 from volseg.pages.model_box import read_model_box
 from volseg.recipe import Measure, parse_unit
 from volseg.reports import CasesReport
-from volseg.store.outputs import SAME_KIND, folder_content
+from volseg.store.outputs import SAME_KIND, Commit, folder_content
 from volseg.store.records import LESION_IDS, PROBABILITIES, CaseRecord
 from volseg.store.results import ResultsFolder, State
 
@@ -153,14 +157,26 @@ class _CorrectedMask:
         )
         if any(name.startswith(f"{PROBABILITIES}/") for name in record.files):
             by_hand += f"; {PROBABILITIES}/ holds those of the model, from before the correction"
-        measured = replace(measured, model=model, remarks=[*measured.remarks, by_hand])
+        dicom = DicomResults.again(record.files, self.results, model, settings)
         with folder.staged() as commit:
+            notes = self._write_dicom(dicom, case, measured, commit) if dicom.folders else []
+            measured = replace(measured, model=model, remarks=[*measured.remarks, by_hand, *notes])
             box = read_model_box(record.source.model_box)
             case_row = write_case(measured, self.files, commit, box)
             corrected = {self._path: measured.sha256[-1]}
             new = replace(record, case=case_row, lesions=measured.lesions, corrected=corrected)
             folder.commit(replace(new, failed=None, remark=""), commit, keep=PROBABILITIES)
         return remarks_on_scan(case_row)
+
+    def _write_dicom(
+        self, dicom: DicomResults, case: Case, measured: MeasuredCase, commit: Commit
+    ) -> list[str]:
+        """Write the DICOM files again from the corrected mask; return notes on them."""
+        assert case.reference is not None
+        scan = measured.lesions.scan.image
+        names = {"mask_name": str(case.reference), "grid_name": str(case.images["image"])}
+        mask = place_mask(read_mask(case.reference), scan.geometry, **names).mask
+        return dicom.write(case.images["image"], mask, measured.lesions, commit)
 
     def case_and_settings(self) -> tuple[Case, MaskSettings]:
         """Return the mask with its scan, and how it is measured.

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from volseg.errors import EnvironmentProblem, VolsegError
+from volseg.commands.mask_measurement import MaskSettings
+from volseg.errors import EnvironmentProblem, ScanError, VolsegError
 from volseg.io.cases import Case
+from volseg.io.dicom_object import read_object
 from volseg.io.dicom_out import (
     MAX_SEGMENTS,
     DicomSource,
@@ -20,6 +22,7 @@ from volseg.io.dicom_out import (
     read_source,
     report_values,
 )
+from volseg.io.dicom_seg import LABELMAP
 from volseg.io.files import read_back_problem
 from volseg.io.formats import DICOM, format_of
 from volseg.io.volumes import read_header, read_mask
@@ -40,7 +43,7 @@ class DicomResults:
     Args:
         seg: binary or labelmap; None for no segmentation of the mask. sr: a report of the lesions.
         model: its name. label_names: value of the mask → name. organ: name of the label that is
-            no lesion.
+            no lesion. by_hand: True if masks were corrected by hand.
     """
 
     seg: str | None
@@ -48,6 +51,22 @@ class DicomResults:
     model: str
     label_names: Mapping[int, str]
     organ: str | None = None
+    by_hand: bool = False
+
+    @classmethod
+    def again(
+        cls, files: Iterable[str], folder: Path, model: str, settings: MaskSettings
+    ) -> DicomResults:
+        """Return what wrote these files of a folder, for masks corrected by hand."""
+        names = {name.partition("/")[0]: name for name in files}
+        return cls(
+            seg=_kind_of(folder / names[SEG]) if SEG in names else None,
+            sr=REPORT in names,
+            model=model,
+            label_names=settings.label_names,
+            organ=settings.measure.organ,
+            by_hand=True,
+        )
 
     @property
     def folders(self) -> list[str]:
@@ -84,7 +103,7 @@ class DicomResults:
         """
         if not self.folders:
             return []
-        source = read_source(read_header(path), self.model)
+        source = read_source(read_header(path), self.model, by_hand=self.by_hand)
         case_id, notes = lesions.scan.case_id, list[str]()
         if self.seg:
             segments, empty = self._labels(mask)
@@ -143,6 +162,14 @@ class DicomResults:
         # Readers know references from a report to segments of binary segmentations alone.
         seg = written.segmentation(ids, segments, source, "lesions", "binary")
         _Written(f"{REPORT}/{case_id}.dcm", path, commit).report(measured, source, seg)
+
+
+def _kind_of(path: Path) -> str:
+    """Return the kind of a segmentation; binary if it is no longer there."""
+    try:
+        return "labelmap" if read_object(path).sop_class == LABELMAP else "binary"
+    except ScanError:
+        return "binary"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import numpy as np
 
 from volseg.errors import VolsegError
 from volseg.io import dicom_seg, rtstruct
-from volseg.io.dicom_frames import Skipped, Unusable, read_frames, reason_of
+from volseg.io.dicom_frames import Skipped, Unusable, holds_dicom, read_frames, reason_of
 from volseg.io.dicom_object import DicomObject, items_of, read_object
 from volseg.io.dicom_seg import Segmentation
 from volseg.io.dicom_series import files_below
@@ -89,6 +89,9 @@ def _file_of(path: Path) -> Path:
     files = mask_files(place)
     if len(files) == 1:
         return files[0]
+    if not holds_dicom(place):
+        problem = "is a folder without DICOM files"
+        raise refusal(path, "E_NOTFILE", problem, "give the path of a mask")
     names = format_list([str(file.relative_to(place)) for file in files], 3)
     problem = f"holds {len(files)} DICOM masks: {names}" if files else "holds no DICOM mask"
     raise refusal(path, "E_LABELS", problem, "give the file of one of them" if files else FIX)

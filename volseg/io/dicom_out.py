@@ -77,12 +77,14 @@ class DicomSource:
     Args:
         slices: of each slice of the volume, from the first along the normal.
         numbers: of the frame in its file of each slice.
+        by_hand: True if the mask of the model was corrected by hand.
     """
 
     path: Path
     model: str
     slices: Sequence[Any]
     numbers: Sequence[int]
+    by_hand: bool = False
 
     @property
     def files(self) -> list[Any]:
@@ -99,11 +101,12 @@ class DicomSource:
         return uid_of("tracking", self.patient, segment.tracking)
 
 
-def read_source(header: ScanHeader, model: str) -> DicomSource:
+def read_source(header: ScanHeader, model: str, *, by_hand: bool = False) -> DicomSource:
     """Read the headers of the series of a scan.
 
     Args:
         header: of a DICOM series. model: name of the model that segments it.
+        by_hand: True if its mask was corrected by hand.
 
     Raises:
         ScanError: highdicom is not installed (`E_BACKEND`), or a file cannot be read.
@@ -122,6 +125,7 @@ def read_source(header: ScanHeader, model: str) -> DicomSource:
         model,
         [files[frame.path] for frame in volume.frames],
         [frame.number for frame in volume.frames],
+        by_hand,
     )
 
 
@@ -215,12 +219,13 @@ def _frames_of(numbered: np.ndarray, source: DicomSource) -> np.ndarray:
 
 
 def _maker(source: DicomSource, what: str) -> dict[str, Any]:
+    by = "volseg and hand" if source.by_hand else "volseg"
     return {
         "manufacturer": "volseg",
         "manufacturer_model_name": source.model[:MAX_DESCRIPTION],
         "software_versions": __version__,
         "device_serial_number": "none",
-        "series_description": f"{RESEARCH} {what} by volseg, {source.model}"[:MAX_DESCRIPTION],
+        "series_description": f"{RESEARCH} {what} by {by}, {source.model}"[:MAX_DESCRIPTION],
     }
 
 
@@ -243,7 +248,7 @@ def _description(number: int, segment: Segment, source: DicomSource) -> Any:
         segment_label=segment.name[:MAX_DESCRIPTION],
         segmented_property_category=category,
         segmented_property_type=kind,
-        algorithm_type="AUTOMATIC",
+        algorithm_type="SEMIAUTOMATIC" if source.by_hand else "AUTOMATIC",
         algorithm_identification=algorithm,
         tracking_uid=source.tracking_uid(segment),
         tracking_id=segment.tracking[:MAX_DESCRIPTION],

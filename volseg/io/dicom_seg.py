@@ -89,10 +89,11 @@ def read_header(file: DicomObject, path: Path, grid: ReferenceGrid | None) -> Sc
     affine, places = _grid(frames, data)
     rows, columns = frames[0].pixels.shape
     shape = (columns, rows, max(places) + 1)
-    geometry, oddities = checked_grid(shape, rounded(affine), path, source="DICOM header")
-    start = None if grid is None else _first_slice(geometry, grid.geometry)
+    start = None if grid is None else _first_slice(Geometry(shape, affine), grid.geometry)
     if grid is not None and start is not None:
         geometry, places, oddities = grid.geometry, [start + place for place in places], []
+    else:
+        geometry, oddities = checked_grid(shape, rounded(affine), path, source="DICOM header")
     is_fraction = kind == FRACTIONAL
     most = 255 if is_fraction else max(names, default=1)
     return ScanHeader(

@@ -26,10 +26,12 @@ from volseg.io.header import (
 from volseg.io.series import (
     IN_SUV,
     TILT,
+    like_scan,
     split_marks,
     split_segments,
     split_series,
     split_volume,
+    with_mark,
     with_volume,
 )
 from volseg.io.voxels import (
@@ -83,7 +85,7 @@ def read_mask_header(
     Raises:
         ScanError: as `read_header`; also of the scan, or if contours belong to another one.
     """
-    path = Path(path)
+    path = _like_scan(Path(path), like)
     row = mask_format_of(path)
     if row.read_on is None:
         return read_header(path, max_bytes=max_bytes)
@@ -93,6 +95,13 @@ def read_mask_header(
     if TILT not in marks:
         refuse_tilt(header.geometry, plain)
     return header
+
+
+def _like_scan(path: Path, like: Path | Geometry | None) -> Path:
+    """Return the path of a mask, which may be tilted if its scan may be."""
+    if isinstance(like, Geometry):
+        return with_mark(path, TILT) if like.is_tilted else path
+    return path if like is None else like_scan(path, like)
 
 
 def _reference_grid(like: Path | Geometry | None) -> ReferenceGrid | None:
