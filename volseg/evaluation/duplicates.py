@@ -58,7 +58,11 @@ def print_of(array: np.ndarray, largest: float | None = None) -> ImagePrint:
         white = min(white, float(array.max()))
     if float(array.max()) - float(array.min()) <= BLANK * white:
         return ImagePrint(sha256)
-    pixels = resize(to_channels(array, 1), (THUMBNAIL, THUMBNAIL))[0]
+    return print_of_thumbnail(resize(to_channels(array, 1), (THUMBNAIL, THUMBNAIL))[0], sha256)
+
+
+def print_of_thumbnail(pixels: np.ndarray, sha256: str) -> ImagePrint:
+    """Return the print of what has this thumbnail, of any number of axes."""
     thumbnail = _normed(pixels)
     detail = _normed(pixels - ndimage.gaussian_filter(pixels, BLUR_SD))
     if thumbnail is None or detail is None:
