@@ -21,6 +21,7 @@ from volseg.cli.show import (
     show,
     show_checks,
     show_columns,
+    show_files,
     show_problems,
 )
 from volseg.errors import VolsegError, severity_of
@@ -195,21 +196,35 @@ def check(
             help="Also check that the dataset has the channels and label values of this recipe."
         ),
     ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Folder for quality.csv (facts and flags of each scan) and quality.png (their "
+            "middle slices); created if missing.",
+        ),
+    ] = None,
     as_json: Annotated[bool, JSON] = False,
 ) -> None:
     """List all problems of a dataset, scan, recipe or model.
 
-    Each problem comes with its fix. The exit code is 0 if it can be used, 2 if something must be
-    fixed.
+    Each problem comes with its fix. Scans that look wrong get warnings: missing slices, cut fields
+    of view, wrong HU, duplicates and so on. The exit code is 0 if it can be used, 2 if something
+    must be fixed.
     """
-    from volseg import commands
+    with progress_on_stderr() as progress:
+        from volseg import commands
 
-    problems = commands.check(path, recipe)
+        problems = commands.check(path, recipe, out=out, progress=progress)
     is_wrong = any(severity_of(problem["code"]) == "error" for problem in problems)
     if as_json:
-        print_json({"path": str(path), "problems": problems})
+        place = {} if out is None else {"out": str(out)}
+        print_json({"path": str(path), "problems": problems} | place)
     else:
         show_problems(path, problems)
+        if out is not None:
+            show_files(out, ("quality.csv", "quality.png"))
     raise typer.Exit(2 if is_wrong else 0)
 
 
