@@ -201,17 +201,17 @@ def check(
         typer.Option(
             "--out",
             "-o",
-            help="Folder for quality.csv (facts and flags of each scan) and quality.png (their "
-            "middle slices); created if missing.",
+            help="Also judge the quality of scans: folder for quality.csv (facts and flags of each "
+            "scan) and quality.png (their middle slices); created if missing.",
         ),
     ] = None,
     as_json: Annotated[bool, JSON] = False,
 ) -> None:
     """List all problems of a dataset, scan, recipe or model.
 
-    Each problem comes with its fix. Scans that look wrong get warnings: missing slices, cut fields
-    of view, wrong HU, duplicates and so on. The exit code is 0 if it can be used, 2 if something
-    must be fixed.
+    Each problem comes with its fix. With --out, scans are also searched for missing slices, cut
+    fields of view, wrong HU, duplicates and so on. The exit code is 0 if it can be used, 2 if
+    something must be fixed.
     """
     with progress_on_stderr() as progress:
         from volseg import commands

@@ -27,6 +27,7 @@ from volseg.io.images import is_image, read_image
 from volseg.io.layouts import survey_cases
 from volseg.io.volumes import read_header, read_mask, read_volume
 from volseg.measurement.units import judge_unit
+from volseg.options import Progress, ignore_progress
 from volseg.recipe import (
     AnyRecipe,
     ClassifyRecipe,
@@ -35,7 +36,6 @@ from volseg.recipe import (
     load_any_recipe,
     shipped_recipes,
 )
-from volseg.options import Progress, ignore_progress
 from volseg.store.outputs import OutputFolder, folder_content
 from volseg.store.tables import TABLES, VARIANTS
 from volseg.volume import Volume
@@ -61,8 +61,8 @@ def check(
 
     Args:
         recipe: also check a dataset against this recipe: channels, label values and grids.
-        out: folder for quality.csv, a row of facts and flags per scan, and quality.png, a sheet
-            with the middle slice of each; created if missing.
+        out: also judge the quality of scans; the folder, created if missing, gets quality.csv, a
+            row of facts and flags per scan, and quality.png, a sheet with the middle slice of each.
         progress: called with a stage, the fraction of it that is done, and a detail.
 
     Raises:
@@ -70,13 +70,11 @@ def check(
 
     Example:
         >>> import volseg
-        >>> [problem["code"] for problem in volseg.check("sample_data", out="quality")]
+        >>> [problem["code"] for problem in volseg.check("sample_data")]
         ['W_EMPTY', 'W_EMPTY']
-        >>> volseg.read_table("quality/quality.csv")["slice_axis"].unique().tolist()
-        ['S']
     """
     path = given_path(path)
-    quality = ScanQuality(progress, pictures=out is not None)
+    quality = ScanQuality(progress, is_judged=out is not None)
     if out is None:
         return _every_problem(path, recipe, quality)
     with OutputFolder(given_path(out), "check", inputs=[path]) as outputs:

@@ -35,15 +35,15 @@ def sheet_name(number: int) -> str:
 
 
 class ScanQuality:
-    """Collects the quality of scans as they are read.
+    """Collects the quality of scans as they are read, with a thumbnail of each.
 
     Args:
         progress: for the command that reads them.
-        pictures: also keep a thumbnail of each, for sheets.
+        is_judged: False collects nothing, as judging takes as long as reading.
     """
 
-    def __init__(self, progress: Progress, *, pictures: bool) -> None:
-        self.progress, self._pictures = progress, pictures
+    def __init__(self, progress: Progress, *, is_judged: bool) -> None:
+        self.progress, self._is_judged = progress, is_judged
         self._facts: dict[int, ScanFacts] = {}  # number of the scan → facts
         self._failed: dict[int, QualityRow] = {}
         self._thumbnails: dict[int, bytes] = {}
@@ -53,6 +53,10 @@ class ScanQuality:
 
     def add(self, case: Case, channel: str, scan: Volume, header: ScanHeader) -> None:
         """Judge a scan that was read."""
+        if not self._is_judged:
+            return
+        from volseg.pages.quality_sheet import thumbnail  # loads Pillow
+
         facts = judge_scan(
             scan,
             case_id=case.id,
@@ -62,13 +66,12 @@ class ScanQuality:
         )
         number = len(self)
         self._facts[number] = replace(facts, print=print_of_scan(scan), patient=case.patient)
-        if self._pictures:
-            from volseg.pages.quality_sheet import thumbnail  # loads Pillow
-
-            self._thumbnails[number] = thumbnail(scan, facts.row)
+        self._thumbnails[number] = thumbnail(scan, facts.row)
 
     def fail(self, case: Case, channel: str, error: VolsegError) -> None:
         """Note a scan that could not be read; paths may name a patient, so the reason has none."""
+        if not self._is_judged:
+            return
         path = case.images[channel]
         name, reason = table_name(path), f"{error.code}: {error.problem}; to fix: {error.fix}"
         for place in (str(path), str(place_of(path)), str(path.parent)):
@@ -97,13 +100,17 @@ class ScanQuality:
     ) -> Problem:
         names = format_list([row.name for row, _ in scans], MAX_NAMES)
         row, item = scans[0]
-        text = f"{len(scans)} of {format_count(len(self), 'scan')}: {names}; {row.name}: {item.text}"
+        text = (
+            f"{len(scans)} of {format_count(len(self), 'scan')}: {names}; {row.name}: {item.text}"
+        )
         return problem_at(where, code, text, item.flag.fix)
 
     def _cut(self, where: str, is_flagged: bool) -> Iterator[Problem]:
         n_cut = 0 if is_flagged else len(every_cut(list(self._facts.values())))
         if n_cut:
-            text = f"the body touches a side of the grid in {n_cut} of {len(self)} scans, as in crops"
+            text = (
+                f"the body touches a side of the grid in {n_cut} of {len(self)} scans, as in crops"
+            )
             yield problem_at(where, "N_CUT", text)
 
     def write(self, outputs: OutputFolder) -> None:

@@ -96,7 +96,9 @@ def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], row: QualityRow) -
         draw.text((place[0], place[1] + number * (FONT_SIZE + MARGIN)), line, fill, font)
 
 
-def _wrapped(text: str, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont) -> Iterator[str]:
+def _wrapped(
+    text: str, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
+) -> Iterator[str]:
     """Yield the words of a text in lines that fit below a picture."""
     line = ""
     for word in text.split():

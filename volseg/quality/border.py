@@ -52,7 +52,7 @@ def judge_border(scan: Volume, axis: int, *, is_hu: bool) -> Border:
 
 
 def side_axes(canonical: Volume, axis: int) -> list[int]:
-    """Return the canonical axes whose ends are sides: not that of the slices, nor one of a voxel."""
+    """Return the canonical axes whose ends are sides: not that of slices, nor one of a voxel."""
     return [n for n in range(3) if n != axis and canonical.array.shape[n] > 1]
 
 

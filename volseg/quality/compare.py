@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from volseg.evaluation.duplicates import near_duplicates
 from volseg.quality.flags import FLAGS, Flag
 from volseg.quality.rows import QualityRow
-from volseg.quality.scan import ScanFacts
+from volseg.quality.scan import CT, ScanFacts, judge_scan
+from volseg.volume import Volume
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +38,17 @@ def compare_scans(scans: Sequence[ScanFacts]) -> list[tuple[QualityRow, list[Rai
     return [(_flagged(scan.row, flags), flags) for scan, flags in zip(scans, raised, strict=True)]
 
 
-def flags_of_scan(scan: ScanFacts) -> list[Raised]:
-    """Return the flags of a scan that need no other one to compare with."""
-    alone = (flag for flag in FLAGS if flag.of_scan)
-    return [Raised(flag, text) for flag in alone for text in flag.check([scan]).values()]
+def run_warnings(scan: Volume, *, is_hu: bool) -> Iterator[str]:
+    """Yield the warnings of a scan that is measured, as `W_CODE: sentence; what to do`.
+
+    Args:
+        is_hu: its unit is HU, stated and not contradicted.
+    """
+    facts = judge_scan(scan, modality=CT if is_hu else "", has_noise=False)
+    for flag in FLAGS:
+        if flag.in_runs:
+            for text in flag.check([facts]).values():
+                yield f"{flag.code}: {text}; {flag.fix}"
 
 
 def _flagged(row: QualityRow, raised: Sequence[Raised]) -> QualityRow:

@@ -17,7 +17,7 @@ from volseg.quality.outliers import MIN_SCANS, outliers
 from volseg.quality.scan import CT, ScanFacts
 
 MAX_EQUAL = 0  # pairs: a scanner never measures the same noise twice
-MIN_JUMP = 2.0  # sound scans reach 1.5; four missing slices in a row always exceed it
+MIN_JUMP = 2.0  # of 228 sound scans, the highest is 1.7
 MIN_FIELD_MM = 150.0  # smaller fields are crops of a lesion, which touch every side
 MAX_CROP = 0.5  # mean share of the sides; above it, the scan is a crop without background
 MAX_CUT = 0.2  # of the scans of a dataset; if more touch a side, it was made of crops
@@ -39,14 +39,15 @@ class Flag:
         rule: when a scan gets it, for the documentation.
         fix: what to do.
         check: all scans of a dataset → number of each flagged one, with a sentence.
-        of_scan: True if it needs no other scan to be judged.
+        in_runs: True if it is also a warning of `infer` and `measure`, as it puts volumes or HU in
+            doubt; it needs no other scan.
     """
 
     code: str
     rule: str
     fix: str
     check: Callable[[Sequence[ScanFacts]], Sentences]
-    of_scan: bool = False
+    in_runs: bool = False
 
 
 def each(check: Callable[[ScanFacts], str]) -> Callable[[Sequence[ScanFacts]], Sentences]:
@@ -86,7 +87,8 @@ def _jump(scan: ScanFacts) -> str:
     jump, at = scan.row.slice_jump, scan.row.slice_jump_at
     if jump is None or at is None or jump < MIN_JUMP:
         return ""
-    return f"slices {at} and {at + 1} along {scan.row.slice_axis} differ {jump:.3g} × as much as others"
+    where = f"slices {at} and {at + 1} along {scan.row.slice_axis}"
+    return f"{where} differ {jump:.3g} × as much as others"
 
 
 def _flat(scan: ScanFacts) -> str:
@@ -171,6 +173,8 @@ def _ct_expected(scans: Sequence[ScanFacts]) -> bool | None:
 
 
 def _is_ct(scan: ScanFacts) -> bool | None:
+    if scan.intensities.is_drawing:
+        return None
     return scan.row.modality == CT if scan.row.modality else scan.row.looks_like_ct
 
 
@@ -180,7 +184,8 @@ def _offset(scans: Sequence[ScanFacts]) -> Sentences:
     return {
         n: text
         for n, scan in enumerate(scans)
-        if scan.intensities.lacks_intercept and (scan.is_stated_ct or (is_ct and not scan.row.modality))
+        if scan.intensities.lacks_intercept
+        and (scan.is_stated_ct or (is_ct and not scan.row.modality))
     }
 
 
@@ -225,7 +230,7 @@ FLAGS = (
         "two neighbouring slices have the same voxels and are not uniform",
         "export the scan again without repeated slices",
         each(_equal_slices),
-        of_scan=True,
+        in_runs=True,
     ),
     Flag(
         "W_SLICE_JUMP",
@@ -233,42 +238,38 @@ FLAGS = (
         "either side",
         "check whether slices are missing there, and export the scan again",
         each(_jump),
-        of_scan=True,
+        in_runs=True,
     ),
     Flag(
         "W_FLAT",
         f"over {MAX_COMMON:.0%} of the voxels have one value",
         "check that it is the scan, and export it again if it is blank",
         each(_flat),
-        of_scan=True,
     ),
     Flag(
         "W_DRAWING",
         "15 different intensities or fewer",
         "check that it is the scan and not its mask",
         each(_drawing),
-        of_scan=True,
     ),
     Flag(
         "W_CLIP",
         f"over {CLIPPED_FRACTION:.0%} of the voxels have the largest value",
         "export it again in more bits or without a window",
         each(_clipped),
-        of_scan=True,
     ),
     Flag(
         "W_HU_STATED",
         "a DICOM header states CT, but the intensities cannot be HU ([mismatch.md](mismatch.md))",
         "check the rescale slope and intercept",
         each(_stated_ct),
-        of_scan=True,
     ),
     Flag(
         "W_HU_RANGE",
         f"CT: under {MIN_IN_HU:.0%} of the voxels, without padding, are from -1024 to 3071",
         "check the rescale slope and intercept",
         each(_hu_range),
-        of_scan=True,
+        in_runs=True,
     ),
     Flag(
         "W_HU_AIR",
@@ -276,11 +277,11 @@ FLAGS = (
         f"over {MAX_AIR_OFF_HU:g} HU from -1000",
         "check the rescale slope and intercept",
         each(_air),
-        of_scan=True,
+        in_runs=True,
     ),
     Flag(
         "W_HU_OFFSET",
-        "stated to be CT, or the other scans are, and it would look like CT after subtracting 1024",
+        "stated to be CT, or the other scans are, and it looks like CT after subtracting 1024",
         "subtract 1024, or export it again with its rescale intercept",
         per_channel(_offset),
     ),
@@ -294,8 +295,8 @@ FLAGS = (
     ),
     Flag(
         "W_MIXED",
-        "its modality differs from that of nearly all other scans: in the DICOM headers, or because "
-        "it looks like a CT and they do not, or the other way round",
+        "its modality is not that of nearly all other scans: in the DICOM headers, or it looks "
+        "like a CT and they do not, or the reverse",
         "check that it belongs to the dataset and to this channel",
         per_channel(_mixed),
     ),
@@ -303,13 +304,15 @@ FLAGS = (
         "W_ODD_SPACING",
         f"outlier of spacing along R, A or S, by a factor of {MAX_FACTOR:g} or more",
         "check its protocol and that its header is in mm",
-        per_channel(_odd({f"spacing_{axis}_mm": f"spacing along {axis.upper()}" for axis in "ras"})),
+        per_channel(
+            _odd({f"spacing_{axis}_mm": f"spacing along {axis.upper()}" for axis in "ras"})
+        ),
     ),
     Flag(
         "W_ODD_SIZE",
         f"outlier of the number of voxels along R, A or S, by a factor of {MAX_FACTOR:g} or more",
         "check that it is complete and shows the same part of the body",
-        per_channel(_odd({f"size_{axis}": f"voxels along {axis.upper()}" for axis in "ras"})),
+        per_channel(_odd({f"size_{n}": f"voxels along {n.upper()}" for n in "ras"})),
     ),
     Flag(
         "W_ODD_NOISE",

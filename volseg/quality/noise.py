@@ -91,7 +91,7 @@ def _chosen_slices(scan: Volume) -> Iterator[np.ndarray]:
     canonical = scan.canonical()
     axis = slice_axis(canonical.geometry)
     n = canonical.array.shape[axis]
-    chosen = np.unique(np.linspace(0, n - 1, min(n, MAX_SLICES)).round().astype(int))
-    for number in chosen.tolist():
+    numbers = np.unique(np.linspace(0, n - 1, min(n, MAX_SLICES)).round().astype(int))
+    for number in numbers.tolist():
         part = canonical.array[(slice(None),) * axis + (number,)]
         yield np.nan_to_num(canonical.intensities(part).astype(np.float64))

@@ -23,11 +23,11 @@ def outliers(values: np.ndarray, *, factor: float) -> list[int]:
     >>> outliers(np.array([1, 1, 1, 1, 1, 1, 1, 5.0]), factor=1.5)
     [7]
     """
-    known = np.flatnonzero(np.isfinite(values) & (values > 0))
-    if known.size < MIN_SCANS:
+    places = np.flatnonzero(np.isfinite(values) & (values > 0))
+    if places.size < MIN_SCANS:
         return []
-    logs = np.log(values[known])
+    logs = np.log(values[places])
     lower, upper = np.percentile(logs, (25, 75))
     reach = max(FENCE * (upper - lower), math.log(factor) - 1e-9)
-    far = known[(logs < lower - reach) | (logs > upper + reach)].tolist()
-    return far if len(far) <= max(1, MAX_PART * known.size) else []
+    far = places[(logs < lower - reach) | (logs > upper + reach)].tolist()
+    return far if len(far) <= max(1, MAX_PART * places.size) else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from volseg.columns import row_of
 from volseg.evaluation.duplicates import ImagePrint
 from volseg.measurement.saturation import clipped_fraction
 from volseg.quality.border import Border, judge_border
@@ -14,6 +15,7 @@ from volseg.quality.slices import Slices, judge_slices
 from volseg.volume import Volume
 
 CT = "CT"
+OF_INTENSITIES = ("lowest", "median", "highest", "most_common", "whole_numbers", "looks_like_ct")
 CUT_SHARE = 0.1  # of a side: a couch or a tube covers less
 
 
@@ -37,7 +39,13 @@ class ScanFacts:
 
 
 def judge_scan(
-    scan: Volume, *, case_id: str, channel: str = "image", image: str = "", modality: str = ""
+    scan: Volume,
+    *,
+    case_id: str = "",
+    channel: str = "image",
+    image: str = "",
+    modality: str = "",
+    has_noise: bool = True,
 ) -> ScanFacts:
     """Measure the quality of a scan; the same for all 48 axis orders.
 
@@ -45,30 +53,32 @@ def judge_scan(
 
     Args:
         image: name of its file in tables. modality: as a DICOM header states, such as CT.
+        has_noise: False leaves the noise unknown.
     """
     slices = judge_slices(scan)
     intensities = judge_intensities(scan, slices.axis)
     is_hu = bool(intensities.looks_like_ct) or (modality == CT and not intensities.not_hu)
     border = judge_border(scan, slices.axis, is_hu=is_hu)
-    noise = Noise() if intensities.is_drawing else estimate_noise(scan, is_hu=is_hu)
-    row = QualityRow(
-        case_id=case_id,
-        channel=channel,
-        status="done",
-        image=image,
-        modality=modality,
-        looks_like_ct=intensities.looks_like_ct,
-        at_highest=clipped_fraction(scan),
-        noise_sd=noise.sd,
-        snr=noise.snr,
-        cut_share=border.largest,
-        cut_sides=border.sides_over(CUT_SHARE),
-        in_hu_range=intensities.in_hu_range if is_hu else None,
-        air_hu=intensities.air_hu if is_hu else None,
+    is_noisy = has_noise and not intensities.is_drawing
+    noise = estimate_noise(scan, is_hu=is_hu) if is_noisy else Noise()
+    cells = {
+        "case_id": case_id,
+        "channel": channel,
+        "status": "done",
+        "image": image,
+        "modality": modality,
+        "at_highest": clipped_fraction(scan),
+        "noise_sd": noise.sd,
+        "snr": noise.snr,
+        "cut_share": border.largest,
+        "cut_sides": border.sides_over(CUT_SHARE),
+        "in_hu_range": intensities.in_hu_range if is_hu else None,
+        "air_hu": intensities.air_hu if is_hu else None,
+        **{name: getattr(intensities, name) for name in OF_INTENSITIES},
         **_grid_cells(scan),
         **_slice_cells(slices, is_drawing=intensities.is_drawing),
-        **_intensity_cells(intensities),
-    )
+    }
+    row = row_of(QualityRow, cells)
     return ScanFacts(row=row, border=border, intensities=intensities)
 
 
@@ -89,8 +99,3 @@ def _slice_cells(slices: Slices, *, is_drawing: bool) -> dict[str, str | float |
         "slice_jump": slices.jump,
         "slice_jump_at": slices.jump_at,
     }
-
-
-def _intensity_cells(intensities: Intensities) -> dict[str, float]:
-    names = ("lowest", "median", "highest", "most_common", "whole_numbers")
-    return {name: getattr(intensities, name) for name in names}

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from volseg.measurement.units import MAX_LEVELS_OF_DRAWING, sampled_grid
-from volseg.volume import Geometry, Volume
+from volseg.volume import Geometry, Volume, slowest_axis
 
 COARSER = 1.05  # times the other spacings, from which an axis is that of the slices
 BLOCKS = 64  # per axis of a slice, whose means are compared: noise averages out
 PADDING_SHARE, COMMON_SHARE = 0.002, 0.2  # of voxels: of the smallest value, of another one
-PER_BLOCK = 4  # voxels along an axis of a block, of which its mean is taken
+PER_BLOCK = 2  # voxels along an axis of a block, of which its mean is taken
 SLAB = 16  # slices that are copied together
 NEIGHBOURS = 3  # steps on either side with which a step is compared
 MIN_CONTENT = 0.25  # of the median contrast of slices; emptier ones are ends of the object
@@ -81,11 +81,12 @@ def judge_slices(scan: Volume) -> Slices:
 
 
 def _slices(array: np.ndarray, axis: int) -> Iterator[np.ndarray]:
-    """Yield contiguous copies of the slices (…, …) of an array along an axis."""
+    """Yield the slices (…, …) of an array along an axis; copies if they are scattered in memory."""
     for start in range(0, array.shape[axis], SLAB):
         part = [slice(None)] * 3
         part[axis] = slice(start, start + SLAB)
-        yield from np.ascontiguousarray(np.moveaxis(array[tuple(part)], axis, 0))
+        slab = np.moveaxis(array[tuple(part)], axis, 0)
+        yield from slab if slowest_axis(slab) == 0 else np.ascontiguousarray(slab)
 
 
 def _sparse(stored: np.ndarray) -> tuple[slice, ...]:
@@ -103,13 +104,13 @@ def _blocks(stored: np.ndarray, padding: float | None) -> np.ndarray:
 
 def _mean(values: np.ndarray) -> float:
     """Return the mean of the known values; NaN if fewer than a quarter are known."""
-    known = values[np.isfinite(values)]
-    return float(known.mean()) if known.size >= MIN_CONTENT * values.size else math.nan
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if finite.size >= MIN_CONTENT * values.size else math.nan
 
 
 def _spread(values: np.ndarray) -> float:
-    known = values[np.isfinite(values)]
-    return float(known.std()) if known.size else 0.0
+    finite = values[np.isfinite(values)]
+    return float(finite.std()) if finite.size else 0.0
 
 
 def _largest_jump(steps: np.ndarray, contrasts: np.ndarray) -> tuple[float | None, int | None]:
@@ -119,8 +120,9 @@ def _largest_jump(steps: np.ndarray, contrasts: np.ndarray) -> tuple[float | Non
     is_full = contrasts >= MIN_CONTENT * np.median(contrasts)
     best, at = None, None
     for index in np.flatnonzero(is_full[1:] & is_full[:-1] & np.isfinite(steps)):
-        around = np.r_[steps[max(0, index - NEIGHBOURS) : index],
-                       steps[index + 1 : index + 1 + NEIGHBOURS]]
+        around = np.r_[
+            steps[max(0, index - NEIGHBOURS) : index], steps[index + 1 : index + 1 + NEIGHBOURS]
+        ]
         around = around[np.isfinite(around)]
         if around.size >= 2 and around.max() > 0:
             ratio = float(steps[index] / around.max())
