@@ -21,7 +21,7 @@ MIN_JUMP = 2.0  # of 228 sound scans, the highest is 1.7
 MIN_FIELD_MM = 150.0  # smaller fields are crops of a lesion, which touch every side
 MAX_CROP = 0.5  # mean share of the sides; above it, the scan is a crop without background
 MAX_CUT = 0.2  # of the scans of a dataset; if more touch a side, it was made of crops
-MIN_IN_HU = 0.98  # share of -1024 to 3071: metal and ringing take less than 2 %
+MIN_IN_HU = 0.98  # share of -1200 to 3071: metal and ringing take less than 2 %
 MAX_AIR_OFF_HU = 50.0  # air from -1000: -1024 is usual, as the lowest of 12 bits
 MAX_COMMON = 0.99  # share of one value: even a small object in padding takes more than the rest
 MAX_FACTOR, MAX_NOISE_FACTOR = 1.5, 2.0  # beyond the quartiles of the dataset
@@ -120,7 +120,7 @@ def _hu_range(scan: ScanFacts) -> str:
     share = scan.row.in_hu_range
     if share is None or share >= MIN_IN_HU:
         return ""
-    return f"{1 - share:.1%} of the voxels are outside -1024 to 3071 HU"
+    return f"{1 - share:.1%} of the voxels are outside -1200 to 3071 HU"
 
 
 def _air(scan: ScanFacts) -> str:
@@ -266,7 +266,7 @@ FLAGS = (
     ),
     Flag(
         "W_HU_RANGE",
-        f"CT: under {MIN_IN_HU:.0%} of the voxels, without padding, are from -1024 to 3071",
+        f"CT: under {MIN_IN_HU:.0%} of the voxels, without padding, are from -1200 to 3071",
         "check the rescale slope and intercept",
         each(_hu_range),
         in_runs=True,

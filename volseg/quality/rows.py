@@ -62,7 +62,7 @@ class QualityRow:
         SHARE, "share of intensities that are whole numbers; in CT below 1 after interpolation"
     )
     in_hu_range: float | None = optional(
-        SHARE, "share of voxels from -1024 to 3071, without padding; empty if not CT"
+        SHARE, "share of voxels from -1200 to 3071, without padding; empty if not CT"
     )
     air_hu: float | None = optional(
         "HU", "median of the air at the sides of the grid; empty if there is little, or not CT"
