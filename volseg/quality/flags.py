@@ -328,7 +328,7 @@ FLAGS = (
     ),
     Flag(
         "W_SIMILAR",
-        "another scan is nearly the same: thumbnails of 16 × 16 × 16 means correlate by "
+        "another scan is nearly the same: thumbnails of its three middle slices correlate by "
         f"{MIN_CORRELATION:g} or more, their detail by {MIN_DETAIL:g}; not of the same patient",
         "keep one of them, or put both into one split",
         each(_similar),
