@@ -9,9 +9,9 @@ START, END = "| flag | raised if | what to do |", "\n\n"
 
 def with_flags(page: str) -> str:
     """Return the page with the current table of flags."""
-    before, _, rest = page.partition(START)
+    before, _, after = page.partition(START)
     rows = [f"| `{flag.code}` | {flag.rule} | {flag.fix} |" for flag in FLAGS]
-    return before + "\n".join([START, "|---|---|---|", *rows]) + END + rest.partition(END)[2]
+    return before + "\n".join([START, "|---|---|---|", *rows]) + END + after.partition(END)[2]
 
 
 if __name__ == "__main__":

@@ -366,6 +366,7 @@ INFER = {
     **{"max_vram": "4G", "fast": True, "probabilities": True, "accept_mismatch": True},
     "format": "nrrd",
     "series": "largest",
+    "spacing": (1.0, 1.0, 2.0),
 }
 TRAIN = {
     **dict.fromkeys(("dataset", "out", "recipe", "epochs", "patience", "resume", "init", "prune")),

@@ -116,5 +116,5 @@ def test_outliers_are_few_and_far_from_the_quartiles():
 
 
 def test_noise_hardly_depends_on_the_patient():
-    found = [judge_scan(scan).row.noise_sd for scan in dataset(5)]
-    assert all(sd is not None and 9 < sd < 16 for sd in found)
+    deviations = [judge_scan(scan).row.noise_sd for scan in dataset(5)]
+    assert all(sd is not None and 9 < sd < 16 for sd in deviations)

@@ -35,6 +35,7 @@ from volseg.options.declare import (
     listed_names,
     seconds,
     settings_of,
+    voxel_spacing,
 )
 from volseg.reports import RunReport
 from volseg.terminal import one_line, printing, problem_of
@@ -52,8 +53,14 @@ KINDS: Mapping[str, Any] = {
     "Path": Path,
     "tuple[Path, ...]": list[Path],
     "tuple[str, ...]": list[str],
+    "tuple[float, float, float]": str,
 }
-AS_TEXT = (amount, seconds, listed_names)  # converters of text such as 4G, 20m or 0,1
+AS_TEXT = (
+    amount,
+    seconds,
+    listed_names,
+    voxel_spacing,
+)  # converters of text such as 4G, 20m or 0,1
 
 
 def main() -> None:

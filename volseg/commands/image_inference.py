@@ -50,6 +50,7 @@ OF_SCANS = (  # options that mean nothing for images
     *(
         "volume",
         "series",
+        "spacing",
         "max_ram",
         "figures",
         "overlap",

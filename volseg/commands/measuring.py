@@ -28,9 +28,10 @@ from volseg.errors import VolsegError
 from volseg.execution.local import run
 from volseg.io.cases import ONE_CHANNEL, Case, listed
 from volseg.io.label_names import read_label_names
-from volseg.io.layouts import find_cases, find_scans
+from volseg.io.layouts import find_cases, find_scans, of_spacing, spacing_remarks
 from volseg.io.matching import pair_names
-from volseg.io.series import split_series
+from volseg.io.series import split_series, split_spacing
+from volseg.io.stacks import is_stack
 from volseg.options import MaskOptions, MeasureOptions, command
 from volseg.pages.about import About
 from volseg.postprocessing.lesions import CONNECTIVITY, Objects
@@ -68,6 +69,8 @@ def measure(options: MeasureOptions) -> CasesReport:
     started = time.monotonic()
     remarks: list[str] = []
     pairs, unused = _pairs(options, remarks.append)
+    pairs = [of_spacing(case, options.spacing) for case in pairs]
+    remarks += spacing_remarks(pairs, options.spacing)
     options.warn(*remarks)
     settings = settings_of_masks(options)
     key_options, digests = settings.key_options(figures=options.figures), Inputs(of_masks=True)
@@ -127,9 +130,11 @@ def _pairs(options: MeasureOptions, remark: Remark) -> tuple[list[Case], list[st
     if image.is_dir() and image.resolve() == mask.resolve():
         return _pairs_of_dataset(image, options.channel, remark), []
     requested = (options.channel or ONE_CHANNEL,)
-    scans = _measured_channel(find_scans([image], requested, series=options.series, remark=remark))
+    series, spacing = options.series, options.spacing
+    listed_scans = find_scans([image], requested, series=series, spacing=spacing, remark=remark)
+    scans = _measured_channel(listed_scans)
     _refuse_half_folder(image, mask, scans)
-    if mask.is_dir():
+    if mask.is_dir() and (options.spacing is None or not is_stack(mask)):
         return _pairs_of_folders(scans, mask)
     if len(scans) > 1:
         raise VolsegError(
@@ -142,7 +147,8 @@ def _pairs(options: MeasureOptions, remark: Remark) -> tuple[list[Case], list[st
 
 def _refuse_half_folder(image: Path, mask: Path, scans: Sequence[Case]) -> None:
     """Refuse a folder of scans with one mask, or the reverse; a DICOM series is one scan."""
-    is_series = any(split_series(scan.images[ONE_CHANNEL])[1] for scan in scans)
+    paths = [scan.images[ONE_CHANNEL] for scan in scans]
+    is_series = any(split_series(path)[1] or split_spacing(path)[1] for path in paths)
     if image.is_dir() != mask.is_dir() and not is_series:
         raise VolsegError(
             f"{image} and {mask}: one is a folder, the other is not",

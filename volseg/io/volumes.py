@@ -13,10 +13,10 @@ import numpy as np
 
 from volseg.errors import ScanError, VolsegError, given_path
 from volseg.io import nifti
-from volseg.io.formats import DICOM, WRITABLE, format_of, is_scan
+from volseg.io.formats import DICOM, STACK, WRITABLE, format_of, is_scan
 from volseg.io.gzip_stream import opened_raw, refusal, skip
 from volseg.io.header import MAX_BYTES, ScanHeader, check_size, is_compressed
-from volseg.io.series import split_volume, with_volume
+from volseg.io.series import split_spacing, split_volume, with_volume
 from volseg.io.voxels import (
     StreamedContent,
     finite_range,
@@ -56,7 +56,7 @@ def volume_of(path: Path, number: int) -> Path:
     try:
         read_header(path)
     except ScanError as error:
-        is_series = format_of(path).name == DICOM  # a volume for each series
+        is_series = format_of(path).name in (DICOM, STACK.name)  # a volume for each of them
         return with_volume(path, number) if error.code == "E_NDIM" and not is_series else path
     return path
 
@@ -186,8 +186,11 @@ def scan_digest(path: Path) -> str:
 
 
 def _volume_mark(path: Path | str) -> str:
-    """Return what tells the volumes of a file apart, behind its SHA-256."""
-    _, number = split_volume(Path(path))
+    """Return what tells the volumes of a file apart, or its spacing, behind its SHA-256."""
+    place, spacing_mm = split_spacing(Path(path))
+    if spacing_mm is not None:
+        return f"#{spacing_mm}"
+    _, number = split_volume(place)
     return "" if number is None else f"#{number}"
 
 
