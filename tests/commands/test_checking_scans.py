@@ -7,6 +7,7 @@ import io
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from dicom_files import NAME, write_series
 from PIL import Image
@@ -150,3 +151,33 @@ def test_the_page_of_the_documentation_has_each_flag_with_its_rule():
     page = (Path(__file__).parents[2] / "docs" / "quality.md").read_text(encoding="utf-8")
     for flag in FLAGS:
         assert f"| `{flag.code}` | {flag.rule} | {flag.fix} |" in page
+
+
+def test_arrays_are_judged_with_their_spacing(tmp_path):
+    (tmp_path / "arrays").mkdir()
+    for number, scan in enumerate(dataset()[:3]):
+        np.save(tmp_path / "arrays" / f"p{number}.npy", scan.array)
+    problems = volseg.check(tmp_path / "arrays", spacing="4,4,5", out=tmp_path / "q")
+    assert [problem["code"] for problem in problems] == ["N_SPACING"]
+    table = rows(tmp_path / "q" / "quality.csv")
+    assert [(row["case_id"], row["image"], row["spacing_s_mm"]) for row in table.values()] == [
+        (f"p{number}", f"p{number}.npy", "5") for number in range(3)
+    ]
+    with pytest.raises(VolsegError, match="--spacing must be three lengths"):
+        volseg.check(tmp_path / "arrays", spacing="4,4")
+
+
+def test_the_row_and_page_of_a_measured_scan_warn_of_repeated_slices(scans, tmp_path):
+    scan = dataset()[4]
+    mask = np.zeros(scan.array.shape, np.uint8)
+    mask[20:24, 20:24, 5:15] = 1
+    write_volume(with_array(scan, mask), tmp_path / "mask.nii.gz")
+    volseg.measure(
+        image=scans / f"{REPEATED}.nii.gz",
+        mask=tmp_path / "mask.nii.gz",
+        intensity_unit="HU",
+        out=tmp_path / "r",
+    )
+    (row,) = rows(tmp_path / "r" / "cases.csv").values()
+    assert row["warnings"].startswith("W_EQUAL_SLICES: 1 pair")
+    assert "W_EQUAL_SLICES" in (tmp_path / "r" / "report.html").read_text(encoding="utf-8")

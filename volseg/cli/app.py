@@ -212,6 +212,13 @@ def check(
             "scan) and quality.png (their middle slices); created if missing.",
         ),
     ] = None,
+    spacing: Annotated[
+        str | None,
+        typer.Option(
+            help="Voxel spacing I,J,K in mm of NPY and NPZ arrays, TIFF files and folders of "
+            "pictures, which state none."
+        ),
+    ] = None,
     as_json: Annotated[bool, JSON] = False,
 ) -> None:
     """List all problems of a dataset, scan, recipe or model.
@@ -223,7 +230,7 @@ def check(
     with progress_on_stderr() as progress:
         from volseg import commands
 
-        problems = commands.check(path, recipe, out=out, progress=progress)
+        problems = commands.check(path, recipe, out=out, spacing=spacing, progress=progress)
     is_wrong = any(severity_of(problem["code"]) == "error" for problem in problems)
     if as_json:
         place = {} if out is None else {"out": str(out)}

@@ -20,14 +20,21 @@ from volseg.commands.training_cases import TrainingSet, read_training_case
 from volseg.errors import VolsegError, given_path, severity_of
 from volseg.evaluation.class_rows import CLASSES, described_columns
 from volseg.inputs import read_json
-from volseg.io.cases import ONE_CHANNEL, Case
+from volseg.io.cases import ONE_CHANNEL, Case, Survey
 from volseg.io.dicom_layout import are_slices, descriptions
 from volseg.io.image_cases import looks_like_images
 from volseg.io.images import is_image, read_image
-from volseg.io.layouts import survey_cases
+from volseg.io.layouts import (
+    Spacing,
+    find_scans,
+    of_spacing,
+    spacing_remarks,
+    survey_cases,
+)
 from volseg.io.volumes import read_header, read_mask, read_volume
 from volseg.measurement.units import judge_unit
 from volseg.options import Progress, ignore_progress
+from volseg.options.declare import voxel_spacing
 from volseg.recipe import (
     AnyRecipe,
     ClassifyRecipe,
@@ -44,6 +51,7 @@ from volseg.volume import Volume
 ADVICE = {
     "N_HEAD": "",
     "N_SERIES": "",
+    "N_SPACING": "",
     "N_SKIPPED": "",
     "W_SKIPPED": "export what is missing again",
     "W_LIST": "add them to the list, or delete the list",
@@ -55,6 +63,7 @@ def check(
     recipe: Path | str | AnyRecipe | None = None,
     *,
     out: Path | str | None = None,
+    spacing: Sequence[float] | str | None = None,
     progress: Progress = ignore_progress,
 ) -> list[Problem]:
     """Return every problem of a dataset, scan, recipe or model, each with its fix.
@@ -63,6 +72,7 @@ def check(
         recipe: also check a dataset against this recipe: channels, label values and grids.
         out: also judge the quality of scans; the folder, created if missing, gets quality.csv, a
             row of facts and flags per scan, and quality.png, a sheet with the middle slice of each.
+        spacing: voxel spacing I,J,K in mm of arrays and stacks of pictures, which state none.
         progress: called with a stage, the fraction of it that is done, and a detail.
 
     Raises:
@@ -73,13 +83,13 @@ def check(
         >>> [problem["code"] for problem in volseg.check("sample_data")]
         ['W_EMPTY', 'W_EMPTY']
     """
-    path = given_path(path)
+    path, spacing_mm = given_path(path), _stated_spacing(spacing)
     quality = ScanQuality(progress, is_judged=out is not None)
     if out is None:
-        return _every_problem(path, recipe, quality)
+        return _every_problem(path, recipe, spacing_mm, quality)
     with OutputFolder(given_path(out), "check", inputs=[path]) as outputs:
         outputs.check_overwrites(output_names())
-        problems = _every_problem(path, recipe, quality)
+        problems = _every_problem(path, recipe, spacing_mm, quality)
         if not quality and not any(severity_of(problem["code"]) == "error" for problem in problems):
             raise VolsegError(
                 f"{path}: holds no 3D scans, so there is no quality.csv to write",
@@ -91,12 +101,30 @@ def check(
     return problems
 
 
+def _stated_spacing(spacing: Sequence[float] | str | None) -> Spacing | None:
+    try:
+        return voxel_spacing(spacing)
+    except ValueError as error:
+        problem, fix = error.args
+        raise VolsegError(f"--spacing {problem}", fix=fix, code="E_USAGE") from error
+
+
 def _every_problem(
-    path: Path, recipe: Path | str | AnyRecipe | None, quality: ScanQuality
+    path: Path,
+    recipe: Path | str | AnyRecipe | None,
+    spacing_mm: Spacing | None,
+    quality: ScanQuality,
 ) -> list[Problem]:
     problems: list[Problem] = []
     try:
-        problems.extend(_problems(path, recipe, quality))
+        if spacing_mm is None:
+            problems.extend(_problems(path, recipe, quality))
+        else:
+            given = None if recipe is None else as_any_recipe(recipe)
+            survey = _survey_of_stacks(path, spacing_mm)
+            problems.extend(
+                _check_dataset(path, given if isinstance(given, Recipe) else None, survey, quality)
+            )
     except VolsegError as error:
         problems.append(problem_of(str(path), error))
     return problems
@@ -128,7 +156,8 @@ def _problems(
     if given is None and looks_like_images(path):
         return check_images(path)
     if path.is_dir() or path.suffix == ".csv":
-        return _check_dataset(path, given, quality)
+        survey = survey_cases(path) if given is None else TrainingSet(path, given).survey()
+        return _check_dataset(path, given, survey, quality)
     return _check_scan(path, quality)
 
 
@@ -169,8 +198,16 @@ def _check_scan(path: Path, quality: ScanQuality) -> Iterator[Problem]:
     yield from quality.problems(str(path))
 
 
-def _check_dataset(path: Path, recipe: Recipe | None, quality: ScanQuality) -> Iterator[Problem]:
-    survey = survey_cases(path) if recipe is None else TrainingSet(path, recipe).survey()
+def _survey_of_stacks(path: Path, spacing_mm: Spacing) -> Survey:
+    """Return the cases of a dataset, with this spacing of those that state none."""
+    cases = find_scans([path], None, spacing=spacing_mm)
+    cases = [of_spacing(case, spacing_mm) for case in cases]
+    return Survey(cases, [], spacing_remarks(cases, spacing_mm), {})
+
+
+def _check_dataset(
+    path: Path, recipe: Recipe | None, survey: Survey, quality: ScanQuality
+) -> Iterator[Problem]:
     for mistake in survey.mistakes:
         yield problem_at(str(path), "E_DATASET", mistake, "correct the dataset")
     for remark in _with_descriptions(survey.remarks, path):

@@ -15,6 +15,7 @@ from volseg.evaluation.duplicates import MIN_CORRELATION, MIN_DETAIL
 from volseg.measurement.saturation import CLIPPED_FRACTION
 from volseg.quality.outliers import MIN_SCANS, outliers
 from volseg.quality.scan import CT, ScanFacts
+from volseg.words import format_count
 
 MAX_EQUAL = 0  # pairs: a scanner never measures the same noise twice
 MIN_JUMP = 2.0  # of 228 sound scans, the highest is 1.7
@@ -80,7 +81,9 @@ def per_channel(
 
 def _equal_slices(scan: ScanFacts) -> str:
     n = scan.row.equal_slices or 0
-    return f"{n} pairs of neighbouring slices are equal" if n > MAX_EQUAL else ""
+    if n <= MAX_EQUAL:
+        return ""
+    return f"{format_count(n, 'pair')} of neighbouring slices {'is' if n == 1 else 'are'} equal"
 
 
 def _jump(scan: ScanFacts) -> str:
