@@ -31,6 +31,7 @@ lint: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(BIN)/python docs/make_columns.py
+	$(BIN)/python docs/make_quality.py
 	$(BIN)/python docs/make_options.py
 	$(BIN)/python docs/make_api.py
 

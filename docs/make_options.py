@@ -11,7 +11,8 @@ HEAD = """# Options of the commands
 Generated from the code by `make docs`. The arguments of the Python functions have the same meaning:
 `--max-ram 4G` is `max_ram="4G"`. Where the name differs, it stands in parentheses. Every command
 also has `--json`, which prints one JSON object instead of text. Not listed here: `volseg check PATH
-[--recipe RECIPE]`, and `volseg columns` and `volseg selftest` without options.
+[--recipe RECIPE] [--spacing I,J,K] [--out FOLDER]` ([quality.md](quality.md)), and `volseg columns`
+and `volseg selftest` without options.
 """
 
 

@@ -369,6 +369,7 @@ INFER = {
     "intensity_unit": "SUVbw",
     "tilt": "resample",
     **{"dicom_seg": "binary", "dicom_sr": True},
+    "spacing": (1.0, 1.0, 2.0),
 }
 TRAIN = {
     **dict.fromkeys(("dataset", "out", "recipe", "epochs", "patience", "resume", "init", "prune")),

@@ -21,6 +21,7 @@ from volseg.cli.show import (
     show,
     show_checks,
     show_columns,
+    show_files,
     show_problems,
 )
 from volseg.errors import VolsegError, severity_of
@@ -34,6 +35,7 @@ from volseg.options.declare import (
     listed_names,
     seconds,
     settings_of,
+    voxel_spacing,
 )
 from volseg.reports import RunReport
 from volseg.terminal import one_line, printing, problem_of
@@ -51,8 +53,14 @@ KINDS: Mapping[str, Any] = {
     "Path": Path,
     "tuple[Path, ...]": list[Path],
     "tuple[str, ...]": list[str],
+    "tuple[float, float, float]": str,
 }
-AS_TEXT = (amount, seconds, listed_names)  # converters of text such as 4G, 20m or 0,1
+AS_TEXT = (
+    amount,
+    seconds,
+    listed_names,
+    voxel_spacing,
+)  # converters of text such as 4G, 20m or 0,1
 
 
 def main() -> None:
@@ -195,21 +203,42 @@ def check(
             help="Also check that the dataset has the channels and label values of this recipe."
         ),
     ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Also judge the quality of scans: folder for quality.csv (facts and flags of each "
+            "scan) and quality.png (their middle slices); created if missing.",
+        ),
+    ] = None,
+    spacing: Annotated[
+        str | None,
+        typer.Option(
+            help="Voxel spacing I,J,K in mm of NPY and NPZ arrays, TIFF files and folders of "
+            "pictures, which state none."
+        ),
+    ] = None,
     as_json: Annotated[bool, JSON] = False,
 ) -> None:
     """List all problems of a dataset, scan, recipe or model.
 
-    Each problem comes with its fix. The exit code is 0 if it can be used, 2 if something must be
-    fixed.
+    Each problem comes with its fix. With --out, scans are also searched for missing slices, cut
+    fields of view, wrong HU, duplicates and so on. The exit code is 0 if it can be used, 2 if
+    something must be fixed.
     """
-    from volseg import commands
+    with progress_on_stderr() as progress:
+        from volseg import commands
 
-    problems = commands.check(path, recipe)
+        problems = commands.check(path, recipe, out=out, spacing=spacing, progress=progress)
     is_wrong = any(severity_of(problem["code"]) == "error" for problem in problems)
     if as_json:
-        print_json({"path": str(path), "problems": problems})
+        place = {} if out is None else {"out": str(out)}
+        print_json({"path": str(path), "problems": problems} | place)
     else:
         show_problems(path, problems)
+        if out is not None:
+            show_files(out, ("quality.csv", "quality.png"))
     raise typer.Exit(2 if is_wrong else 0)
 
 

@@ -8,6 +8,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import singledispatch
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -28,6 +29,8 @@ FILES = {  # name → what it holds
     "baselines.csv": "what simple models predict of the same images",
     "lesions.csv": "a row per lesion",
     "cases.csv": "a row per scan",
+    "quality.csv": "a row per scan",
+    "quality.png": "the middle slice of each scan",
     "response.csv": "a row per patient",
     "comparison.csv": "a row per pair of lesions",
     "evaluation.csv": "a row per case; for masks, per case and label",
@@ -302,6 +305,13 @@ def show_problems(path: Any, problems: list[dict[str, str]]) -> None:
         counts.append(format_count(kinds["warning"], "warning"))
     is_sound = not kinds["error"] and not kinds["warning"]
     typer.echo(one_line(f"{path}: {'no problem found' if is_sound else ', '.join(counts)}"))
+
+
+def show_files(folder: Path, names: Iterable[str]) -> None:
+    """Print what each of these files of a folder holds; missing ones are left out."""
+    for path in (folder / name for name in names):
+        if path.is_file():
+            typer.echo(one_line(f"  {path}: {FILES[path.name]}"))
 
 
 def show_columns(tables: Mapping[str, Iterable[Any]]) -> None:

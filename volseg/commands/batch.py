@@ -33,6 +33,7 @@ from volseg.measurement.summary import summarise
 from volseg.options import InferOptions, MeasureOptions, Options
 from volseg.pages.about import About
 from volseg.pages.model_box import ModelBox
+from volseg.quality.compare import run_warnings
 from volseg.recipe import AnyRecipe, asks_for_suv
 from volseg.reports import CasesReport, RunReport
 from volseg.store.outputs import Commit, OutputFolder, trace_name
@@ -372,6 +373,7 @@ def _warnings(measured: MeasuredCase, oddities: Iterable[ScanWarning]) -> Iterat
     yield from measured.remarks
     for warning in (*oddities, *intensity_warnings(image)):
         yield f"{warning.code}: {warning.text}"
+    yield from run_warnings(image, is_hu=scan.unit.is_hu)
     if image.array.dtype.kind == "f" and not all(
         np.isfinite(image.array[part]).all() for part in slabs_of(image.array)
     ):

@@ -11,21 +11,30 @@ import numpy as np
 from volseg.columns import columns_of
 from volseg.commands.automatic_recipe import unnamed_values
 from volseg.commands.checking_images import check_images
+from volseg.commands.checking_scans import ScanQuality, case_of_scan, output_names
 from volseg.commands.image_planning import check_image_model, target_problems
 from volseg.commands.placing import place_mask
 from volseg.commands.preparing import PREPARED_FILE
 from volseg.commands.problems import Problem, problem_at, problem_of
 from volseg.commands.training_cases import TrainingSet, read_training_case
-from volseg.errors import VolsegError, given_path
+from volseg.errors import VolsegError, given_path, severity_of
 from volseg.evaluation.class_rows import CLASSES, described_columns
 from volseg.inputs import read_json
-from volseg.io.cases import Case
+from volseg.io.cases import ONE_CHANNEL, Case, Survey
 from volseg.io.dicom_layout import are_slices, descriptions
 from volseg.io.image_cases import looks_like_images
 from volseg.io.images import is_image, read_image
-from volseg.io.layouts import survey_cases
+from volseg.io.layouts import (
+    Spacing,
+    find_scans,
+    of_spacing,
+    spacing_remarks,
+    survey_cases,
+)
 from volseg.io.volumes import mask_notes, read_header, read_mask, read_volume
 from volseg.measurement.units import judge_unit
+from volseg.options import Progress, ignore_progress
+from volseg.options.declare import voxel_spacing
 from volseg.recipe import (
     AnyRecipe,
     ClassifyRecipe,
@@ -34,7 +43,7 @@ from volseg.recipe import (
     load_any_recipe,
     shipped_recipes,
 )
-from volseg.store.outputs import folder_content
+from volseg.store.outputs import OutputFolder, folder_content
 from volseg.store.tables import TABLES, VARIANTS
 from volseg.volume import Volume
 
@@ -42,32 +51,88 @@ from volseg.volume import Volume
 ADVICE = {
     "N_HEAD": "",
     "N_SERIES": "",
+    "N_SPACING": "",
     "N_SKIPPED": "",
     "W_SKIPPED": "export what is missing again",
     "W_LIST": "add them to the list, or delete the list",
 }
 
 
-def check(path: Path | str, recipe: Path | str | AnyRecipe | None = None) -> list[Problem]:
+def check(
+    path: Path | str,
+    recipe: Path | str | AnyRecipe | None = None,
+    *,
+    out: Path | str | None = None,
+    spacing: Sequence[float] | str | None = None,
+    progress: Progress = ignore_progress,
+) -> list[Problem]:
     """Return every problem of a dataset, scan, recipe or model, each with its fix.
 
     Args:
         recipe: also check a dataset against this recipe: channels, label values and grids.
+        out: also judge the quality of scans; the folder, created if missing, gets quality.csv, a
+            row of facts and flags per scan, and quality.png, a sheet with the middle slice of each.
+        spacing: voxel spacing I,J,K in mm of arrays and stacks of pictures, which state none.
+        progress: called with a stage, the fraction of it that is done, and a detail.
+
+    Raises:
+        VolsegError: `out` cannot be used, or `path` holds no 3D scans to write about.
 
     Example:
         >>> import volseg
         >>> [problem["code"] for problem in volseg.check("sample_data")]
         ['W_EMPTY', 'W_EMPTY']
     """
-    path, problems = given_path(path), []
+    path, spacing_mm = given_path(path), _stated_spacing(spacing)
+    quality = ScanQuality(progress, is_judged=out is not None)
+    if out is None:
+        return _every_problem(path, recipe, spacing_mm, quality)
+    with OutputFolder(given_path(out), "check", inputs=[path]) as outputs:
+        outputs.check_overwrites(output_names())
+        problems = _every_problem(path, recipe, spacing_mm, quality)
+        if not quality and not any(severity_of(problem["code"]) == "error" for problem in problems):
+            raise VolsegError(
+                f"{path}: holds no 3D scans, so there is no quality.csv to write",
+                fix="leave out --out",
+                code="E_USAGE",
+            )
+        if quality:
+            quality.write(outputs)
+    return problems
+
+
+def _stated_spacing(spacing: Sequence[float] | str | None) -> Spacing | None:
     try:
-        problems.extend(_problems(path, recipe))
+        return voxel_spacing(spacing)
+    except ValueError as error:
+        problem, fix = error.args
+        raise VolsegError(f"--spacing {problem}", fix=fix, code="E_USAGE") from error
+
+
+def _every_problem(
+    path: Path,
+    recipe: Path | str | AnyRecipe | None,
+    spacing_mm: Spacing | None,
+    quality: ScanQuality,
+) -> list[Problem]:
+    problems: list[Problem] = []
+    try:
+        if spacing_mm is None:
+            problems.extend(_problems(path, recipe, quality))
+        else:
+            given = None if recipe is None else as_any_recipe(recipe)
+            survey = _survey_of_stacks(path, spacing_mm)
+            problems.extend(
+                _check_dataset(path, given if isinstance(given, Recipe) else None, survey, quality)
+            )
     except VolsegError as error:
         problems.append(problem_of(str(path), error))
     return problems
 
 
-def _problems(path: Path, recipe: Path | str | AnyRecipe | None) -> Iterable[Problem]:
+def _problems(
+    path: Path, recipe: Path | str | AnyRecipe | None, quality: ScanQuality
+) -> Iterable[Problem]:
     if path.suffix == ".toml" or (not path.exists() and str(path) in shipped_recipes()):
         return _check_recipe(path)
     if (path / "model.json").is_file():
@@ -91,8 +156,9 @@ def _problems(path: Path, recipe: Path | str | AnyRecipe | None) -> Iterable[Pro
     if given is None and looks_like_images(path):
         return check_images(path)
     if path.is_dir() or path.suffix == ".csv":
-        return _check_dataset(path, given)
-    return _check_scan(path)
+        survey = survey_cases(path) if given is None else TrainingSet(path, given).survey()
+        return _check_dataset(path, given, survey, quality)
+    return _check_scan(path, quality)
 
 
 def _check_recipe(path: Path) -> Iterator[Problem]:
@@ -121,26 +187,38 @@ def _check_model(path: Path) -> Iterable[Problem]:
     return ()
 
 
-def _check_scan(path: Path) -> list[Problem]:
+def _check_scan(path: Path, quality: ScanQuality) -> Iterator[Problem]:
     if is_image(path) and not are_slices([path]):
         read_image(path)
-        return []
-    warnings = read_header(path).warnings
-    read_volume(path)
-    return [problem_at(str(path), warning.code, warning.text) for warning in warnings]
+        return
+    header = read_header(path)
+    quality.add(case_of_scan(path), ONE_CHANNEL, read_volume(path), header)
+    for warning in header.warnings:
+        yield problem_at(str(path), warning.code, warning.text)
+    yield from quality.problems(str(path))
 
 
-def _check_dataset(path: Path, recipe: Recipe | None) -> Iterator[Problem]:
-    survey = survey_cases(path) if recipe is None else TrainingSet(path, recipe).survey()
+def _survey_of_stacks(path: Path, spacing_mm: Spacing) -> Survey:
+    """Return the cases of a dataset, with this spacing of those that state none."""
+    cases = find_scans([path], None, spacing=spacing_mm)
+    cases = [of_spacing(case, spacing_mm) for case in cases]
+    return Survey(cases, [], spacing_remarks(cases, spacing_mm), {})
+
+
+def _check_dataset(
+    path: Path, recipe: Recipe | None, survey: Survey, quality: ScanQuality
+) -> Iterator[Problem]:
     for mistake in survey.mistakes:
         yield problem_at(str(path), "E_DATASET", mistake, "correct the dataset")
     for remark in _with_descriptions(survey.remarks, path):
         code, _, text = remark.partition(": ")
         fix = ADVICE.get(code, "`volseg cases` writes a table to look at and edit")
         yield problem_at(str(path), code, text, fix)
-    checker = _CaseChecker(path, recipe)
-    for case in survey.cases:
+    checker = _CaseChecker(path, recipe, quality)
+    for count, case in enumerate(survey.cases, start=1):
         yield from checker.problems_of(case)
+        quality.progress("Checking", count / len(survey.cases), case.id)
+    yield from quality.problems(str(path))
     if recipe is None or not checker.labels:
         return
     for value, name in recipe.data.label_names.items():
@@ -164,8 +242,8 @@ def _with_descriptions(remarks: Sequence[str], path: Path) -> Iterator[str]:
 class _CaseChecker:
     """Checks each case of a dataset, with the recipe if there is one."""
 
-    def __init__(self, dataset: Path, recipe: Recipe | None) -> None:
-        self._dataset, self._recipe = dataset, recipe
+    def __init__(self, dataset: Path, recipe: Recipe | None, quality: ScanQuality) -> None:
+        self._dataset, self._recipe, self._quality = dataset, recipe, quality
         self.labels: set[int] = set()  # in the masks that could be read
 
     def problems_of(self, case: Case) -> Iterator[Problem]:
@@ -173,10 +251,12 @@ class _CaseChecker:
         volumes: dict[str, Volume] = {}
         for name, path in case.images.items():
             try:
-                volumes[name] = read_volume(path)
-                for warning in read_header(path).warnings:
+                volumes[name], header = read_volume(path), read_header(path)
+                self._quality.add(case, name, volumes[name], header)
+                for warning in header.warnings:
                     yield problem_at(case.id, warning.code, warning.text)
             except VolsegError as error:
+                self._quality.fail(case, name, error)
                 yield problem_of(case.id, error)
         yield from self._unit_problems(case, volumes)
         if case.reference is None:

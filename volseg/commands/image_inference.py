@@ -52,6 +52,7 @@ OF_SCANS = (  # options that mean nothing for images
         "series",
         "intensity_unit",
         "tilt",
+        "spacing",
         "max_ram",
         "figures",
         "overlap",

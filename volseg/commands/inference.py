@@ -43,7 +43,7 @@ from volseg.io.cases import Case
 from volseg.io.formats import RESULT_SUFFIX, result_suffix
 from volseg.io.header import ScanHeader
 from volseg.io.image_cases import looks_like_images
-from volseg.io.layouts import find_scans
+from volseg.io.layouts import find_scans, of_spacing, spacing_remarks
 from volseg.io.volumes import read_header, read_volume, write_streamed
 from volseg.options import InferOptions, command
 from volseg.pages.about import About
@@ -103,7 +103,8 @@ def infer(options: InferOptions) -> CasesReport:
     changes = _changes(bundle.recipe, options)
     bundle = replace(bundle, recipe=_changed(bundle.recipe, changes))
     data, remarks = bundle.recipe.data, list[str]()
-    cases = _find_scans(options, data, remarks)
+    cases = [of_spacing(case, options.spacing) for case in _find_scans(options, data, remarks)]
+    remarks += spacing_remarks(cases, options.spacing)
     _dicom_results(options, bundle).refuse_others(cases)
     options.warn(*remarks)
     if options.model is None:
@@ -175,6 +176,7 @@ def _find_scans(options: InferOptions, data: Data, remarks: list[str]) -> list[C
             data.channels,
             allow_missing=allow_missing,
             series=options.series,
+            spacing=options.spacing,
             remark=remarks.append,
         )
     except VolsegError:
@@ -183,7 +185,8 @@ def _find_scans(options: InferOptions, data: Data, remarks: list[str]) -> list[C
             raise
         raise VolsegError(
             f"{images}: holds 2D images, but the model segments scans",
-            fix="give --model one that classifies images (`volseg train` makes it)",
+            fix="give --model one that classifies images (`volseg train` makes it); for slices of "
+            "a scan, --spacing I,J,K in mm",
             code="E_USAGE",
         ) from None
 

@@ -29,9 +29,10 @@ from volseg.execution.local import run
 from volseg.io.cases import ONE_CHANNEL, Case, listed
 from volseg.io.dicom_masks import mask_files
 from volseg.io.label_names import read_label_names
-from volseg.io.layouts import find_cases, find_scans
+from volseg.io.layouts import find_cases, find_scans, of_spacing, spacing_remarks
 from volseg.io.matching import pair_names
-from volseg.io.series import split_series
+from volseg.io.series import split_series, split_spacing
+from volseg.io.stacks import is_stack
 from volseg.options import MaskOptions, MeasureOptions, command
 from volseg.pages.about import About
 from volseg.postprocessing.lesions import CONNECTIVITY, Objects
@@ -69,6 +70,8 @@ def measure(options: MeasureOptions) -> CasesReport:
     started = time.monotonic()
     remarks: list[str] = []
     pairs, unused = _pairs(options, remarks.append)
+    pairs = [of_spacing(case, options.spacing) for case in pairs]
+    remarks += spacing_remarks(pairs, options.spacing)
     options.warn(*remarks)
     settings = settings_of_masks(options)
     key_options, digests = settings.key_options(figures=options.figures), Inputs(of_masks=True)
@@ -128,8 +131,11 @@ def _pairs(options: MeasureOptions, remark: Remark) -> tuple[list[Case], list[st
     if image.is_dir() and image.resolve() == mask.resolve():
         return _pairs_of_dataset(image, options.channel, remark), []
     requested = (options.channel or ONE_CHANNEL,)
-    scans = _measured_channel(find_scans([image], requested, series=options.series, remark=remark))
-    is_folder = mask.is_dir() and not mask_files(mask)
+    series, spacing = options.series, options.spacing
+    listed_scans = find_scans([image], requested, series=series, spacing=spacing, remark=remark)
+    scans = _measured_channel(listed_scans)
+    is_stacked = spacing is not None and is_stack(mask)
+    is_folder = mask.is_dir() and not is_stacked and not mask_files(mask)
     _refuse_half_folder(image, mask, scans, is_folder=is_folder)
     if is_folder:
         return _pairs_of_folders(scans, mask)
@@ -143,12 +149,13 @@ def _pairs(options: MeasureOptions, remark: Remark) -> tuple[list[Case], list[st
 
 
 def _refuse_half_folder(image: Path, mask: Path, scans: Sequence[Case], *, is_folder: bool) -> None:
-    """Refuse a folder of scans with one mask, or the reverse; a DICOM series is one scan.
+    """Refuse a folder of scans with one mask, or the reverse; a series or stack is one scan.
 
     Args:
         is_folder: True if the mask is a folder of masks.
     """
-    is_series = any(split_series(scan.images[ONE_CHANNEL])[1] for scan in scans)
+    paths = [scan.images[ONE_CHANNEL] for scan in scans]
+    is_series = any(split_series(path)[1] or split_spacing(path)[1] for path in paths)
     if image.is_dir() != is_folder and not is_series:
         raise VolsegError(
             f"{image} and {mask}: one is a folder, the other is not",

@@ -58,9 +58,19 @@ def print_of(array: np.ndarray, largest: float | None = None) -> ImagePrint:
         white = min(white, float(array.max()))
     if float(array.max()) - float(array.min()) <= BLANK * white:
         return ImagePrint(sha256)
-    pixels = resize(to_channels(array, 1), (THUMBNAIL, THUMBNAIL))[0]
+    return print_of_thumbnail(resize(to_channels(array, 1), (THUMBNAIL, THUMBNAIL))[0], sha256)
+
+
+def print_of_thumbnail(
+    pixels: np.ndarray, sha256: str, *, axes: tuple[int, ...] = (0, 1)
+) -> ImagePrint:
+    """Return the print of an image or scan with this thumbnail, or several of them.
+
+    Args:
+        axes: of the pixels, along which they are blurred.
+    """
     thumbnail = _normed(pixels)
-    detail = _normed(pixels - ndimage.gaussian_filter(pixels, BLUR_SD))
+    detail = _normed(pixels - ndimage.gaussian_filter(pixels, BLUR_SD, axes=axes))
     if thumbnail is None or detail is None:
         return ImagePrint(sha256)
     return ImagePrint(sha256, thumbnail, detail)

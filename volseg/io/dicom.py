@@ -139,6 +139,12 @@ def header_of(volume: DicomVolume, path: Path) -> ScanHeader:
     )
 
 
+def modality_of(header: ScanHeader) -> str:
+    """Return the modality that the header of a series states, such as CT; empty if none is."""
+    volume = header.content
+    return volume.frames[0].modality if isinstance(volume, DicomVolume) else ""
+
+
 def _refuse_pixels(volume: DicomVolume, path: Path) -> None:
     """Refuse pixels that cannot be decoded, or differ in type between slices."""
     problems = [codec_problem(syntax) for syntax in {f.pixels.syntax for f in volume.frames}]

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from volseg.io import dicom, dicom_masks, metaimage, mgh, nifti, nrrd, seg_nrrd
+from volseg.io import dicom, dicom_masks, metaimage, mgh, nifti, nrrd, seg_nrrd, stacks
 from volseg.io.dicom_frames import SUFFIXES as DICOM_SUFFIXES
 from volseg.io.dicom_frames import holds_dicom, is_dicom
 from volseg.io.header import ReferenceGrid, ScanHeader
-from volseg.io.series import place_of, split_marks, split_series, split_volume
+from volseg.io.series import place_of, split_marks, split_series, split_spacing, split_volume
 from volseg.io.voxels import FileContent, read_voxels
 from volseg.volume import Volume
 
@@ -65,6 +65,10 @@ def format_of(path: Path) -> Format:
     row = next(matching, None)
     if row is not None:
         return row
+    if name.endswith(stacks.SUFFIXES) or split_spacing(path)[1] is not None:
+        return STACK
+    if os.path.isdir(place) and stacks.is_stack(place) and not holds_dicom(place):
+        return STACK
     is_series = name.endswith(DICOM_SUFFIXES) or os.path.isdir(place) or is_dicom(place)
     return DICOM_SERIES if is_series else NIFTI
 
@@ -77,8 +81,8 @@ def mask_format_of(path: Path) -> Format:
 
 def is_there(path: Path) -> bool:
     """Check whether the file of a volume exists, or a folder with DICOM files."""
-    place = place_of(path)
-    return os.path.isfile(place) or (os.path.isdir(place) and holds_dicom(place))
+    place, is_stack = place_of(path), split_spacing(path)[1] is not None
+    return os.path.isfile(place) or (os.path.isdir(place) and (is_stack or holds_dicom(place)))
 
 
 def is_scan(path: Path) -> bool:
@@ -92,6 +96,9 @@ def stem_of(path: Path) -> str:
     The stem of `scan.nii.gz#3`, a volume of several in a file, is `scan_3`; that of a DICOM series
     its key, because names of folders may be those of patients.
     """
+    path, spacing_mm = split_spacing(path)
+    if spacing_mm is not None:
+        return path.stem if path.name.lower().endswith(stacks.SUFFIXES) else path.name
     _, key = split_series(path)
     if key is not None or format_of(path).name == DICOM:
         return key or dicom.key_of(path)
@@ -105,6 +112,9 @@ def stem_of(path: Path) -> str:
 
 def table_name(path: Path) -> str:
     """Return the name of a scan in tables: of DICOM the key, since folders may name patients."""
+    place, spacing_mm = split_spacing(path)
+    if spacing_mm is not None:
+        return place.name
     return stem_of(path) if format_of(path).name == DICOM else split_marks(path)[0].name
 
 
@@ -133,6 +143,12 @@ DICOM_MASKS = Format(
     read_voxels=dicom_masks.read_voxels,
     holds_scans=False,
     read_names=dicom_masks.read_names,
+)
+STACK = Format(
+    name="array or pictures",
+    suffixes=(),  # without a spacing, such files are those of classifiers
+    read_header=stacks.read_header,
+    read_voxels=stacks.read_voxels,
 )
 NIFTI = Format(
     name="NIfTI",
@@ -186,6 +202,7 @@ FORMATS = (
         suffixes=(".mhd",),
         read_header=metaimage.read_header,
     ),
+    STACK,
     DICOM_SERIES,
 )
 SUFFIXES = tuple(suffix for row in FORMATS for suffix in row.suffixes)

@@ -8,6 +8,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from struct import error as struct_error
 from typing import TYPE_CHECKING, Protocol
@@ -201,21 +202,82 @@ def _content_of(path: Path) -> bytes:
 
 
 def _read_picture(content: bytes, path: Path, index: int | None) -> Image2D:
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import ImageOps
 
     with _decoding(path):
-        try:
-            picture = Image.open(io.BytesIO(content), formats=PICTURES)
-        except UnidentifiedImageError as error:
-            problem = "is not a PNG, JPEG, BMP or TIFF image, or its first bytes are damaged"
-            raise refusal(path, "E_NOTIMAGE", problem, "convert it to PNG") from error
-        n_pages = getattr(picture, "n_frames", 1) if picture.format == "TIFF" else 1
-        picture.seek(checked_index(index, n_pages, path))
+        picture = _opened_picture(content, path)
+        picture.seek(checked_index(index, _pages_in(picture), path))
         _refuse_large(picture.size, path)
         array = _array_of(ImageOps.exif_transpose(picture))
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise refusal(path, "E_NAN", "has pixels that are not finite", "export the image again")
     return Image2D(array, largest_of(array.dtype))
+
+
+def _opened_picture(content: bytes, path: Path) -> Image:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        return Image.open(io.BytesIO(content), formats=PICTURES)
+    except UnidentifiedImageError as error:
+        problem = "is not a PNG, JPEG, BMP or TIFF image, or its first bytes are damaged"
+        raise refusal(path, "E_NOTIMAGE", problem, "convert it to PNG") from error
+
+
+def _pages_in(picture: Image) -> int:
+    return getattr(picture, "n_frames", 1) if picture.format == "TIFF" else 1
+
+
+@dataclass(frozen=True, slots=True)
+class PageLayout:
+    """How a picture is stored: pages, rows and columns, type, and whether it is in colour."""
+
+    n_pages: int
+    size: tuple[int, int]
+    dtype: np.dtype
+    is_colour: bool
+
+    @property
+    def text(self) -> str:
+        return f"{self.size[0]}×{self.size[1]} pixels of {self.dtype}"
+
+
+def page_layout(path: Path) -> PageLayout:
+    """Return the layout of a picture from its header, without decoding it.
+
+    Raises:
+        ScanError: as `read_image`.
+    """
+    content = _content_of(path)
+    with _decoding(path):
+        picture = _opened_picture(content, path)
+        _refuse_large(picture.size, path)
+        n_pages, (width, height) = _pages_in(picture), picture.size
+        is_colour = picture.mode not in GREY + TO_GREY
+        dtype = GREY_TYPES.get(picture.mode, np.dtype(np.uint8))
+    return PageLayout(n_pages, (height, width), dtype, is_colour)
+
+
+def pages_of(path: Path) -> Iterator[np.ndarray]:
+    """Yield the pages (H, W) of a grey picture, one of a PNG; each is decoded when asked for.
+
+    Raises:
+        ScanError: as `read_image`; a page is in colour (`E_RGB`).
+    """
+    from PIL import ImageOps
+
+    content = _content_of(path)
+    with _decoding(path):
+        picture = _opened_picture(content, path)
+        n_pages = _pages_in(picture)
+    for number in range(n_pages):
+        with _decoding(path):
+            picture.seek(number)
+            _refuse_large(picture.size, path)
+            array = _array_of(ImageOps.exif_transpose(picture))
+        if len(array) > 1 or picture.mode not in GREY + TO_GREY:
+            raise refusal(path, "E_RGB", "is in colour", "store one grey value or label per pixel")
+        yield array[0]
 
 
 @contextmanager
@@ -246,6 +308,11 @@ def _refuse_large(size: tuple[int, ...], path: Path) -> None:
 
 GREY = ("L", "I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # modes whose pixels are numbers
 TO_GREY = ("1", "LA", "La")
+GREY_TYPES = {
+    "I": np.dtype(np.int32),
+    "F": np.dtype(np.float32),
+    **dict.fromkeys(("I;16", "I;16L", "I;16B", "I;16N"), np.dtype(np.uint16)),
+}
 
 
 def _array_of(picture: Image) -> np.ndarray:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from volseg.errors import VolsegError, missing_path
@@ -17,7 +18,11 @@ from volseg.io.dicom_frames import holds_slices
 from volseg.io.dicom_layout import read_dicom
 from volseg.io.folders import read_folder, row_of_scan, scans_in
 from volseg.io.formats import DICOM, format_of, is_scan
-from volseg.io.series import split_series
+from volseg.io.series import split_series, split_spacing, with_spacing
+from volseg.io.stacks import is_stack, stacks_in
+from volseg.words import format_count, format_sizes
+
+Spacing = tuple[float, float, float]  # of voxels along I, J, K, in mm
 
 
 def find_cases(
@@ -61,6 +66,7 @@ def find_scans(
     *,
     allow_missing: bool = False,
     series: str | None = None,
+    spacing: Spacing | None = None,
     remark: Callable[[str], None] | None = None,
 ) -> list[Case]:
     """Return the cases to segment, from scans, folders of scans, CSV files and data sets.
@@ -70,6 +76,7 @@ def find_scans(
 
     Args:
         series: UID, key or description of the DICOM series to take of a folder, or `largest`.
+        spacing: voxel spacing (I, J, K) in mm of arrays and stacks of pictures.
         remark: called with each choice that was made in reading the inputs.
 
     Raises:
@@ -77,7 +84,7 @@ def find_scans(
     """
     listing = Listing()
     for path in map(Path, inputs):
-        part = _read_scans(path, Channels(channels, allow_missing), series)
+        part = _read_scans(path, Channels(channels, allow_missing), series, spacing)
         listing.rows += part.rows
         listing.mistakes += part.mistakes
         listing.remarks += part.remarks + part.split_remarks(str(path))
@@ -92,8 +99,50 @@ def find_scans(
     return cases
 
 
-def _read_scans(path: Path, channels: Channels, series: str | None) -> Listing:
+def of_spacing(case: Case, spacing: Spacing | None) -> Case:
+    """Return the case with this spacing of its arrays and stacks of pictures."""
+    if spacing is None:
+        return case
+    images = {name: _marked(path, spacing) for name, path in case.images.items()}
+    mask = None if case.reference is None else _marked(case.reference, spacing)
+    return replace(case, images=images, reference=mask)
+
+
+def spacing_remarks(cases: Sequence[Case], spacing: Spacing | None) -> list[str]:
+    """Say how arrays and stacks are placed.
+
+    Raises:
+        VolsegError: a spacing is given, but all files state their own.
+    """
+    if spacing is None:
+        return []
+    n = sum(split_spacing(path)[1] is not None for case in cases for path in case.images.values())
+    if not n:
+        raise VolsegError(
+            "--spacing is for NPY, NPZ, TIFF and folders of pictures, and there are none",
+            fix="leave out --spacing: the other formats state it",
+            code="E_USAGE",
+        )
+    return [
+        f"N_SPACING: {format_count(n, 'scan')} without geometry: voxels of {format_sizes(spacing)} "
+        "mm, and the axes I, J, K are taken for R, A, S"
+    ]
+
+
+def _marked(path: Path, spacing: Spacing) -> Path:
+    is_bare = split_spacing(path)[1] is None and is_stack(path)
+    return with_spacing(path, spacing) if is_bare else path
+
+
+def _read_scans(
+    path: Path, channels: Channels, series: str | None, spacing: Spacing | None
+) -> Listing:
     """Read the rows of a scan, a folder of scans, a CSV file or a data set."""
+    if spacing is not None and path.suffix.lower() != ".csv" and (stacks := stacks_in(path)):
+        marked = [with_spacing(stack, spacing) for stack in stacks]
+        return Listing(
+            [row_of_scan(part, channels, where=str(path), origin=path) for part in marked]
+        )
     if os.path.isdir(path) or path.suffix.lower() == ".csv":
         return _read_dataset(path, channels, may_split=True, series=series)
     if os.path.isfile(path) and format_of(path).name == DICOM:

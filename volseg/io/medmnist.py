@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 from numpy.lib import format as npy
@@ -21,7 +22,7 @@ MAX_BYTES = 16 * 2**30  # of an array
 MAX_HEADER = 10_000  # characters that describe an array
 ERRORS = (
     *(zipfile.BadZipFile, zlib.error, OSError, EOFError),
-    *(ValueError, LookupError, RuntimeError, SyntaxError),
+    *(ValueError, LookupError, RuntimeError, SyntaxError, TokenError),
 )
 
 
@@ -38,7 +39,7 @@ class ImageArrays:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with _opened(path) as archive:
+        with opened_archive(path) as archive:
             names = {name.removesuffix(".npy") for name in archive.namelist()}
             self.splits = [split for split in SPLITS if f"{split}_images" in names]
             if not self.splits:
@@ -103,7 +104,7 @@ class ImageArrays:
 
 def _array(path: Path, name: str) -> np.ndarray:
     """Return an array of numbers of the file; bounded in size, and never pickled objects."""
-    with _opened(path) as archive:
+    with opened_archive(path) as archive:
         _shape(archive, name, path)
         with archive.open(f"{name}.npy") as file:
             array = npy.read_array(file, allow_pickle=False, max_header_size=MAX_HEADER)
@@ -136,7 +137,8 @@ def _shape(archive: zipfile.ZipFile, name: str, path: Path) -> tuple[int, ...]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+def opened_archive(path: Path) -> Iterator[zipfile.ZipFile]:
+    """Open an archive of arrays; what reading it raises on damage becomes a ScanError."""
     with opened_raw(path):  # refuses what is no file, and says why
         pass
     try:

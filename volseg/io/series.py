@@ -2,6 +2,7 @@
 
 `RS.dcm#GTV-1,3` is the mask of two regions of a DICOM file that holds more.
 A mark at the end says how a volume is read: `folder#s…#SUVbw` is a PET in SUV.
+`scan.npy#0.8x0.8x2.5mm` is an array whose voxels have this spacing.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from pathlib import Path
 
 NUMBER = re.compile(r"[1-9][0-9]{0,5}")
 KEY = re.compile(r"s[0-9a-f]{12}")  # of a DICOM series in a folder
+SPACING = re.compile(r"([0-9.e+-]{1,24})x([0-9.e+-]{1,24})x([0-9.e+-]{1,24})mm")
+SPACING_FORM = "--spacing I,J,K in mm, such as 0.8,0.8,2.5"
 IN_SUV = "SUVbw"  # convert a PET to standardised uptake values
 TILT = "tilt"  # accept a stack that is not at right angles to its slices
 MARKS = (IN_SUV, TILT)
@@ -81,7 +84,30 @@ def split_segments(path: Path) -> tuple[Path, str | None]:
 
 def place_of(path: Path) -> Path:
     """Return the file or folder that holds a volume."""
-    return split_segments(split_series(split_volume(path)[0])[0])[0]
+    return split_segments(split_series(split_volume(split_spacing(path)[0])[0])[0])[0]
+
+
+def split_spacing(path: Path) -> tuple[Path, tuple[float, float, float] | None]:
+    """Return the file or folder, and the spacing (I, J, K) in mm; None if the path names none.
+
+    >>> split_spacing(Path("scan.npy#0.8x0.8x2.5mm"))[1]
+    (0.8, 0.8, 2.5)
+    """
+    path, _ = split_marks(path)
+    name, _, text = path.name.rpartition("#")
+    match = SPACING.fullmatch(text)
+    if not name or match is None or path.exists():
+        return path, None
+    try:
+        i, j, k = map(float, match.groups())
+    except ValueError:
+        return path, None
+    return path.with_name(name), (i, j, k)
+
+
+def with_spacing(path: Path, spacing_mm: tuple[float, float, float]) -> Path:
+    """Return the path of an array or stack whose voxels have this spacing."""
+    return path.with_name(f"{path.name}#{'x'.join(map(repr, spacing_mm))}mm")
 
 
 def with_series(place: Path, key: str) -> Path:

@@ -13,7 +13,7 @@ import numpy as np
 
 from volseg.errors import ScanError, VolsegError, given_path
 from volseg.io import nifti
-from volseg.io.formats import DICOM, WRITABLE, Format, format_of, is_scan, mask_format_of
+from volseg.io.formats import DICOM, STACK, WRITABLE, Format, format_of, is_scan, mask_format_of
 from volseg.io.gzip_stream import opened_raw, refusal, skip
 from volseg.io.header import (
     MAX_BYTES,
@@ -30,6 +30,7 @@ from volseg.io.series import (
     split_marks,
     split_segments,
     split_series,
+    split_spacing,
     split_volume,
     with_mark,
     with_volume,
@@ -130,7 +131,7 @@ def volume_of(path: Path, number: int) -> Path:
     try:
         read_header(path)
     except ScanError as error:
-        is_series = format_of(path).name == DICOM  # a volume for each series
+        is_series = format_of(path).name in (DICOM, STACK.name)  # a volume for each of them
         return with_volume(path, number) if error.code == "E_NDIM" and not is_series else path
     return path
 
@@ -282,9 +283,10 @@ def _digest_of(files: Iterable[Path], path: Path) -> str:
 
 def _volume_mark(path: Path | str) -> str:
     """Return what tells the volumes of a file apart, and how it is read, behind its SHA-256."""
-    file, number = split_volume(Path(path))
+    place, spacing_mm = split_spacing(Path(path))
+    file, number = split_volume(place)
     _, segments = split_segments(split_series(file)[0])
-    marks = [str(mark) for mark in (segments, number) if mark is not None]
+    marks = [str(mark) for mark in (segments, number, spacing_mm) if mark is not None]
     return "".join(f"#{mark}" for mark in (*marks, *split_marks(Path(path))[1]))
 
 

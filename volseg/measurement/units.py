@@ -242,11 +242,15 @@ def _fills(sample: np.ndarray, is_finite: np.ndarray) -> np.ndarray:
 
 
 def _sample(scan: Volume) -> np.ndarray:
-    """Return intensities on a regular grid of about `SAMPLED` voxels; all of a small scan."""
-    array = scan.canonical().array
+    """Return the intensities of `sampled_grid`."""
+    return np.asarray(scan.intensities(sampled_grid(scan.canonical().array)), np.float64)
+
+
+def sampled_grid(array: np.ndarray) -> np.ndarray:
+    """Return a view on a regular grid of about `SAMPLED` voxels of (R, A, S); all of few."""
     step = max(1, math.floor((array.size / SAMPLED) ** (1 / 3)))
-    steps = [step if n >= 8 * step else 1 for n in array.shape]  # keep all of a few slices
-    return np.asarray(scan.intensities(array[:: steps[0], :: steps[1], :: steps[2]]), np.float64)
+    r, a, s = (step if n >= 8 * step else 1 for n in array.shape)  # keep all of a few slices
+    return array[::r, ::a, ::s]
 
 
 CONTRADICTIONS = {HU: not_hu, SUV: not_suv}

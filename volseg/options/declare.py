@@ -401,6 +401,25 @@ def amount(value: float | str | None) -> int | None:
     return round(n_bytes)
 
 
+def voxel_spacing(value: Sequence[float] | str | None) -> tuple[float, float, float] | None:
+    """Return three lengths in mm, from numbers or text such as `0.8,0.8,2.5`.
+
+    >>> voxel_spacing("0.8,0.8,2.5"), voxel_spacing(None)
+    ((0.8, 0.8, 2.5), None)
+    """
+    if value is None:
+        return value
+    try:
+        parts = value.split(",") if isinstance(value, str) else list(value)
+        i, j, k = (float(part) for part in parts)
+    except (TypeError, ValueError):
+        i = j = k = math.nan
+    if not all(0 < mm < math.inf for mm in (i, j, k)):
+        problem = f"must be three lengths over 0 mm, got {_shown(value)}"
+        raise ValueError(problem, "write them as I,J,K, such as 0.8,0.8,2.5")
+    return i, j, k
+
+
 def seconds(value: float | str | None) -> float | None:
     """Return seconds, from a number or text such as `90s`, `20m` or `1.5h`.
 

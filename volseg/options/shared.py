@@ -14,6 +14,7 @@ from volseg.options.declare import (
     ignore_text,
     option,
     options,
+    voxel_spacing,
 )
 
 SEED, COUNT = Range(0, 2**32 - 1), Range(1, 1_000_000)
@@ -102,6 +103,12 @@ class OfSeries(Options):
         "DICOM series to take, if a folder holds several: its UID, key or description, or largest; "
         "by default all of them.",
         default=None,
+    )
+    spacing: tuple[float, float, float] | None = option(
+        "Voxel spacing I,J,K in mm of NPY and NPZ arrays, TIFF files and folders of pictures, "
+        "which state none, e.g. 0.8,0.8,2.5; their axes are taken for R, A, S.",
+        default=None,
+        converter=voxel_spacing,
     )
 
 

@@ -13,7 +13,16 @@ from volseg.pages.model_box import ModelBox, Similarity
 from volseg.words import format_count, format_list, format_number, lesion_noun
 
 # Warnings that put the numbers in doubt come first, in this order; then the others.
-GRAVE = ("W_SPECKS", "W_STALE", "W_EDITED", *UNLIKE, UNIT, "W_NAN")
+GRAVE = (
+    "W_SPECKS",
+    "W_STALE",
+    "W_EDITED",
+    *UNLIKE,
+    UNIT,
+    "W_NAN",
+    "W_SLICE_JUMP",
+    "W_EQUAL_SLICES",
+)
 MAX_KINDS, MAX_SCANS = 8, 5
 VERBS = {"infer": "segmented", "measure": "measured the masks of"}
 

@@ -46,6 +46,7 @@ from volseg.inputs import open_regular
 from volseg.io.csv_text import iterate_csv, stream_rows, write_csv
 from volseg.measurement.review import LesionReview
 from volseg.measurement.rows import CaseRow, LesionMeasurement
+from volseg.quality.rows import QualityRow
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -60,6 +61,7 @@ TABLES: dict[str, type] = {
     "detections.csv": DetectionRow,
     "validation.csv": ValidationRow,
     "review.csv": LesionReview,
+    "quality.csv": QualityRow,
     CLASSES: ClassRow,
     VALUES: ValueRow,
     BASELINES: BaselineRow,
