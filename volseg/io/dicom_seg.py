@@ -84,8 +84,7 @@ def read_header(file: DicomObject, path: Path, grid: ReferenceGrid | None) -> Sc
     Source: DICOM PS3.3 C.8.20 (segmentation), C.7.6.16 (functional groups)
     """
     data, kind = file.data, _kind_of(file, path)
-    names = _names(data, kind, path)
-    frames = _frames(file)
+    names, frames = _names(data, kind, path), _frames(file)
     affine, places = _grid(frames, data)
     rows, columns = frames[0].pixels.shape
     shape = (columns, rows, max(places) + 1)
@@ -94,12 +93,11 @@ def read_header(file: DicomObject, path: Path, grid: ReferenceGrid | None) -> Sc
         geometry, places, oddities = grid.geometry, [start + place for place in places], []
     else:
         geometry, oddities = checked_grid(shape, rounded(affine), path, source="DICOM header")
-    is_fraction = kind == FRACTIONAL
-    most = 255 if is_fraction else max(names, default=1)
+    most = 255 if kind == FRACTIONAL else max(names, default=1)
     return ScanHeader(
         geometry=geometry,
         dtype=np.dtype(np.min_scalar_type(most)),
-        slope=1 / float(data.MaximumFractionalValue) if is_fraction else 1.0,
+        slope=1 / float(data.MaximumFractionalValue) if kind == FRACTIONAL else 1.0,
         path=file.path,
         content=Segmentation(
             kind=kind,
