@@ -114,7 +114,7 @@ def _clipped(scan: ScanFacts) -> str:
 
 def _stated_ct(scan: ScanFacts) -> str:
     facts = scan.intensities
-    if not scan.is_stated_ct or not facts.not_hu or facts.lacks_intercept:
+    if not scan.is_stated_ct or not facts.not_hu or facts.lacks_intercept or facts.is_drawing:
         return ""
     return f"the DICOM header states CT, but {facts.not_hu}"
 

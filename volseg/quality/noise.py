@@ -16,6 +16,7 @@ MAX_SLICES = 32  # evenly spaced, in which patches are taken
 SHORTEST = 0.1  # part of the patches that the shortest interval of deviations holds
 MIN_PATCHES = 50
 TISSUE_HU = (-150.0, 150.0)  # means of patches in CT; lung and bone have texture of their own
+ROUNDING = 1e-6  # of the intensities: smaller deviations come from computing them
 WATER_HU = 1000.0  # above air: the signal of a CT counts from air
 
 
@@ -55,8 +56,10 @@ def estimate_noise(scan: Volume, *, is_hu: bool) -> Noise:
     ordered = deviations[order]
     start = int(np.argmin(ordered[n - 1 :] - ordered[: order.size - n + 1]))
     part = order[start : start + n]
-    signal = float(np.median(means[part]))
-    return Noise(float(deviations[part].mean()), signal + WATER_HU if is_hu else abs(signal))
+    signal, sd = float(np.median(means[part])), float(deviations[part].mean())
+    if sd < ROUNDING * float(np.abs(means).max()):
+        sd = 0.0
+    return Noise(sd, signal + WATER_HU if is_hu else abs(signal))
 
 
 def _patches(scan: Volume, *, is_hu: bool) -> tuple[np.ndarray, np.ndarray]:
