@@ -26,7 +26,7 @@ from volseg.commands.image_splits import (
     leak_warnings,
     training_cases,
 )
-from volseg.commands.image_start import Start
+from volseg.commands.image_start import Start, seen_by
 from volseg.commands.loaded_images import listing_digest
 from volseg.commands.seen_images import image_key
 from volseg.errors import ScanError, VolsegError, named
@@ -192,7 +192,7 @@ class ImageDataset:
         closed = close_images(
             recipe,
             fingerprint,
-            seen=None if self.start is None else self.start.seen,
+            seen=seen_by(self.start),
         )
         return PlannedImages(
             closed=closed,

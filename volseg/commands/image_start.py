@@ -34,6 +34,11 @@ CANDIDATES: tuple[dict[str, Any], ...] = (  # networks for which there are publi
 )
 
 
+def seen_by(start: Start | None) -> SeenImages | None:
+    """Return what is known of the images that the weights saw; None for random weights."""
+    return None if start is None else start.seen
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Start:
     """Weights to start from.

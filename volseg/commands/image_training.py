@@ -18,7 +18,7 @@ from volseg.commands.image_data import ImageDataset
 from volseg.commands.image_planning import NOT_PLANNED, NOT_PLANNED_WHY
 from volseg.commands.image_recipes import refuse_other_target
 from volseg.commands.image_splits import fold_of_groups
-from volseg.commands.image_start import Start
+from volseg.commands.image_start import Start, seen_by
 from volseg.commands.image_time import ImageTime
 from volseg.commands.loaded_images import LoadedImages, listing_digest, load_images
 from volseg.commands.seen_images import SEEN, write_seen
@@ -175,9 +175,8 @@ class _ImageTraining:
             raise self._not_resumed("the data set, or what it says of its images, is another")
         refuse_other_target(options.target, data.recipe)
         if recipe is not None:
-            seen = None if self._start is None else self._start.seen
             try:
-                data = data.with_training_of(recipe, folder, seen=seen)
+                data = data.with_training_of(recipe, folder, seen=seen_by(self._start))
             except VolsegError:
                 if is_resumed:
                     raise self._not_resumed("[data] or [images] of the recipe differ") from None

@@ -36,7 +36,7 @@ from volseg.io.stacks import is_stack
 from volseg.options import MaskOptions, MeasureOptions, command
 from volseg.pages.about import About
 from volseg.postprocessing.lesions import CONNECTIVITY, Objects
-from volseg.recipe import SUV, Measure, as_recipe, asks_for_suv, parse_unit
+from volseg.recipe import SUV, Measure, Recipe, as_recipe, asks_for_suv, parse_unit
 from volseg.reports import CasesReport
 from volseg.store.records import LESION_IDS, CaseRecord
 from volseg.store.results import ResultsFolder
@@ -134,8 +134,7 @@ def _pairs(options: MeasureOptions, remark: Remark) -> tuple[list[Case], list[st
     series, spacing = options.series, options.spacing
     listed_scans = find_scans([image], requested, series=series, spacing=spacing, remark=remark)
     scans = _measured_channel(listed_scans)
-    is_stacked = spacing is not None and is_stack(mask)
-    is_folder = mask.is_dir() and not is_stacked and not mask_files(mask)
+    is_folder = _is_folder_of_masks(mask, is_stacked=spacing is not None)
     _refuse_half_folder(image, mask, scans, is_folder=is_folder)
     if is_folder:
         return _pairs_of_folders(scans, mask)
@@ -146,6 +145,15 @@ def _pairs(options: MeasureOptions, remark: Remark) -> tuple[list[Case], list[st
             code="E_USAGE",
         )
     return [replace(scans[0], reference=mask)], []
+
+
+def _is_folder_of_masks(mask: Path, *, is_stacked: bool) -> bool:
+    """Check whether a path is a folder of masks, rather than of the files of one.
+
+    Args:
+        is_stacked: pictures in a folder are one mask.
+    """
+    return mask.is_dir() and not (is_stacked and is_stack(mask)) and not mask_files(mask)
 
 
 def _refuse_half_folder(image: Path, mask: Path, scans: Sequence[Case], *, is_folder: bool) -> None:
@@ -217,9 +225,7 @@ def _unused_warning(unused: Sequence[str], n_pairs: int) -> list[str]:
 def settings_of_masks(options: MaskOptions) -> MaskSettings:
     """Combine the recipe, if any, with the options, which override it."""
     recipe = None if options.recipe is None else as_recipe(options.recipe)
-    unit, recipe_unit = _unit_of(options.intensity_unit), None
-    if recipe is not None and not recipe.data.unit_guessed:
-        recipe_unit = recipe.data.intensity_unit
+    unit = _unit_of(options.intensity_unit)
     names = None if options.label_names is None else read_label_names(options.label_names)
     arguments = {
         "organ": options.organ,
@@ -231,7 +237,7 @@ def settings_of_masks(options: MaskOptions) -> MaskSettings:
     return MaskSettings(
         objects=cast(Objects, options.objects),
         label_names=dict(names or (recipe.data.label_names if recipe else {})),
-        intensity_unit=unit or recipe_unit,
+        intensity_unit=unit or (recipe and _unit_of_recipe(recipe)),
         stated_by="--unit" if unit else "the recipe",
         measure=(recipe.measure if recipe else Measure()).model_copy(update=changes),
         threshold=options.threshold,
@@ -248,6 +254,11 @@ def _unit_of(text: str | None) -> str:
         raise VolsegError(
             f"--unit {error}", fix="--unit HU, SUV, SUVbw, a.u. or another unit", code="E_USAGE"
         ) from error
+
+
+def _unit_of_recipe(recipe: Recipe) -> str | None:
+    """Return the unit that a recipe states; None if the plan guessed it."""
+    return None if recipe.data.unit_guessed else recipe.data.intensity_unit
 
 
 def _measure_pairs(pairs: Sequence[Case], settings: MaskSettings, batch: Batch) -> CasesReport:

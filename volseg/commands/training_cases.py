@@ -264,16 +264,21 @@ def read_training_case(
         problems.append(error)
     problems += _label_problems(case, reference, recipe)
     problems += _class_problems(case, recipe)
-    if problems:
-        text = "; ".join(problem.problem for problem in problems)
-        fix = "; ".join(dict.fromkeys(problem.fix for problem in problems))
-        raise ScanError(text, fix=fix, code=problems[0].code)
+    _refuse(problems)
     if reference.geometry.is_tilted:
         straight = Straight.of(reference.geometry)
         images = {name: straight.scan(image) for name, image in images.items()}
         text = f"{TILTED}: slices were moved within their planes, as their stack is tilted"
         reference, notes = straight.mask(reference), [text, *notes]
     return TrainingCase(images, reference, tuple(notes))
+
+
+def _refuse(problems: Sequence[ScanError]) -> None:
+    """Raise one error that lists all problems, if there are any."""
+    if problems:
+        text = "; ".join(problem.problem for problem in problems)
+        fix = "; ".join(dict.fromkeys(problem.fix for problem in problems))
+        raise ScanError(text, fix=fix, code=problems[0].code)
 
 
 def _by_name(reference: Volume, case: Case, recipe: Recipe) -> Volume:

@@ -196,16 +196,10 @@ def _ordered(folder: Path) -> list[Path]:
     if not files:
         fix = f"give a folder of pictures ({', '.join(PICTURES)})"
         raise refusal(folder, "E_NOTIMAGE", "is a folder without pictures", fix)
-    numbers = {file: _number_of(file) for file in files}
-    starts = {NUMBER.sub("", file.stem) for file in files}
-    if None in numbers.values() or len(starts) > 1:
-        lone = next((file for file in files if numbers[file] is None), files[-1])
-        text = f"{lone.name} and {files[0].name} are not the slices of one stack by their names"
-        fix = "name them alike, with the number of the slice at the end, each stack in its folder"
-        raise refusal(folder, "E_SERIES", text, fix)
-    ordered = sorted(files, key=lambda file: numbers[file] or 0)
+    numbers = _numbers_of(files, folder)
+    ordered = sorted(files, key=numbers.__getitem__)
     for before, after in pairwise(ordered):
-        step = (numbers[after] or 0) - (numbers[before] or 0)
+        step = numbers[after] - numbers[before]
         if step != 1:
             what = "a slice is missing" if step else "two slices have one number"
             text = f"{what}: {after.name} follows {before.name}"
@@ -213,9 +207,17 @@ def _ordered(folder: Path) -> list[Path]:
     return ordered
 
 
-def _number_of(file: Path) -> int | None:
-    match = NUMBER.search(file.stem)
-    return None if match is None else int(match[0])
+def _numbers_of(files: list[Path], folder: Path) -> dict[Path, int]:
+    """Return the number at the end of each name, which is all in which they differ."""
+    matches = {file: NUMBER.search(file.stem) for file in files}
+    numbers = {file: int(match[0]) for file, match in matches.items() if match is not None}
+    starts = {NUMBER.sub("", file.stem) for file in files}
+    if len(numbers) < len(files) or len(starts) > 1:
+        lone = next((file for file in files if file not in numbers), files[-1])
+        text = f"{lone.name} and {files[0].name} are not the slices of one stack by their names"
+        fix = "name them alike, with the number of the slice at the end, each stack in its folder"
+        raise refusal(folder, "E_SERIES", text, fix)
+    return numbers
 
 
 def _layout_of_pictures(files: list[Path], place: Path) -> tuple[tuple[int, ...], np.dtype]:
