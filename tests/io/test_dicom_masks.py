@@ -443,13 +443,20 @@ def test_segmentations_equal_their_twins_in_nrrd(name):
 @needs_data
 def test_real_files_that_do_not_fit_are_refused():
     folder = SHARED / "rtstruct_rtutils"
-    for name in ("rt", "invalid_reference_rt", "non_existent_reference_rt"):
+    for name in ("invalid_reference_rt", "non_existent_reference_rt"):
         assert refused(folder / f"{name}.dcm", like=folder).code == "E_PAIR"
     assert refused(SHARED / "ct_3slice_seg/seg/partial_overlaps.dcm").code == "E_OVERLAP"
     assert refused(SHARED / "sts002_ct/series").code == "E_LABELS"
     assert refused(SHARED / "sr_tid1500_example/sr.dcm").code == "E_LABELS"
     label = placed(SHARED / "seg_23x38x3/seg", read_header(SHARED / "seg_23x38x3/image").geometry)
     assert np.count_nonzero(label) == 322
+
+
+@needs_data
+def test_contours_that_refer_to_the_series_are_its_own_whatever_space_they_state():
+    folder = SHARED / "rtstruct_rtutils"
+    mask = read_mask(folder / "rt.dcm", like=folder)
+    assert [bool(mask.array[:, :, k].any()) for k in range(2)] == [True, False]
 
 
 def test_a_header_says_where_the_mask_is_before_it_is_read(tmp_path):

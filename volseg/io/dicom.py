@@ -135,6 +135,7 @@ def header_of(volume: DicomVolume, path: Path) -> ScanHeader:
         content=volume,
         parts=tuple(dict.fromkeys(frame.path for frame in volume.frames)),
         frame_of_reference=volume.frames[0].frame_of_reference,
+        series=volume.frames[0].series,
         warnings=tuple(warnings),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,9 @@ def read_header(path: Path, grid: ReferenceGrid | None = None) -> ScanHeader:
 
 
 def _header_of(file: DicomObject, path: Path, grid: ReferenceGrid | None) -> ScanHeader:
+    if grid is not None and grid.series in referenced_series(file.path):
+        # Some writers, such as rt-utils, make up a frame of reference.
+        grid = replace(grid, frame_of_reference="")
     if file.sop_class in dicom_seg.CLASSES:
         header = dicom_seg.read_header(file, path, grid)
         frames = header.frame_of_reference, "" if grid is None else grid.frame_of_reference

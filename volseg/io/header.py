@@ -59,7 +59,8 @@ class ScanHeader:
         max_tail: bytes that may follow the last voxel.
         parts: files of a scan that has a file for each slice.
         content: what the format's reader of voxels needs besides.
-        frame_of_reference: UID of the space of a DICOM file; empty if unknown. Not for results.
+        frame_of_reference, series: UIDs of the space and series of a DICOM file; empty if unknown.
+            Not for results.
         warnings: oddities of header and file name.
     """
 
@@ -78,6 +79,7 @@ class ScanHeader:
     parts: tuple[Path, ...] = ()
     content: object = None
     frame_of_reference: str = ""
+    series: str = ""
     warnings: tuple[ScanWarning, ...] = ()
 
     @property
@@ -106,11 +108,12 @@ class ReferenceGrid:
     """The grid on which contours are drawn: that of their scan.
 
     Args:
-        frame_of_reference: UID of its space; empty if unknown.
+        frame_of_reference, series: UIDs of its space and series; empty if unknown.
     """
 
     geometry: Geometry
     frame_of_reference: str = ""
+    series: str = ""
 
 
 def read_start(path: Path, n_bytes: int) -> tuple[bytes, list[ScanWarning]]:

@@ -109,7 +109,7 @@ def _reference_grid(like: Path | Geometry | None) -> ReferenceGrid | None:
     if like is None or isinstance(like, Geometry):
         return None if like is None else ReferenceGrid(like)
     header = read_header(like)
-    return ReferenceGrid(header.geometry, header.frame_of_reference)
+    return ReferenceGrid(header.geometry, header.frame_of_reference, header.series)
 
 
 def mask_notes(path: Path, like: Path | Geometry | None) -> list[str]:
