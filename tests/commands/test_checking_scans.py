@@ -119,6 +119,7 @@ def test_nothing_of_a_patient_is_written_and_a_series_has_its_modality(tmp_path)
             assert not re.search(rb"1\.2\.826\.0\.1|19611111|20111111", content), path
 
 
+@pytest.mark.slow
 def test_sheets_show_flagged_scans_first_if_there_are_too_many():
     scan = dataset()[0]
     row = judge_scan(scan, case_id="sound").row

@@ -12,7 +12,13 @@ from volseg.io.volumes import read_header, read_mask, read_volume, write_volume
 ROWS = [row for row in FORMATS if row.encode]
 
 
-@pytest.fixture(scope="module", params=ROWS, ids=lambda row: row.name)
+@pytest.fixture(
+    scope="module",
+    params=[  # the other tests use NIfTI
+        pytest.param(row, id=row.name, marks=[pytest.mark.slow] * (row.name == "NIfTI"))
+        for row in ROWS
+    ],
+)
 def folder(request, dataset, tmp_path_factory):
     """Return a folder with images/ and labels/ of three cases in one format that can hold them."""
     path, suffix = tmp_path_factory.mktemp("data"), request.param.suffixes[0]

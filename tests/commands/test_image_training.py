@@ -96,7 +96,9 @@ def test_shapes_are_learned_and_the_test_split_is_not_touched(model, table, tmp_
         assert row["top_classes"] == "|".join(ranked)
 
 
-@pytest.mark.parametrize(("target", "score"), [("area", "mae"), ("labels", "auc")])
+@pytest.mark.parametrize(
+    ("target", "score"), [("area", "mae"), pytest.param("labels", "auc", marks=pytest.mark.slow)]
+)
 def test_numbers_and_several_labels_are_learned_too(target, score, table, tmp_path):
     report = volseg.train(table, recipe=recipe(target), out=tmp_path / "m")
     assert f"validation_{score}" in report.metrics
@@ -145,6 +147,7 @@ def test_a_plan_is_a_recipe_and_a_prepared_folder_trains_to_the_same_weights(tab
     assert are_equal(weights, weights_of(tmp_path / "loaded"))
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes_to_the_weights_of_an_unbroken_one(table, tmp_path):
     stated = recipe("shape", {"epochs": 3, "augment": {"mixup": 0.2}})
     volseg.train(table, recipe=stated, out=tmp_path / "whole")
@@ -280,6 +283,7 @@ def test_masks_and_classes_do_not_share_a_results_folder(model, table, tmp_path)
         volseg.infer(table, model=model, out=tmp_path / "r")
 
 
+@pytest.mark.slow
 def test_a_model_knows_the_images_that_it_learned_from(tmp_path):
     """Also under another name, where the data set states no split, and slice by slice."""
     data = folder_of_classes(tmp_path / "data", n=8)

@@ -44,7 +44,14 @@ def test_every_format_can_hold_a_mask():
     assert len(set(map(result_suffix, FORMATS))) == len(FORMATS)
 
 
-@pytest.mark.parametrize("name", [name for name in FORMATS if name != "nifti"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name == "nrrd" else pytest.param(name, marks=pytest.mark.slow)
+        for name in FORMATS
+        if name != "nifti"
+    ],
+)
 def test_masks_of_a_format_serve_every_command(name, scan, dataset, model, results, tmp_path):
     out, suffix = tmp_path / "results", result_suffix(name)
     settings = {"model": model, "out": out, "device": "cpu", "pages": False}

@@ -143,6 +143,7 @@ def pet_model(model, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_infer_converts_what_its_model_was_trained_on(scans, pet_model, tmp_path):
     report = volseg.infer(
         scans / "study", model=pet_model, intensity_unit="SUVbw", out=tmp_path / "suv"

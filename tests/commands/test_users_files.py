@@ -392,8 +392,14 @@ def test_a_scan_replaced_while_it_is_measured_is_recorded_as_it_was_read(
 
 def test_inputs_are_hashed_separately_only_to_check_an_earlier_result(data, tmp_path, monkeypatch):
     hashed = []
-    original = batch.digest_of
-    monkeypatch.setattr(batch, "digest_of", lambda path: hashed.append(path) or original(path))
+    for name in ("digest_of", "mask_digest_of"):
+        original = getattr(batch, name)
+
+        def noted(path, *scan, original=original):
+            hashed.append(path)
+            return original(path, *scan)
+
+        monkeypatch.setattr(batch, name, noted)
     measure(data, tmp_path / "out")
     assert hashed == []
     measure(data, tmp_path / "out")

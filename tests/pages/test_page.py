@@ -102,7 +102,8 @@ def test_text_colours_have_enough_contrast():
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("is_poor", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("is_poor", [False, True])
 def test_the_model_box_is_visible_on_the_report_and_on_the_viewer_page(is_poor, browser, tmp_path):
     box = ModelBox(
         name="lung@1234",

@@ -194,6 +194,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path):
         trained(tmp_path / "parts", Line(factor=3.0), resume=True)
 
 
+@pytest.mark.slow
 def test_the_loop_does_not_know_segmentation():
     code = (
         "import sys, volseg.training.loop\n"
