@@ -286,6 +286,6 @@ def _measure_and_write(case: Case, settings: MaskSettings, batch: Batch) -> None
             lesions=measured.lesions,
             key=batch.key_of(case),
             inputs=batch.inputs.of(case),
-            source=source_of(measured.path, scan.image, scan.unit.name),
+            source=source_of(case.images[ONE_CHANNEL], scan.image, scan.unit.name),
         )
         batch.results.commit(record, commit)

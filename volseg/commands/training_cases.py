@@ -273,7 +273,7 @@ def read_training_case(
     return TrainingCase(images, reference, tuple(notes))
 
 
-def _refuse(problems: Sequence[ScanError]) -> None:
+def _refuse(problems: Sequence[VolsegError]) -> None:
     """Raise one error that lists all problems, if there are any."""
     if problems:
         text = "; ".join(problem.problem for problem in problems)
