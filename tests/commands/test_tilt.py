@@ -213,8 +213,8 @@ def test_a_tilted_series_gets_a_segmentation_on_its_own_slices(model, tmp_path):
         tuple(map(float, frame.PlanePositionSequence[0].ImagePositionPatient))
         for frame in dcmread(path).PerFrameFunctionalGroupsSequence
     }
-    own = {tuple(map(float, dcmread(file).ImagePositionPatient)) for file in Path(scan).iterdir()}
-    assert positions and positions <= of_slices
+    of_slices = [dcmread(file).ImagePositionPatient for file in Path(scan).iterdir()]
+    assert positions and positions <= {tuple(map(float, position)) for position in of_slices}
     (lesions,) = (out / "dicom_lesions").iterdir()
     volume_mm3 = int(read_mask(lesions, like=series).array.astype(bool).sum()) * abs(
         np.linalg.det(geometry.voxel_steps_mm)
