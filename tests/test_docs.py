@@ -16,6 +16,7 @@ import volseg
 ROOT = Path(__file__).parents[1]
 LONG = {
     "volseg.commands.inference",
+    "volseg.commands.training",
     "volseg.commands.quantising",
     "volseg.commands.in_memory",
 }  # modules whose examples take long

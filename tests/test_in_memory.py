@@ -229,6 +229,7 @@ def test_a_loaded_model_serves_many_scans_and_equals_its_folder(loaded, model, d
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("openvino", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_loaded_model_serves_several_threads(backend, model, dataset):
     if backend == "openvino":
         pytest.importorskip("openvino")

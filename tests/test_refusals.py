@@ -663,6 +663,7 @@ def test_figures_are_drawn_with_any_backend_in_the_environment(tmp_path):
     ],
     ids=["some", "many"],
 )
+@pytest.mark.slow
 def test_no_value_in_a_json_file_makes_a_traceback_or_takes_the_memory(tmp_path, number, kinds):
     script, root = Path(__file__).parent / "mutations.py", str(Path(__file__).parents[1])
     done = subprocess.run(

@@ -289,6 +289,7 @@ def test_where_no_pair_can_be_compared_the_tables_are_empty_and_the_reasons_ther
 
 
 @pytest.mark.parametrize("min_iou", [0.0, pytest.param(0.5, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_where_every_pair_fails_the_rows_of_the_same_masks_stay(min_iou, study, tmp_path):
     data, results = study
     out = tmp_path / "out"

@@ -131,6 +131,7 @@ def test_a_folder_per_class_needs_no_recipe(tmp_path):
     assert "disc" in card and "| images.pixels | 32 |" in card
 
 
+@pytest.mark.slow
 def test_a_plan_is_a_recipe_and_a_prepared_folder_trains_to_the_same_weights(table, tmp_path):
     stated = recipe("shape", {"epochs": 2})
     plan = volseg.plan(table, recipe=stated, out=tmp_path / "plan.toml")
@@ -667,6 +668,7 @@ def test_an_image_that_cannot_be_read_is_named_and_the_others_are_trained_on(tmp
 
 
 @pytest.mark.parametrize("target", [pytest.param("label", marks=pytest.mark.slow), "kind"])
+@pytest.mark.slow
 def test_slices_are_judged_by_the_data_set_that_they_were_trained_on(target, tmp_path):
     """A row of the table is a scan, and a prediction is a slice of it."""
     scans = scans_of_lesions(tmp_path / "data", n=8)

@@ -173,6 +173,7 @@ def test_air_alone_has_no_lesion_and_zero_volume(dataset, model, tmp_path):
     assert rows(tmp_path / "out" / "lesions.csv") == []
 
 
+@pytest.mark.slow
 def test_the_shipped_model_is_used_without_model(tmp_path):
     from laws import real_data
 

@@ -497,6 +497,7 @@ def test_tables_that_are_none_are_refused(folder):
             judge(folder, predicted=folder / "data", **{name: str(folder / "two")})
 
 
+@pytest.mark.slow
 def test_masks_and_classes_may_share_an_output_folder(folder):
     labels = "sample_data/labels"
     volseg.evaluate(reference=labels, predicted=labels, out=folder / "out")

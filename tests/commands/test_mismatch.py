@@ -370,6 +370,7 @@ def test_training_scans_that_contradict_the_recipes_unit_are_named(dataset, tmp_
     ]
 
 
+@pytest.mark.slow
 def test_a_pet_and_an_mr_get_no_hu_density_mass_or_class_from_the_shipped_model(tmp_path):
     scans = [real_data(f"sts_sarcoma/images/STS_018_{name}.nii.gz") for name in ("PET", "MR_T1")]
     report = volseg.infer(scans, out=tmp_path / "out", device="cpu")

@@ -77,6 +77,7 @@ def test_a_review_of_other_lesions_fails_the_case_and_says_so(one_time, tmp_path
 
 
 @pytest.mark.parametrize("number", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_compare_leaves_a_rejected_lesion_out_and_keeps_the_numbers_of_the_others(number, tmp_path):
     """The rows are those of masks without the lesion, except for the numbers."""
     moved, geometry = movement(4.0, (3, -2, 1)), grid()

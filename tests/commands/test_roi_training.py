@@ -17,6 +17,8 @@ from volseg.inference.openvino_backend import openvino_is_installed
 from volseg.io.volumes import read_mask
 from volseg.recipe import parse_recipe
 
+pytestmark = pytest.mark.slow  # the laws of the pass are those of tests/test_coarse_pass.py
+
 ROI = """
 [roi]
 spacing_mm = [4.0, 4.0, 4.0]

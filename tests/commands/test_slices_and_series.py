@@ -35,6 +35,7 @@ def slice_of(grid="lps"):
 
 
 @pytest.mark.parametrize("grid", ["lps", pytest.param("ras", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_slice_is_measured_in_its_plane_in_any_axis_order(grid, tmp_path):
     image, mask = slice_of(grid)
     lines = ["subject,image,label"]

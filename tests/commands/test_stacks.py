@@ -41,6 +41,7 @@ def rows(path: Path) -> list[dict[str, str]]:
         ]
 
 
+@pytest.mark.slow
 def test_infer_gives_the_mask_and_rows_of_the_twin(twins, model, tmp_path):
     folder, spacing = twins
     stack = volseg.infer(folder / "image.npy", model=model, spacing=spacing, out=tmp_path / "a")

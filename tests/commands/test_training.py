@@ -314,6 +314,7 @@ def test_folds_part_the_patients_and_every_patient_is_held_out_once():
     assert sorted(held_out) == sorted({record["patient"] for record in records})
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_weights_of_another_model(dataset, model, quick_recipe, tmp_path):
     still = quick_recipe.model_copy(
         update={"train": quick_recipe.train.model_copy(update={"learning_rate": 1e-12})}

@@ -330,6 +330,7 @@ def test_lesions_measured_together_have_the_rows_of_each_measured_alone(voxels):
     assert any(row.confidence_mean is None for row in together)
 
 
+@pytest.mark.slow
 def test_no_last_bit_decides_the_last_printed_digit_of_a_centroid():
     """Lesions of two voxels at odd multiples of 0.24415 mm are ties for the fourth decimal."""
     mask = np.zeros((9, 10, 11), np.uint8)

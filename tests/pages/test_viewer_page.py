@@ -62,6 +62,7 @@ TILE = "() => viewer.screenSlices.filter((slice) => slice.axCorSag === 0)[0].lef
     "kind",
     ["oblique", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("turned", "many"))],
 )
+@pytest.mark.slow
 def test_a_click_on_a_lesion_leads_to_it(kind, browser, tmp_path):
     """At the position from the tables, NiiVue reads the lesion's id under the crosshair."""
     scan, ids, rows, centres = scene(n_small=300 if kind == "many" else 0)
