@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 from pathlib import Path
 
@@ -18,6 +19,8 @@ import volseg
 from volseg.cli import app
 from volseg.errors import VolsegError
 from volseg.io.volumes import write_volume
+from volseg.pages.about import About
+from volseg.pages.quality_page import quality_page
 from volseg.pages.quality_sheet import MAX_SHEETS, PER_SHEET, Tile, quality_sheets, thumbnail
 from volseg.quality.flags import FLAGS
 from volseg.quality.scan import judge_scan
@@ -67,6 +70,42 @@ def test_every_scan_has_a_row_and_a_broken_one_says_why(scans, tmp_path):
         assert sheet.width > sheet.height > 400 and not sheet.info
 
 
+def test_the_page_says_what_the_table_says(scans, tmp_path):
+    volseg.check(scans, out=tmp_path / "q")
+    table = rows(tmp_path / "q" / "quality.csv")
+    page = (tmp_path / "q" / "quality.html").read_text(encoding="utf-8")
+    assert f"volseg checked the quality of {CASES} scans: look at 2 of them." in page
+    assert f"<li><strong>{BROKEN}</strong>: <code>E_TRUNCATED</code>" in page
+    assert f"(1 scan: {REPEATED})" in page and "<code>W_EQUAL_SLICES</code>" in page
+    content = json.loads(island(page, "scans-data"))
+    names = [column["name"] for column in content["columns"]]
+    shown = {line[0]: dict(zip(names, line, strict=True)) for line in content["rows"]}
+    assert list(shown)[:2] == [BROKEN, REPEATED] and shown.keys() == table.keys()
+    for name, line in shown.items():
+        for column in ("flags", "modality", "axes"):
+            assert (line[column] or "") == table[name][column]
+        for column in ("snr", "noise_sd", "spacing_s_mm", "size_a", "median"):
+            stated = float(table[name][column]) if table[name][column] else None
+            assert line[column] == (None if stated is None else pytest.approx(stated, rel=1e-3))
+    assert json.loads(island(page, "pictures")).keys() == table.keys() - {BROKEN}
+
+
+def test_the_page_tells_channels_apart():
+    scan = dataset()[0]
+    tiles = []
+    for channel in ("t1", "t2"):
+        row = judge_scan(scan, case_id="p1", channel=channel).row
+        tiles.append(Tile(row, thumbnail(scan, row)))
+    page = quality_page(About(command="check"), tiles).html()
+    assert json.loads(island(page, "pictures")).keys() == {"p1 (t1)", "p1 (t2)"}
+    assert "none of them has a flag" in page
+
+
+def island(page: str, name: str) -> str:
+    """Return the JSON that a page holds under this id."""
+    return re.search(rf'id="{name}"[^>]*>(.*?)</script>', page, re.DOTALL)[1]
+
+
 def test_without_out_the_quality_is_not_judged(scans):
     assert [problem["code"] for problem in volseg.check(scans)] == ["E_TRUNCATED"]
 
@@ -79,6 +118,7 @@ def test_the_command_line_names_the_files_and_a_second_call_replaces_them(scans,
     assert f"{out / 'quality.csv'}: a row per scan" in result.output
     assert sorted(path.name for path in out.iterdir() if path.is_file()) == [
         "quality.csv",
+        "quality.html",
         "quality.png",
     ]
     (out / "quality.csv").write_text("mine")

@@ -17,6 +17,7 @@ from pet_headers import pet
 import volseg
 from volseg.bundle import load_bundle, save_bundle
 from volseg.errors import VolsegError
+from volseg.io.prepared import read_prepared_case
 from volseg.io.volumes import read_volume, write_volume
 from volseg.volume import Geometry, Volume
 
@@ -153,9 +154,65 @@ def test_infer_converts_what_its_model_was_trained_on(scans, pet_model, tmp_path
     one, other = (rows(tmp_path / name / "lesions.csv") for name in ("suv", "twin"))
     assert len(one) == len(other)
     assert all(row["intensity_unit"] == "SUV" for row in one)
-    plain = volseg.infer(scans / "study", model=pet_model, out=tmp_path / "plain")
-    (reason,) = plain.failed.values()  # the stored Bq/mL cannot be SUV
-    assert reason.startswith("E_MODALITY")
+    # The model states its unit, so that the option is not needed.
+    assert volseg.infer(scans / "study", model=pet_model, out=tmp_path / "plain").exit_code == 0
+    assert rows(tmp_path / "plain" / "lesions.csv") == one
+    loaded = volseg.load_model(pet_model)
+    masks = [loaded(scans / name).mask for name in ("study", "study#SUVbw", "twin.nii.gz")]
+    assert all(np.array_equal(mask, masks[0]) for mask in masks)
+
+
+SUV_RECIPE = """
+task = "segment"
+name = "pet"
+[data]
+channels = ["pet"]
+intensity_unit = "SUV"
+labels = { tumour = 1 }
+[preprocess]
+spacing_mm = [4.0, 4.0, 3.0]
+[preprocess.normalise]
+method = "window"
+low = 0.0
+high = 10.0
+mean = 0.0
+sd = 1.0
+[network]
+name = "unet3d"
+features = [4, 8]
+strides = [[1, 1, 1], [2, 2, 2]]
+[train]
+patch_shape = [16, 16, 16]
+batch_size = 1
+"""
+
+
+def test_a_recipe_in_suv_is_trained_and_measured_in_suv(scans, tmp_path):
+    (tmp_path / "suv.toml").write_text(SUV_RECIPE)
+    tables, prepared = {}, {}
+    for name, image in (("series", scans / "study"), ("twin", scans / "twin.nii.gz")):
+        (tmp_path / name).mkdir()
+        table = tmp_path / name / "cases.csv"
+        lines = [f"p{number},{image},{scans / 'mask.nii.gz'}" for number in range(2)]
+        table.write_text("\n".join(["subject,image_pet,label", *lines]) + "\n")
+        report = volseg.preprocess(
+            table, recipe=tmp_path / "suv.toml", out=tmp_path / name / "prepared"
+        )
+        assert report.failed == {}
+        prepared[name] = read_prepared_case(tmp_path / name / "prepared", "p0").image
+        out = tmp_path / name / "measured"
+        volseg.measure(cases=table, recipe=tmp_path / "suv.toml", out=out)
+        tables[name] = rows(out / "lesions.csv")
+    assert prepared["twin"].max() > 5
+    np.testing.assert_allclose(prepared["series"], prepared["twin"], rtol=1e-2)  # float16
+    assert {row["intensity_unit"] for row in tables["series"]} == {"SUV"}
+    for one, twin in zip(tables["series"], tables["twin"], strict=True):
+        assert float(one["suv_peak"]) == pytest.approx(float(twin["suv_peak"]), rel=1e-4)
+    result = volseg.measure_mask(
+        scans / "study", scans / "mask.nii.gz", recipe=tmp_path / "suv.toml"
+    )
+    expected = float(tables["twin"][0]["suv_peak"])
+    assert result.lesions["suv_peak"][0] == pytest.approx(expected, rel=1e-4)
 
 
 def test_infer_takes_no_other_unit(scans, model, tmp_path):

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 from dicom_files import NAME, Series, complete, write_series
@@ -121,14 +122,34 @@ def test_ids_and_masks_lie_on_the_slices_of_the_scan(tmp_path):
     ids, geometry = read_mask(with_mark(path, TILT)), read_volume(with_mark(scan, TILT)).geometry
     assert np.array_equal(ids.geometry.affine, geometry.affine) and geometry.is_tilted
     assert np.array_equal(ids.array, read_mask(with_mark(mask, TILT)).array)
-    import nibabel
-
     header = nibabel.load(path).header
     assert (int(header["qform_code"]), int(header["sform_code"])) == (0, 1)
     (row,) = rows(out / "cases.csv")
     assert "W_TILT: its axes are 18.50° away" in row["warnings"]
     for file in out.rglob("*"):
         assert not file.is_file() or NAME.encode() not in file.read_bytes(), file
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_tilted_masks_are_judged_with_distances_in_their_own_millimetres(name, tmp_path):
+    affine, shape = GRIDS[name]
+    geometry = Geometry(shape, affine)
+    for place, radius_mm in (("truth", RADIUS_MM), ("guess", RADIUS_MM - 2)):
+        (tmp_path / place).mkdir()
+        mask = Volume(np.asfortranarray(ball(radius_mm, geometry).view(np.uint8)), geometry)
+        image = nibabel.Nifti1Image(mask.array, affine)
+        nibabel.save(image, tmp_path / place / "ball.nii.gz")
+    report = volseg.evaluate(
+        reference=tmp_path / "truth", predicted=tmp_path / "guess", out=tmp_path / "out"
+    )
+    assert report.failed == {}
+    (row,) = rows(tmp_path / "out" / "evaluation.csv")
+    ratio = (1 - 2 / RADIUS_MM) ** 3
+    voxel_mm = float(np.linalg.norm(geometry.voxel_steps_mm, axis=0).max())
+    assert float(row["dice"]) == pytest.approx(2 * ratio / (1 + ratio), abs=0.03)
+    assert float(row["mean_surface_distance_mm"]) == pytest.approx(2, abs=voxel_mm / 2)
+    lesions = rows(tmp_path / "out" / "detections.csv")
+    assert {row["side"] for row in lesions} == {"reference", "predicted"}
 
 
 def test_a_tilted_nifti_gives_what_its_series_gives(tmp_path):

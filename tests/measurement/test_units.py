@@ -6,7 +6,7 @@ from laws import ball, grid_around, oblique, orientations, real_data
 from scipy import ndimage
 
 from volseg.io.volumes import read_volume
-from volseg.measurement.units import contradiction, judge_unit, looks_like_ct
+from volseg.measurement.units import contradiction, judge_unit, looks_like_ct, warnings_in
 from volseg.volume import Geometry, Volume
 
 
@@ -213,3 +213,9 @@ def test_padding_does_not_change_the_unit_of_real_scans(file, is_hu, fill):
         padded = Volume(np.asfortranarray(values), scan.geometry)
         assert judge_unit(padded, "HU").is_hu == looks_like_ct(padded) == is_hu
         assert judge_unit(padded, None).name == ("HU" if is_hu else "a.u.")
+
+
+def test_a_cell_of_warnings_is_split_at_codes_of_any_length():
+    pairs = [("W_CLIP", "5% at 3071; export it again"), ("W_EQUAL_SLICES", "2"), ("N_CUT", "x: y")]
+    assert warnings_in("; ".join(f"{code}: {text}" for code, text in pairs)) == pairs
+    assert warnings_in("") == warnings_in(None) == []

@@ -209,7 +209,8 @@ def check(
             "--out",
             "-o",
             help="Also judge the quality of scans: folder for quality.csv (facts and flags of each "
-            "scan) and quality.png (their middle slices); created if missing.",
+            "scan), quality.png (their middle slices) and quality.html (both on a page). It is "
+            "created if missing.",
         ),
     ] = None,
     spacing: Annotated[
@@ -238,7 +239,7 @@ def check(
     else:
         show_problems(path, problems)
         if out is not None:
-            show_files(out, ("quality.csv", "quality.png"))
+            show_files(out, ("quality.csv", "quality.png", "quality.html"))
     raise typer.Exit(2 if is_wrong else 0)
 
 

@@ -31,6 +31,7 @@ FILES = {  # name → what it holds
     "cases.csv": "a row per scan",
     "quality.csv": "a row per scan",
     "quality.png": "the middle slice of each scan",
+    "quality.html": "the same on a page: open it in a browser",
     "response.csv": "a row per patient",
     "comparison.csv": "a row per pair of lesions",
     "evaluation.csv": "a row per case; for masks, per case and label",

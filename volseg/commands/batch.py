@@ -34,7 +34,7 @@ from volseg.options import InferOptions, MeasureOptions, Options
 from volseg.pages.about import About
 from volseg.pages.model_box import ModelBox
 from volseg.quality.compare import run_warnings
-from volseg.recipe import AnyRecipe, asks_for_suv
+from volseg.recipe import SUV, AnyRecipe, Data, asks_for_suv
 from volseg.reports import CasesReport, RunReport
 from volseg.store.outputs import Commit, OutputFolder, trace_name
 from volseg.store.records import LESION_IDS, MASKS, ItemRow
@@ -434,17 +434,32 @@ def case_files(case: Case) -> list[Path]:
     return [*case.images.values(), *(() if case.reference is None else (case.reference,))]
 
 
-def as_read(case: Case, options: InferOptions | MeasureOptions) -> Case:
-    """Return the case with paths that say how its files are read: volume, tilt and unit."""
+def as_read(case: Case, options: InferOptions | MeasureOptions, data: Data | None = None) -> Case:
+    """Return the case with paths that say how its files are read: volume, tilt and unit.
+
+    Args:
+        data: of the recipe, if any, which may state the unit too.
+    """
     (case,) = of_tilt([of_volume(case, options.volume)], options.tilt)
-    if not asks_for_suv(options.intensity_unit):
-        return case
-    is_one = len(case.images) == 1  # which must be PET; beside others only PET is converted
-    images = {
-        name: with_mark(path, IN_SUV) if is_one or is_pet(path) else path
-        for name, path in case.images.items()
-    }
+    if asks_for_suv(options.intensity_unit):
+        is_one = len(case.images) == 1  # which must be PET; beside others only PET is converted
+        images = {
+            name: with_mark(path, IN_SUV) if is_one or is_pet(path) else path
+            for name, path in case.images.items()
+        }
+        return replace(case, images=images)
+    return case if options.intensity_unit or data is None else of_unit(case, data)
+
+
+def of_unit(case: Case, data: Data) -> Case:
+    """Return the case with paths of PET that are read in the unit of the recipe."""
+    images = {name: path_in_unit(path, data) for name, path in case.images.items()}
     return replace(case, images=images)
+
+
+def path_in_unit(path: Path, data: Data) -> Path:
+    """Return the path of a scan; of a PET in DICOM one that is read in SUV, if the recipe is so."""
+    return with_mark(path, IN_SUV) if data.intensity_unit == SUV and is_pet(path) else path
 
 
 def of_tilt(cases: Sequence[Case], tilt: str) -> list[Case]:

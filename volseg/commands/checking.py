@@ -71,7 +71,8 @@ def check(
     Args:
         recipe: also check a dataset against this recipe: channels, label values and grids.
         out: also judge the quality of scans; the folder, created if missing, gets quality.csv, a
-            row of facts and flags per scan, and quality.png, a sheet with the middle slice of each.
+            row of facts and flags per scan, quality.png, a sheet with the middle slice of each, and
+            quality.html, a page with both.
         spacing: voxel spacing I,J,K in mm of arrays and stacks of pictures, which state none.
         progress: called with a stage, the fraction of it that is done, and a detail.
 

@@ -1,4 +1,4 @@
-"""The quality of the scans that `volseg check` reads: problems, quality.csv and quality.png."""
+"""The quality of the scans that `volseg check` reads: its problems, table, sheets and page."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from volseg.io.formats import stem_of, table_name
 from volseg.io.header import ScanHeader
 from volseg.io.series import place_of
 from volseg.options import Progress
+from volseg.pages.about import About
 from volseg.quality.compare import Raised, compare_scans
 from volseg.quality.flags import every_cut
 from volseg.quality.prints import print_of_scan
@@ -25,7 +26,7 @@ from volseg.store.tables import table
 from volseg.volume import Volume
 from volseg.words import format_count, format_list
 
-TABLE = "quality.csv"
+TABLE, PAGE = "quality.csv", "quality.html"
 MAX_LISTED, MAX_NAMES = 20, 5  # scans with a flag that are listed one by one; named in one line
 
 
@@ -114,7 +115,8 @@ class ScanQuality:
             yield problem_at(where, "N_CUT", text)
 
     def write(self, outputs: OutputFolder) -> None:
-        """Write quality.csv and the sheets, together."""
+        """Write quality.csv, the sheets and the page, together."""
+        from volseg.pages.quality_page import quality_page
         from volseg.pages.quality_sheet import MAX_SHEETS, Tile, quality_sheets
 
         done = dict(zip(self._facts, (row for row, _ in self._compared()), strict=True))
@@ -123,6 +125,7 @@ class ScanQuality:
         sheets = {sheet_name(n): sheet for n, sheet in enumerate(quality_sheets(tiles), start=1)}
         with outputs.staged() as commit:
             commit.write(TABLE, table(QualityRow, rows))
+            commit.write(PAGE, quality_page(About.now("check"), tiles).html())
             for name, sheet in sheets.items():
                 commit.write(name, sheet)
             every = map(sheet_name, range(1, MAX_SHEETS + 1))
@@ -136,7 +139,7 @@ def output_names() -> list[str]:
     """Return the names of the files that a check may write."""
     from volseg.pages.quality_sheet import MAX_SHEETS
 
-    return [TABLE, *map(sheet_name, range(1, MAX_SHEETS + 1))]
+    return [TABLE, PAGE, *map(sheet_name, range(1, MAX_SHEETS + 1))]
 
 
 def case_of_scan(path: Path) -> Case:

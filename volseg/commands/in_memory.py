@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from volseg.commands.batch import MeasuredCase, done_row
+from volseg.commands.batch import MeasuredCase, done_row, path_in_unit
 from volseg.commands.mask_measurement import MaskedScan, measure_masked
 from volseg.commands.measuring import settings_of_masks
 from volseg.errors import ScanError, VolsegError
@@ -35,7 +35,7 @@ from volseg.measurement.rows import CaseRow, LesionMeasurement
 from volseg.measurement.units import warnings_in
 from volseg.options import LoadModelOptions, MeasureMaskOptions, SegmentOptions, command
 from volseg.options.memory import Placed
-from volseg.recipe import asks_for_suv
+from volseg.recipe import Data, as_recipe, asks_for_suv
 from volseg.reports import html_of, text_of, text_of_lesions, totals_of_cases
 from volseg.store.tables import frame_of
 from volseg.volume import Geometry, Volume
@@ -233,7 +233,8 @@ def segment(options: SegmentOptions) -> SegmentResult:
     scans = _scans(options)
     if not isinstance(model, LoadedModel):
         model = load_model(model)
-    scans = _by_channel(scans, model)
+    data = model.network.bundle.recipe.data
+    scans = {name: _in_unit_of(data, scan) for name, scan in _by_channel(scans, model).items()}
     first = scans[next(name for name in model.channels if name in scans)]
     from volseg.segmentation import segment_case
 
@@ -308,16 +309,27 @@ def measure_mask(options: MeasureMaskOptions) -> MaskResult:
     return MaskResult(**_content(measured, scan, mask.volume.array))
 
 
+def _in_unit_of(data: Data, scan: InMemory) -> InMemory:
+    """Return a scan in the unit of the model, for which a PET in DICOM is read again."""
+    if not isinstance(scan.source, str | PathLike):
+        return scan
+    path = path_in_unit(Path(scan.source), data)
+    return scan if path == Path(scan.source) else as_scan(path)
+
+
 def _as_read(options: MeasureMaskOptions) -> Any:
     """Return the scan, or the path that says in which unit it is read.
 
     Raises:
         VolsegError: a scan in memory is to be converted.
     """
+    recipe, image = options.recipe, options.image
+    is_path = isinstance(image, str | PathLike)
     if not asks_for_suv(options.intensity_unit):
-        return options.image
-    if isinstance(options.image, str | PathLike):
-        return with_mark(Path(options.image), IN_SUV)
+        data = None if recipe is None or options.intensity_unit else as_recipe(recipe).data
+        return path_in_unit(Path(image), data) if is_path and data else image
+    if is_path:
+        return with_mark(Path(image), IN_SUV)
     raise VolsegError(
         "a scan in memory does not say what SUV needs, such as dose and weight",
         fix="give the path of a DICOM series; if it is in SUV already, intensity_unit='SUV'",

@@ -40,7 +40,7 @@ from volseg.execution.local import Outcome, run_overlapped
 from volseg.execution.memory import announcement
 from volseg.inputs import shorten
 from volseg.io.cases import Case
-from volseg.io.formats import RESULT_SUFFIX, result_suffix
+from volseg.io.formats import RESULT_SUFFIX, format_of, result_suffix
 from volseg.io.header import ScanHeader
 from volseg.io.image_cases import looks_like_images
 from volseg.io.layouts import find_scans, of_spacing, spacing_remarks
@@ -110,7 +110,7 @@ def infer(options: InferOptions) -> CasesReport:
     if options.model is None:
         options.announce(shipped_model_text())
     used = [*options.scans, folder, *(path for case in cases for path in case_files(case))]
-    cases = [as_read(case, options) for case in cases]
+    cases = [as_read(case, options, data) for case in cases]
     with ResultsFolder(options.out, "infer", inputs=used) as results:
         run = _load_run(bundle, changes, folder, cases, results, options)
         model, bundle = run.model, run.model.bundle
@@ -153,7 +153,7 @@ def _refuse_settings(options: InferOptions) -> None:
             code="E_USAGE",
         )
     others = ["--probabilities"] if options.probabilities else []
-    if result_suffix(options.format) != RESULT_SUFFIX:
+    if not format_of(Path(f"mask{result_suffix(options.format)}")).holds_tilt:
         others.append(f"--format {options.format}")
     if others and options.tilt == RESAMPLE:
         raise VolsegError(

@@ -34,6 +34,7 @@ from volseg.io.formats import RESULT_SUFFIX, stem_of
 from volseg.io.label_table import read_region_names
 from volseg.io.layouts import find_cases, find_scans, is_dataset
 from volseg.io.matching import pair_names
+from volseg.io.series import TILT, with_mark
 from volseg.io.volumes import mask_notes, read_mask, read_mask_header
 from volseg.options import EvaluateOptions
 from volseg.postprocessing.lesions import MANY
@@ -144,7 +145,7 @@ class MaskPairs:
 
     def digests(self, case_id: str) -> tuple[str, str]:
         truth, guess = (
-            mask_digest_of(mask.path, mask.scan)
+            mask_digest_of(*mask.read_from)
             for mask in (self.truths[case_id], self.guesses[case_id])
         )
         return truth, self._reviewed(guess, case_id)
@@ -216,15 +217,16 @@ class MaskPairs:
         paths = [mask.path for mask in masks]
         budget = self.budget
         process = budget.process
-        headers = [read_mask_header(mask.path, mask.scan) for mask in masks]
+        headers = [read_mask_header(*mask.read_from) for mask in masks]
         reading = plan_reading(headers, process=process)
         enough = most_evaluating(headers, process=process).total
         if refusal := budget.refusal(reading, enough=enough):
             raise refusal
         objects, threshold = self.options.objects, self.options.threshold
         limits = {"max_labels": most_labels(objects), "threshold": threshold}
-        truth, predicted = (read_mask(mask.path, like=mask.scan, **limits) for mask in masks)
-        notes = [note for mask in masks for note in mask_notes(mask.path, mask.scan)]
+        read_from = [mask.read_from for mask in masks]
+        truth, predicted = (read_mask(path, like=scan, **limits) for path, scan in read_from)
+        notes = [note for path, scan in read_from for note in mask_notes(path, scan)]
         name = stem_of(paths[1])
         if name in self.reviews.of_case:
             _remove_rejected(predicted, name, self.options.predicted, self.reviews)
@@ -243,7 +245,7 @@ class MaskPairs:
             raise refusal
         budget.announce(peak, case_id)
         self._clear_ignored(truth, guess)
-        names = read_region_names(masks[0].path, masks[0].scan)
+        names = read_region_names(*masks[0].read_from)
         return _ReadMasks(truth, guess, [*notes, *placed.notes], names)
 
     def _clear_ignored(self, truth: Volume, guess: Volume) -> None:
@@ -273,7 +275,7 @@ def _remove_rejected(guess: Volume, case_id: str, results: Path, reviews: Review
         ScanError: the review is of other lesions, or their numbers cannot be read.
     """
     path = results / LESION_IDS / f"{case_id}{RESULT_SUFFIX}"
-    ids = read_mask(path, max_labels=2**32)
+    ids = read_mask(with_mark(path, TILT), max_labels=2**32)
     if difference := guess.geometry.difference(ids.geometry):
         raise ScanError(
             f"{path}: is not on the grid of the predicted mask: {difference}",
@@ -316,6 +318,11 @@ class _Mask:
     path: Path
     patient: str | None = None
     scan: Path | None = None
+
+    @property
+    def read_from(self) -> tuple[Path, Path | None]:
+        """Paths of the mask and its scan that accept tilted stacks: all measures use the affine."""
+        return with_mark(self.path, TILT), self.scan and with_mark(self.scan, TILT)
 
 
 def _masks(path: Path, remark: Callable[[str], None]) -> dict[str, _Mask]:

@@ -78,7 +78,8 @@ def measure(options: MeasureOptions) -> CasesReport:
     out = options.out or Path(DEFAULT_OUT)
     stated = (options.image, options.mask, options.cases, options.recipe)
     inputs = input_paths(*stated, *chain(*map(case_files, pairs)))
-    pairs = [as_read(case, options) for case in pairs]
+    data = None if options.recipe is None else as_recipe(options.recipe).data
+    pairs = [as_read(case, options, data) for case in pairs]
     with ResultsFolder(out, "measure", inputs=inputs) as folder:
         batch = Batch(
             results=folder,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from volseg.commands.batch import REFUSE, failure_reason, of_tilt, reason_of
+from volseg.commands.batch import REFUSE, failure_reason, of_tilt, of_unit, reason_of
 from volseg.commands.label_values import renamed, values_in
 from volseg.commands.placing import channel_notes, place_mask
 from volseg.errors import ScanError, VolsegError
@@ -61,7 +61,8 @@ class TrainingSet:
         allow_missing = data.missing == "empty"
         survey = survey_cases(self.dataset, data.channels, allow_missing=allow_missing)
         cases, mistakes = survey.cases, survey.mistakes + self._class_mistakes(survey.cases)
-        return replace(survey, cases=of_tilt(cases, self.tilt), mistakes=mistakes)
+        cases = [of_unit(case, data) for case in of_tilt(cases, self.tilt)]
+        return replace(survey, cases=cases, mistakes=mistakes)
 
     def _class_mistakes(self, cases: Sequence[Case]) -> list[str]:
         """Return the mistake if no case with a mask has the column of the classes."""

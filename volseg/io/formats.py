@@ -36,6 +36,7 @@ class Format:
         partner_suffixes: endings of the other file of a pair, by which a scan may be opened too.
         holds_masks: False if it stores intensities only, as a compressed picture does.
         holds_scans: False if it stores labels only.
+        holds_tilt: True if masks of tilted scans are written in it, on the scan's own affine.
         read_on: reads the header of a mask that may need the grid of its scan, as contours do.
         read_names: header → label → name, if it stores names.
         encode_named: as `encode`, with label → name in place of the header.
@@ -49,6 +50,7 @@ class Format:
     partner_suffixes: tuple[str, ...] = ()
     holds_masks: bool = True
     holds_scans: bool = True
+    holds_tilt: bool = False
     read_on: Callable[[Path, ReferenceGrid | None], ScanHeader] | None = None
     read_names: Callable[[ScanHeader], dict[int, str]] | None = None
     encode_named: Callable[[Volume, Path, Mapping[int, str]], FileContent] | None = None
@@ -155,6 +157,7 @@ NIFTI = Format(
     suffixes=(".nii", ".nii.gz"),
     read_header=nifti.read_header,
     encode=nifti.encode,
+    holds_tilt=True,
 )
 FORMATS = (
     NIFTI,

@@ -192,7 +192,7 @@ def _read_single(path: Path, index: int | None) -> Image2D:
 def _content_of(path: Path) -> bytes:
     with opened_raw(path) as file:
         size = os.fstat(file.fileno()).st_size
-        content = file.read(MAX_FILE_BYTES) if size <= MAX_FILE_BYTES else b""
+        content = file.read(size) if size <= MAX_FILE_BYTES else b""  # takes what it asks for
     if size > MAX_FILE_BYTES:
         problem = f"holds {size:,} bytes, above the limit of {MAX_FILE_BYTES:,}"
         raise refusal(path, "E_TOOBIG", problem, "give a smaller image")

@@ -10,16 +10,15 @@ from pathlib import Path
 from tokenize import TokenError
 
 import numpy as np
-from numpy.lib import format as npy
 
 from volseg.errors import ScanError
 from volseg.inputs import shorten
 from volseg.io.gzip_stream import COPY_AGAIN, GZIP_MAX_RATIO, opened_raw, refusal
+from volseg.io.npy import array_header, read_array
 
 SUFFIX = ".npz"
 SPLITS = ("train", "val", "test")
 MAX_BYTES = 16 * 2**30  # of an array
-MAX_HEADER = 10_000  # characters that describe an array
 ERRORS = (
     *(zipfile.BadZipFile, zlib.error, OSError, EOFError),
     *(ValueError, LookupError, RuntimeError, SyntaxError, TokenError),
@@ -107,7 +106,7 @@ def _array(path: Path, name: str) -> np.ndarray:
     with opened_archive(path) as archive:
         _shape(archive, name, path)
         with archive.open(f"{name}.npy") as file:
-            array = npy.read_array(file, allow_pickle=False, max_header_size=MAX_HEADER)
+            array = read_array(file)
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
@@ -119,9 +118,7 @@ def _shape(archive: zipfile.ZipFile, name: str, path: Path) -> tuple[int, ...]:
         problem = f"has no array {name}"
         raise refusal(path, "E_NOTIMAGE", problem, "name the arrays as MedMNIST does") from error
     with archive.open(member) as file:
-        version = npy.read_magic(file)
-        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        shape, _, dtype = read(file, max_header_size=MAX_HEADER)
+        shape, dtype = array_header(file)
     if dtype.kind not in "iubf":
         raise refusal(path, "E_DTYPE", f"{name} is of type {dtype}", "store numbers")
     n_bytes = dtype.itemsize

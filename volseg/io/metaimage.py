@@ -12,7 +12,7 @@ import numpy as np
 from isal import isal_zlib
 
 from volseg.io.gzip_stream import COPY_AGAIN, Encoding, Part, opened_raw, refusal
-from volseg.io.header import ScanHeader, checked_grid, refuse_tilt, rounded, volume_shape
+from volseg.io.header import ScanHeader, checked_grid, rounded, volume_shape
 from volseg.io.series import split_volume
 from volseg.io.text_header import (
     data_file,
@@ -81,7 +81,6 @@ def encode(volume: Volume, path: Path, like: ScanHeader | None = None) -> FileCo
     geometry = volume.geometry
     volume_shape(geometry.shape, path)
     checked_grid(geometry.shape, rounded(geometry.affine), path, source="affine")
-    refuse_tilt(geometry, path)
     if volume.is_scaled:
         raise ValueError("MetaImage is written without slope and intercept")
     kind = volume.array.dtype.newbyteorder("=").str[1:]

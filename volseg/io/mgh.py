@@ -14,7 +14,6 @@ from volseg.io.header import (
     checked_grid,
     listed,
     read_start,
-    refuse_tilt,
     volume_shape,
 )
 from volseg.io.series import split_volume
@@ -86,7 +85,6 @@ def encode(volume: Volume, path: Path, like: ScanHeader | None = None) -> FileCo
         ValueError: the dtype or scale cannot be stored.
     """
     volume_shape(volume.geometry.shape, path)
-    refuse_tilt(volume.geometry, path)
     if volume.is_scaled:
         raise ValueError("MGH holds no slope and intercept")
     header, geometry = MGHHeader(), volume.geometry

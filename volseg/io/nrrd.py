@@ -20,7 +20,6 @@ from volseg.io.header import (
     ScanWarning,
     SeriesShape,
     checked_grid,
-    refuse_tilt,
     rounded,
     volume_shape,
 )
@@ -72,7 +71,6 @@ def encode(volume: Volume, path: Path, like: ScanHeader | None = None) -> FileCo
     """
     volume_shape(volume.geometry.shape, path)
     checked_grid(volume.geometry.shape, rounded(volume.geometry.affine), path, source="affine")
-    refuse_tilt(volume.geometry, path)
     return encode_with(volume, {})
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from volseg.errors import VolsegError
 from volseg.inputs import open_regular, read_json
 from volseg.io.files import environment_problem, sync_file
+from volseg.io.npy import map_array, read_array
 
 CASE_FILE = "case.json"
 IGNORED = 255  # class index of voxels excluded from training and evaluation
@@ -116,7 +117,7 @@ def read_prepared_case(folder: Path, case_id: str) -> PreparedCase:
             for file in sorted(path.glob("foreground_*.npy"))
         }
         slices = _read_array(path / "slices.npy") if (path / "slices.npy").exists() else None
-        image, mask = _map_array(path / "image.npy"), _map_array(path / "mask.npy")
+        image, mask = map_array(path / "image.npy"), map_array(path / "mask.npy")
         for problem in _array_problems(image, mask, foreground, slices):
             raise ValueError(problem)
     except (OSError, ValueError, EOFError, MemoryError) as error:
@@ -181,10 +182,4 @@ def _read_array(path: Path) -> np.ndarray:
         OSError, ValueError: not a regular file, or not an array.
     """
     with open_regular(path) as file:
-        return np.lib.format.read_array(file, allow_pickle=False)
-
-
-def _map_array(path: Path) -> np.ndarray:
-    """Memory-map a .npy file; raise as `_read_array` does."""
-    open_regular(path).close()  # mapping a pipe would block
-    return np.lib.format.open_memmap(path, mode="r")
+        return read_array(file)

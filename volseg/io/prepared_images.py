@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from volseg.errors import VolsegError
-from volseg.inputs import open_regular, read_json
+from volseg.inputs import read_json
 from volseg.io.files import environment_problem, sync_file, write_json_atomic
+from volseg.io.npy import map_array
 
 PIXELS_FILE, CASES_FILE = "images.npy", "images.json"
 
@@ -103,8 +104,7 @@ def read_prepared_images(folder: Path) -> tuple[ImageSet, dict[str, Any]]:
     try:
         content = read_json(folder / CASES_FILE)
         cases = [_case(entry) for entry in content["cases"]]
-        open_regular(folder / PIXELS_FILE).close()  # mapping a pipe would block
-        pixels = np.lib.format.open_memmap(folder / PIXELS_FILE, mode="r")
+        pixels = map_array(folder / PIXELS_FILE)
         if pixels.ndim not in (4, 5) or pixels.dtype != np.float32 or len(pixels) != len(cases):
             raise ValueError(f"{PIXELS_FILE} is {pixels.dtype} of shape {pixels.shape}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:

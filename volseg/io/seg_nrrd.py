@@ -17,7 +17,6 @@ from volseg.io.header import (
     ScanHeader,
     SeriesShape,
     checked_grid,
-    refuse_tilt,
     rounded,
     volume_shape,
 )
@@ -112,7 +111,6 @@ def encode_named(volume: Volume, path: Path, names: Mapping[int, str]) -> FileCo
     """
     volume_shape(volume.geometry.shape, path)
     checked_grid(volume.geometry.shape, rounded(volume.geometry.affine), path, source="affine")
-    refuse_tilt(volume.geometry, path)
     labels = volume.array
     if labels.dtype.kind not in "iu" or labels.min() < 0 or volume.is_scaled:
         raise ValueError("a segmentation holds labels, whole numbers from 0 up")

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.lib import format as npy
 
 from volseg.io.gzip_stream import COPY_AGAIN, opened_raw, refusal, skip
 from volseg.io.header import ScanHeader, checked_grid, rounded, volume_shape
-from volseg.io.medmnist import ERRORS, MAX_HEADER, opened_archive
+from volseg.io.medmnist import ERRORS, opened_archive
+from volseg.io.npy import array_header, read_array
 from volseg.io.paths import visible_paths
 from volseg.io.series import SPACING_FORM, place_of, split_spacing
 from volseg.io.voxels import joined_digest
@@ -112,8 +112,7 @@ def read_voxels(header: ScanHeader, path: Path) -> tuple[np.ndarray, str]:
         array = _read_pictures(header)
     else:
         with _opened_array(place) as file:
-            read = npy.read_array(file, allow_pickle=False, max_header_size=MAX_HEADER)
-        array = np.asarray(read).reshape(header.geometry.shape)
+            array = read_array(file).reshape(header.geometry.shape)
     if digests != [_digest_of(file) for file in header.parts]:
         raise refusal(path, "E_CHANGED", "was replaced while it was being read", "run again")
     return array.astype(header.dtype, order="F", copy=False), joined_digest(digests)
@@ -144,9 +143,7 @@ def _layout_of_file(place: Path) -> tuple[tuple[int, ...], np.dtype]:
     if place.name.lower().endswith(PICTURES):
         return _layout_of_pictures([place], place)
     with _opened_array(place) as file:
-        version = npy.read_magic(file)
-        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        shape, _, dtype = read(file, max_header_size=MAX_HEADER)
+        shape, dtype = array_header(file)
         start = file.tell()
     n_bytes = dtype.itemsize
     for size in shape:

@@ -332,7 +332,7 @@ def write_volume(
     if volume.array.dtype == np.bool_:
         volume = Volume(volume.array.view(np.uint8), volume.geometry)
     source = None if like is None else read_header(like)
-    if source is None:
+    if source is None or not row.holds_tilt:
         refuse_tilt(volume.geometry, path)
     if source and not np.array_equal(source.geometry.affine, volume.geometry.affine):
         raise ValueError(f"the volume lies on another grid than {like}")

@@ -69,7 +69,7 @@ class Unit:
 
 def warnings_in(text: str | None) -> list[tuple[str, str]]:
     """Split a `warnings` cell, of cases.csv for example, into (code, sentence) pairs."""
-    parts = re.split(r"; (?=[NW]_[A-Z]+: )", text) if text else []
+    parts = re.split(r"; (?=[NW]_[A-Z_]+: )", text) if text else []
     return [(code, sentence) for code, _, sentence in (part.partition(": ") for part in parts)]
 
 

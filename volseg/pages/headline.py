@@ -10,6 +10,7 @@ from volseg.measurement.rows import CaseRow, LesionMeasurement
 from volseg.measurement.units import UNIT, UNLIKE, warnings_in
 from volseg.pages.about import About
 from volseg.pages.model_box import ModelBox, Similarity
+from volseg.quality.rows import QualityRow
 from volseg.words import format_count, format_list, format_number, lesion_noun
 
 # Warnings that put the numbers in doubt come first, in this order; then the others.
@@ -87,7 +88,7 @@ def _certainty(boxes: Sequence[tuple[ModelBox, Similarity]]) -> str:
     return "; ".join(texts)
 
 
-def warning_kinds(cases: Sequence[CaseRow]) -> Warnings:
+def warning_kinds(cases: Sequence[CaseRow | QualityRow]) -> Warnings:
     """Return the warnings of the scans by code, the gravest first.
 
     Scans that failed are left out: the page lists them with their reason.

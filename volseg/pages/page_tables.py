@@ -23,6 +23,9 @@ LESION_COLUMNS = (
     "short_axis_mm",
     "intensity_mean",
     "intensity_sd",
+    "suv_peak",
+    "mtv41_ml",
+    "tlg_g",
     "density_g_cm3",
     "mass_g",
     "agatston_score",
@@ -170,16 +173,17 @@ class PageTable:
 
 
 def scan_table(cases: Sequence[CaseRow], *, with_pictures: bool, max_bytes: int) -> PageTable:
-    """Return a table with a row per scan; the page's script fills its picture column."""
+    """Return a table with a row per scan, and with their montages if there are any."""
     table = fitting_table(SCANS, cases, max_bytes=max_bytes)
     if not with_pictures:
         return table
-    picture = {
-        "name": "montage",
-        "unit": "",
-        "meaning": "axial, coronal and sagittal slices through the largest lesion",
-        "shown": True,
-    }
+    meaning = "axial, coronal and sagittal slices through the largest lesion"
+    return with_picture_column(table, "montage", meaning)
+
+
+def with_picture_column(table: PageTable, name: str, meaning: str) -> PageTable:
+    """Return a table with a second column, which the page's script fills with pictures."""
+    picture = {"name": name, "unit": "", "meaning": meaning, "shown": True}
     columns = [table.content["columns"][0], picture, *table.content["columns"][1:]]
     rows = [[row[0], "", *row[1:]] for row in table.content["rows"]]
     return replace(table, content=dict(table.content) | {"columns": columns, "rows": rows})

@@ -133,7 +133,7 @@ def run_page(
         notes: what else the page says.
     """
     notes = notes or Notes()
-    height, pictures, unpictured = _fitting_pictures(montages)
+    height, pictures, unpictured = fitting_pictures(montages)
     failed = failures(cases, "case_id")
     linked = sorted(pages)
     lesions = with_doubts(lesions, cases)
@@ -192,13 +192,17 @@ def _remarks(
 ) -> list[str]:
     """Return the remarks of the page; `unpictured`: how many pictures are left out."""
     remarks = [*unprocessed(cases, "scan"), *notes.remarks]
-    if unpictured:
-        left_out = format_count(unpictured, "scan")
-        remarks.append(f"To keep this page small, the pictures of {left_out} are left out.")
+    remarks += unpictured_remark(unpictured)
     if notes.reviews:
         sizes = {(lesion.case_id, lesion.lesion_id): lesion.n_voxels for lesion in lesions}
         remarks.append(notes.reviews.summary(sizes))
     return remarks
+
+
+def unpictured_remark(n: int) -> list[str]:
+    """Return a remark about the scans whose pictures did not fit; none if there are none."""
+    left_out = format_count(n, "scan")
+    return [f"To keep this page small, the pictures of {left_out} are left out."] if n else []
 
 
 def failures(
@@ -227,7 +231,7 @@ def unprocessed(rows: Sequence[ItemRow], noun: str) -> list[str]:
     return [f"Not processed yet: {format_count(n, noun)}. Run the same command again to continue."]
 
 
-def _fitting_pictures(montages: Mapping[str, bytes]) -> tuple[int, dict[str, str], int]:
+def fitting_pictures(montages: Mapping[str, bytes]) -> tuple[int, dict[str, str], int]:
     """Shrink the pictures until they fit: (height in pixels, case id → base64 JPEG, n left out)."""
     names = sorted(montages)
     sample = names[:: max(1, len(names) // 16)]
