@@ -513,6 +513,7 @@ def test_check_with_a_recipe_names_each_cell_that_is_no_class_of_it(table):
     assert not [p for p in volseg.check(table, recipe("shape")) if p["code"].startswith("E_")]
 
 
+@pytest.mark.slow
 def test_each_lesion_of_a_scan_is_classified_from_slices_in_three_planes(tmp_path):
     scans = scans_of_lesions(tmp_path / "data")
     stated = recipe(
@@ -543,6 +544,7 @@ def test_each_lesion_of_a_scan_is_classified_from_slices_in_three_planes(tmp_pat
         volseg.infer(scans / "images" / "s00.nii.gz", model=tmp_path / "m", out=tmp_path / "x")
 
 
+@pytest.mark.slow
 def test_a_preview_shows_augmented_images_and_trains_nothing(table, tmp_path):
     report = volseg.train(table, recipe=recipe("shape"), out=tmp_path / "m", preview=True)
     with Image.open(report.preview) as picture:

@@ -165,6 +165,7 @@ def test_infer_converts_what_its_model_was_trained_on(scans, pet_model, tmp_path
 SUV_RECIPE = """
 task = "segment"
 name = "pet"
+description = "Hot spots."
 [data]
 channels = ["pet"]
 intensity_unit = "SUV"
@@ -199,7 +200,7 @@ def test_a_recipe_in_suv_is_trained_and_measured_in_suv(scans, tmp_path):
             table, recipe=tmp_path / "suv.toml", out=tmp_path / name / "prepared"
         )
         assert report.failed == {}
-        prepared[name] = read_prepared_case(tmp_path / name / "prepared", "p0").image
+        prepared[name] = read_prepared_case(tmp_path / name / "prepared" / "cases", "p0").image
         out = tmp_path / name / "measured"
         volseg.measure(cases=table, recipe=tmp_path / "suv.toml", out=out)
         tables[name] = rows(out / "lesions.csv")

@@ -315,6 +315,7 @@ def test_masks_of_0_and_255_are_told_how_to_match(scan, tmp_path):
         volseg.evaluate(**given, out=tmp_path / "d", labels="255:1")
 
 
+@pytest.mark.slow
 def test_values_are_paired_by_what_they_cover_and_swapped_at_once(scan, tmp_path):
     _, mask = scan
     for side, values in (("truth", (0, 3, 4)), ("guess", (0, 8, 7))):

@@ -722,11 +722,11 @@ def calls(data, dataset, model, tiny_recipe, tmp_path):
     ("command", "module", "name"),
     [
         ("measure", measuring, "measure_mask"),
-        ("measure again", correcting, "measure_mask"),
+        pytest.param("measure again", correcting, "measure_mask", marks=pytest.mark.slow),
         ("evaluate", mask_pairs, "evaluate_case"),
         ("compare", comparing.PatientComparison, "run"),
         ("compare", comparing, "input_digests"),
-        ("preprocess", preparing.TrainingSet, "analyse"),
+        pytest.param("preprocess", preparing.TrainingSet, "analyse", marks=pytest.mark.slow),
         ("preprocess", preparing.Preparation, "prepare"),
     ],
 )
