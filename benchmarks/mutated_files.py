@@ -145,9 +145,9 @@ def main() -> None:
         "| files | mutations | read | refused | codes | failures | slowest, s | most memory, MB |"
     )
     print("|---|---|---|---|---|---|---|---|")
-    each = arguments.number // len(arguments.kinds)
+    n_mutations = arguments.number // len(arguments.kinds)
     for kind in arguments.kinds:
-        print(in_shards(kind, each, arguments.seed), flush=True)
+        print(in_shards(kind, n_mutations, arguments.seed), flush=True)
 
 
 def in_shards(kind: str, number: int, seed: int) -> str:
@@ -162,11 +162,11 @@ def in_shards(kind: str, number: int, seed: int) -> str:
         if done.returncode != 0:
             failures.append(f"{stated}: exit {done.returncode}: {done.stderr[-500:]}")
             continue
-        found = json.loads(done.stdout.splitlines()[-1])
-        counts.update(found["counts"])
-        codes.update(found["codes"])
-        failures += found["failures"]
-        slowest, memory = max(slowest, found["slowest"]), max(memory, found["mb"])
+        outcome = json.loads(done.stdout.splitlines()[-1])
+        counts.update(outcome["counts"])
+        codes.update(outcome["codes"])
+        failures += outcome["failures"]
+        slowest, memory = max(slowest, outcome["slowest"]), max(memory, outcome["mb"])
     for failure in failures[:20]:
         print(failure, file=sys.stderr, flush=True)
     read, refused = counts["read"], counts["refused"]
