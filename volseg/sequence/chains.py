@@ -30,7 +30,7 @@ class Chain:
     >>> chain.best_path().tolist()
     [1, 1, 1]
     >>> chain.marginals()[1].round(3).tolist()
-    [0.296, 0.704]
+    [0.409, 0.591]
     """
 
     unary: np.ndarray

@@ -1,6 +1,6 @@
 """A linear-chain conditional random field (CRF) on the probabilities of a slice classifier.
 
-Sources: Lafferty et al., ICML (2001); Sutton and McCallum, Found Trends Mach Learn 4:267 (2012).
+Sources: Lafferty et al., ICML (2001); Sutton and McCallum, Found Trends Mach Learn 4:267 (2011).
 """
 
 from __future__ import annotations

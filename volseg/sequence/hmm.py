@@ -120,6 +120,13 @@ def fit_hmm(
         ValueError: there is no labelled slice, a label is out of range, lengths differ, a sequence
             goes back although `monotone`, or a state was never followed by any and there is no
             smoothing.
+
+    >>> truth = np.repeat([0, 1], 10)
+    >>> predicted = truth.copy()
+    >>> predicted[[2, 15]] = 1, 0
+    >>> model = fit_hmm([truth], 2, predicted=[predicted], monotone=True)
+    >>> model.chain(np.array([0, 1, 0, 0, 1, 1, 0, 1])).best_path().tolist()
+    [0, 0, 0, 0, 1, 1, 1, 1]
     """
     if not 0 <= smoothing < np.inf:
         raise ValueError(f"smoothing = {smoothing} must be ≥ 0; 1 is the usual value")
