@@ -82,7 +82,8 @@ def main() -> None:
 def print_heading(title: str, labellings: dict[str, np.ndarray]) -> None:
     sizes = (" + ".join(map(str, np.bincount(labels))) for labels in labellings.values())
     cells = [f"{name} ({size})" for name, size in zip(labellings, sizes, strict=True)]
-    print_row(f"\n| {title}"[2:] if False else title, cells)
+    print()
+    print_row(title, cells)
     print("|---" * (len(cells) + 1) + "|")
 
 
