@@ -103,7 +103,9 @@ def test_the_page_tells_channels_apart():
 
 def island(page: str, name: str) -> str:
     """Return the JSON that a page holds under this id."""
-    return re.search(rf'id="{name}"[^>]*>(.*?)</script>', page, re.DOTALL)[1]
+    match = re.search(rf'id="{name}"[^>]*>(.*?)</script>', page, re.DOTALL)
+    assert match is not None, name
+    return match[1]
 
 
 def test_without_out_the_quality_is_not_judged(scans):

@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 from laws import ras
+from PIL import Image
 
 import volseg
 from volseg.errors import VolsegError
@@ -129,3 +130,12 @@ def test_the_channel_to_measure_on_is_asked_for_and_given(dataset, tmp_path):
         volseg.measure(cases=folder, out=tmp_path / "r")
     report = volseg.measure(cases=folder, channel="t1", out=tmp_path / "r")
     assert sorted(report.cases["image"]) == [f"B{n}_t1.nii.gz" for n in range(4)]
+
+
+def test_a_folder_of_images_is_told_apart_from_scans(tmp_path):
+    for name in ("benign", "malignant"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("L", (20, 20)).save(tmp_path / "data" / name / "1.png")
+    with pytest.raises(VolsegError, match="2D images") as caught:
+        volseg.cases(tmp_path / "data", out=tmp_path / "cases.csv")
+    assert "volseg train" in caught.value.fix and not (tmp_path / "cases.csv").exists()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from volseg.errors import VolsegError
 from volseg.io.cases import ONE_CHANNEL, Case, Survey, dataset_error, is_image_column
 from volseg.io.csv_text import write_csv
 from volseg.io.files import atomic_write, make_folder
+from volseg.io.image_cases import looks_like_images
 from volseg.io.layouts import survey_cases
 from volseg.options import CasesOptions, command
 from volseg.reports import ListingReport
@@ -39,7 +40,7 @@ def cases(options: CasesOptions) -> ListingReport:
     rows = [row for survey in surveys for row in _rows(survey, out.parent)]
     mistakes = [mistake for survey in surveys for mistake in survey.mistakes]
     if not rows:
-        raise dataset_error(mistakes or ["no scans found"], ", ".join(map(str, options.folders)))
+        raise _nothing_listed(options.folders, mistakes)
     columns = _columns(rows)
     make_folder(out.parent)
     lines = [columns, *([row.get(name, "") for name in columns] for row in rows)]
@@ -50,6 +51,17 @@ def cases(options: CasesOptions) -> ListingReport:
         warnings=[*(f"W_UNUSED: {text}" for text in mistakes)],
         masks=sum("label" in row for row in rows),
         channels=[name.removeprefix("image_") for name in filter(is_image_column, columns)],
+    )
+
+
+def _nothing_listed(folders: Sequence[Path], mistakes: Sequence[str]) -> VolsegError:
+    images = next((folder for folder in folders if looks_like_images(folder)), None)
+    if images is None:
+        return dataset_error(mistakes or ["no scans found"], ", ".join(map(str, folders)))
+    return VolsegError(
+        f"{images}: holds 2D images, not scans with masks",
+        fix="`volseg check` says how it is read, and `volseg train` classifies it",
+        code="E_DATASET",
     )
 
 

@@ -45,15 +45,7 @@ class ImageArrays:
                 shown = shorten(", ".join(sorted(names)) or "nothing")
                 problem = f"has no array train_images, val_images or test_images; it has {shown}"
                 raise refusal(path, "E_NOTIMAGE", problem, "name the arrays as MedMNIST does")
-            shapes = [_shape(archive, f"{split}_images", path) for split in self.splits]
-        for split, shape in zip(self.splits, shapes, strict=True):
-            if len(shape) != 3 and not (len(shape) == 4 and shape[-1] in (1, 3)):
-                problem = (
-                    f"{split}_images has shape {shape}, not (N, H, W), (N, H, W, 1) or (N, H, W, 3)"
-                )
-                raise refusal(path, "E_NDIM", problem, "give 2D images, channels last")
-            if 0 in shape[1:]:
-                raise refusal(path, "E_EMPTY", f"{split}_images has shape {shape}", COPY_AGAIN)
+            shapes = [_image_shape(archive, f"{split}_images", path) for split in self.splits]
         self.counts = [shape[0] for shape in shapes]
         self._loaded: dict[str, np.ndarray] = {}
 
@@ -108,6 +100,17 @@ def _array(path: Path, name: str) -> np.ndarray:
         with archive.open(f"{name}.npy") as file:
             array = read_array(file)
     return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def _image_shape(archive: zipfile.ZipFile, name: str, path: Path) -> tuple[int, ...]:
+    """Return the shape of an array of images, one or more pixels each."""
+    shape = _shape(archive, name, path)
+    if len(shape) != 3 and not (len(shape) == 4 and shape[-1] in (1, 3)):
+        problem = f"{name} has shape {shape}, not (N, H, W), (N, H, W, 1) or (N, H, W, 3)"
+        raise refusal(path, "E_NDIM", problem, "give 2D images, channels last")
+    if 0 in shape[1:]:
+        raise refusal(path, "E_EMPTY", f"{name} has shape {shape}", COPY_AGAIN)
+    return shape
 
 
 def _shape(archive: zipfile.ZipFile, name: str, path: Path) -> tuple[int, ...]:
