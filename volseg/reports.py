@@ -505,8 +505,9 @@ class MethodsReport(RunReport):
 
     @property
     def outcome(self) -> str:
-        n = len(self.answers)
-        return f"{n - len(self.left_to_author)} of {n} items of CLAIM answered"
+        n, n_partly = len(self.answers), sum(bool(answer.left) for answer in self.answers)
+        n_answered = n - len(self.left_to_author)
+        return f"{n_answered} of {n} items of CLAIM answered, {n_partly} of them in part"
 
     @property
     def goal(self) -> Path | None:

@@ -255,7 +255,7 @@ def _check_evaluation(documents: Mapping[str, Document]) -> None:
         digest = documents["files"].content[FILES[MODEL]]
         options = run.get("options")
         stated = options.get("model_sha256") if isinstance(options, Mapping) else None
-        if stated != digest:
+        if stated not in (None, digest):
             raise _unrelated("the results are not of this model")
     if run is not None and evaluation is not None:
         names = {name for key in ("done", "kept") for name in _names(run.get(key))}

@@ -54,7 +54,8 @@ class Answer:
         """The sentences, and where the others are; `author` without any."""
         parts = [statement.text for statement in self.statements]
         if self.see:
-            parts.append(f"See item {', '.join(map(str, self.see))}.")
+            items = "items" if len(self.see) > 1 else "item"
+            parts.append(f"See {items} {', '.join(map(str, self.see))}.")
         return " ".join(parts) or AUTHOR
 
     @property

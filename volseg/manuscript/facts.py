@@ -6,10 +6,23 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from string import Formatter
 from typing import Any
 
 from volseg.manuscript.formats import FORMATS, clean
+
+
+class Topic(StrEnum):
+    """A paragraph of the text, in their order; `NONE`: the sentence is for the checklist alone."""
+
+    NONE = ""
+    DATA = "data"
+    TRAINING = "training"
+    INFERENCE = "inference"
+    VALIDATION = "validation"
+    EVALUATION = "evaluation"
+
 
 Path = tuple[str, ...]  # alias of a document, then the names on the way to a value
 
@@ -47,7 +60,7 @@ class Clause:
     text: str
     when: Mapping[str, Any] = field(default_factory=dict)
     unless: tuple[str, ...] = ()
-    needs: tuple[str, ...] = ()
+    needs: tuple[str | Path, ...] = ()
     paths: Mapping[str, Path] = field(default_factory=dict)
 
 
@@ -56,13 +69,13 @@ class Sentence:
     """A sentence of the text and of the checklist; the first clause must be known.
 
     Args:
-        items: numbers of the checklist that it answers.
-        topic: heading under which it stands in the text; empty for the checklist alone.
+        items: numbers of the checklist that it answers; it stands at the first.
+        topic: paragraph of the text in which it stands.
     """
 
     clauses: tuple[Clause, ...]
     items: tuple[int, ...]
-    topic: str = ""
+    topic: Topic = Topic.NONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +85,10 @@ class Statement:
     text: str
     keys: tuple[str, ...]
     items: tuple[int, ...]
-    topic: str
+    topic: Topic
 
 
-def sentence(*clauses: str | Clause, items: tuple[int, ...], topic: str = "") -> Sentence:
+def sentence(*clauses: str | Clause, items: tuple[int, ...], topic: Topic = Topic.NONE) -> Sentence:
     """Return a sentence of templates and clauses."""
     parts = tuple(Clause(text=part) if isinstance(part, str) else part for part in clauses)
     return Sentence(clauses=parts, items=items, topic=topic)
@@ -85,7 +98,7 @@ def clause(
     text: str,
     *unless: str,
     when: Mapping[str, Any] | None = None,
-    needs: tuple[str, ...] = (),
+    needs: tuple[str | Path, ...] = (),
     **paths: Path,
 ) -> Clause:
     """Return a clause; see `Clause`."""
@@ -152,8 +165,10 @@ def _paths(part: Clause, name: str) -> list[Path]:
     return list(map(_path, name.split("+")))
 
 
-def _path(text: str) -> Path:
-    """Return the path that a template writes with dots."""
+def _path(text: str | Path) -> Path:
+    """Return the path that a template writes with dots; a path as it is."""
+    if isinstance(text, tuple):
+        return text
     first, *others = text.split(".")
     return (*SHORT.get(first, (first,)), *others)
 

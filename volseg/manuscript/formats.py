@@ -11,6 +11,7 @@ from volseg.inputs import shorten
 from volseg.words import format_list, format_number
 
 MAX_TEXT, MAX_NAMES = 800, 20  # characters of a text; names in a list
+UNITS = {"_mm3": "mm³", "_mm": "mm"}  # end of the name of a setting → its unit
 NETWORK = re.compile(r"(?:segmentation|classifier)(?:_\d+)?")  # names in weights_sha256
 
 
@@ -135,11 +136,13 @@ def show_settings(value: Any) -> str:
 
     >>> show_settings({"name": "unet3d", "features": [6, 12], "strides": [[1, 1, 2]], "on": True})
     'features 6, 12; strides 1 × 1 × 2; on'
+    >>> show_settings({"step": "remove_small", "min_volume_mm3": 8.0})
+    'min volume 8 mm³'
     """
     if not isinstance(value, Mapping):
         return ""
     lines = [
-        " ".join(filter(None, (_words(name), _setting(setting))))
+        _named(name, _setting(setting))
         for name, setting in value.items()
         if name not in ("name", "step") and setting is not None and setting is not False
     ]
@@ -163,7 +166,8 @@ def show_augmentation(value: Any) -> str:
     texts = [f"flips along {show_list(value['flip_axes'])}"] if value.get("flip_axes") else []
     for name, chance in value.items():
         if name.endswith("_probability") and show_positive(chance):
-            texts.append(f"{_words(name)} {show_number(chance)}")
+            change = _words(name.removesuffix("_probability"))
+            texts.append(f"{change} {show_number(chance)}")
     return "; ".join(texts)
 
 
@@ -196,6 +200,13 @@ def show_networks(value: Any) -> str:
     return (
         "a single network" if n == 1 else f"an ensemble of {n} networks, whose outputs are averaged"
     )
+
+
+def _named(name: str, value: str) -> str:
+    """Return a setting with its value and the unit that its name states."""
+    unit = next((suffix for suffix in UNITS if name.endswith(suffix)), "")
+    parts = (_words(name.removesuffix(unit)), value, UNITS.get(unit, ""))
+    return " ".join(filter(None, parts))
 
 
 def _with(name: str, settings: str) -> str:

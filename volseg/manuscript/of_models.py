@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from volseg.manuscript.facts import Facts, Path, Sentence, clause, literal, sentence, value_at
+from volseg.manuscript.facts import (
+    Facts,
+    Path,
+    Sentence,
+    Topic,
+    clause,
+    literal,
+    sentence,
+    value_at,
+)
 from volseg.manuscript.formats import show_score
 
-# Sentences of one topic are a paragraph.
-DATA, NETWORK, TRAINING, VALIDATION = "data", "training", "training", "validation"
 MAX_LABELS = 8  # with a score in the text; of more, those with the lowest
 DICE = "validation_dice_"
 SEGMENTS, CLASSIFIES = {"recipe.task": "segment"}, {"recipe.task": "classify"}
@@ -17,6 +24,7 @@ NUMBERS = {"recipe.data.kind": "number"}
 # Of a model from elsewhere, the settings of training and the partitions are not known.
 IMPORTED, FOLDS = "model.origin", "metrics.networks"
 NORMALISE, SCALE = "recipe.preprocess.normalise", "recipe.images.normalise"
+ABBREVIATIONS = {name: name.upper() for name in ("auc", "ece", "f1", "mae", "mse", "r2")}
 # metrics of a classifier that are no scores on validation images
 NO_SCORES = frozenset({"validation_images", "validation_ece_without_temperature"})
 
@@ -32,6 +40,15 @@ def sentences_of_model(facts: Facts) -> Iterator[Sentence]:
     if not isinstance(metrics, Mapping):
         return
     yield from _dice(metrics)
+    yield sentence(
+        clause(
+            "These cases selected the weights, so they flatter the model",
+            IMPORTED,
+            needs=("metrics.best_epoch", "metrics.validation_cases"),
+        ),
+        items=(32,),
+        topic=Topic.VALIDATION,
+    )
     is_segmentation = value_at(facts, ("model", "recipe", "task")) == "segment"
     yield from _scores(metrics, segments=is_segmentation)
 
@@ -66,7 +83,7 @@ PURPOSE: tuple[Sentence, ...] = (
 )
 
 CASES: tuple[Sentence, ...] = (
-    sentence("Training data: {recipe.data_source}", items=(7,), topic=DATA),
+    sentence("Training data: {recipe.data_source}", items=(7,), topic=Topic.DATA),
     # ---- a model that segments
     sentence(
         clause(
@@ -74,7 +91,7 @@ CASES: tuple[Sentence, ...] = (
         ),
         " and validated on {metrics.validation_cases:count} others",
         items=(19, 35),
-        topic=DATA,
+        topic=Topic.DATA,
     ),
     sentence(
         clause(
@@ -86,7 +103,7 @@ CASES: tuple[Sentence, ...] = (
         ),
         " and validated on {metrics.validation_cases:count} others",
         items=(19, 35),
-        topic=DATA,
+        topic=Topic.DATA,
     ),
     sentence(
         clause(
@@ -97,7 +114,7 @@ CASES: tuple[Sentence, ...] = (
         "; each of {metrics.validation_cases:count} scans was predicted by a network that had "
         "not seen it in training",
         items=(19, 35),
-        topic=DATA,
+        topic=Topic.DATA,
     ),
     sentence(
         clause(
@@ -107,12 +124,12 @@ CASES: tuple[Sentence, ...] = (
             when=SEGMENTS,
         ),
         items=(20,),
-        topic=DATA,
+        topic=Topic.DATA,
     ),
     sentence(
         "The labels of the reference masks, with their values, are {recipe.data.labels:pairs}",
         items=(14,),
-        topic=DATA,
+        topic=Topic.DATA,
     ),
     sentence(
         clause(
@@ -122,9 +139,9 @@ CASES: tuple[Sentence, ...] = (
             when=SEGMENTS,
         ),
         items=(13,),
-        topic=DATA,
+        topic=Topic.DATA,
     ),
-    sentence("Intensities are in {recipe.data.intensity_unit}", items=(13,), topic=DATA),
+    sentence("Intensities are in {recipe.data.intensity_unit}", items=(13,), topic=Topic.DATA),
     sentence(
         clause("A case that lacked a channel was refused", when={"recipe.data.missing": "error"}),
         items=(12,),
@@ -135,7 +152,7 @@ CASES: tuple[Sentence, ...] = (
             when={"recipe.data.missing": "empty"},
         ),
         items=(12,),
-        topic=DATA,
+        topic=Topic.DATA,
     ),
     sentence(
         clause(
@@ -143,7 +160,7 @@ CASES: tuple[Sentence, ...] = (
         ),
         clause(" after rigid registration to it", when={"recipe.data.align": "rigid"}),
         items=(9,),
-        topic=DATA,
+        topic=Topic.DATA,
     ),
     # ---- a model that classifies images
     sentence(
@@ -155,7 +172,7 @@ CASES: tuple[Sentence, ...] = (
         ),
         " and validated on {fingerprint.n_validation:count} other images",
         items=(19, 35),
-        topic=DATA,
+        topic=Topic.DATA,
     ),
     sentence(
         clause(
@@ -164,7 +181,7 @@ CASES: tuple[Sentence, ...] = (
             when=CLASSIFIES,
         ),
         items=(19,),
-        topic=DATA,
+        topic=Topic.DATA,
     ),
     sentence(
         clause(
@@ -178,15 +195,17 @@ CASES: tuple[Sentence, ...] = (
             "metrics.warnings",
         ),
         items=(20,),
-        topic=DATA,
+        topic=Topic.DATA,
     ),
     sentence(
         "The reference standard is the column {recipe.data.target} of the dataset",
         clause(": {recipe.data.classes:list}"),
         items=(14,),
-        topic=DATA,
+        topic=Topic.DATA,
     ),
-    sentence("Training images per class: {fingerprint.counts:pairs}", items=(36,), topic=DATA),
+    sentence(
+        "Training images per class: {fingerprint.counts:pairs}", items=(36,), topic=Topic.DATA
+    ),
     sentence(
         clause(
             "The mean of {recipe.data.target} in training was {fingerprint.mean:number}, its "
@@ -194,12 +213,12 @@ CASES: tuple[Sentence, ...] = (
             when=NUMBERS,
         ),
         items=(36,),
-        topic=DATA,
+        topic=Topic.DATA,
     ),
     sentence(
         "The training images had {fingerprint.sizes:spans} pixels (height × width)",
         items=(13,),
-        topic=DATA,
+        topic=Topic.DATA,
     ),
 )
 
@@ -211,7 +230,7 @@ def _normalised(method: str, text: str) -> Sentence:
     """Return the sentence on a normalisation of scans."""
     first = clause(text.replace("@", NORMALISE), when={f"{NORMALISE}.method": method})
     others = "; other settings hold for the channels {recipe.preprocess.normalise_channels:list}"
-    return sentence(first, others, items=(9,), topic=DATA)
+    return sentence(first, others, items=(9,), topic=Topic.DATA)
 
 
 def _scaled(method: str, text: str, **when: str) -> Sentence:
@@ -219,7 +238,7 @@ def _scaled(method: str, text: str, **when: str) -> Sentence:
     conditions = {f"{SCALE}.{name}": value for name, value in {"method": method, **when}.items()}
     standardised = ", then {@.mean:list} was subtracted and the result divided by {@.sd:list}"
     first = clause(text.replace("@", SCALE), when=conditions)
-    return sentence(first, standardised.replace("@", SCALE), items=(9,), topic=DATA)
+    return sentence(first, standardised.replace("@", SCALE), items=(9,), topic=Topic.DATA)
 
 
 PREPROCESSING: tuple[Sentence, ...] = (
@@ -227,19 +246,19 @@ PREPROCESSING: tuple[Sentence, ...] = (
         "Scans were resampled to voxels of {recipe.preprocess.spacing_mm:sizes} mm",
         " by {recipe.preprocess.interpolation} interpolation",
         items=(9,),
-        topic=DATA,
+        topic=Topic.DATA,
     ),
     sentence(
         clause("Scans were cropped to the body", when={"recipe.preprocess.crop": "body"}),
         items=(9,),
-        topic=DATA,
+        topic=Topic.DATA,
     ),
     sentence(
         clause(
             "Scans were cropped to their nonzero voxels", when={"recipe.preprocess.crop": "nonzero"}
         ),
         items=(9,),
-        topic=DATA,
+        topic=Topic.DATA,
     ),
     _normalised(
         "window",
@@ -269,7 +288,7 @@ PREPROCESSING: tuple[Sentence, ...] = (
         "A coarse first pass at {recipe.roi.spacing_mm:sizes} mm found the region in which the "
         "network ran, with a margin of {recipe.roi.margin_mm:number} mm",
         items=(10,),
-        topic=DATA,
+        topic=Topic.DATA,
     ),
     sentence(
         clause(
@@ -278,7 +297,7 @@ PREPROCESSING: tuple[Sentence, ...] = (
             when={"recipe.data.input": "lesion"},
         ),
         items=(10,),
-        topic=DATA,
+        topic=Topic.DATA,
     ),
     sentence(
         clause(
@@ -286,7 +305,7 @@ PREPROCESSING: tuple[Sentence, ...] = (
             when={"recipe.data.input": "slice"},
         ),
         items=(10,),
-        topic=DATA,
+        topic=Topic.DATA,
     ),
     sentence(
         clause(
@@ -295,7 +314,7 @@ PREPROCESSING: tuple[Sentence, ...] = (
         ),
         " ({recipe.images.fit})",
         items=(9,),
-        topic=DATA,
+        topic=Topic.DATA,
     ),
     sentence(
         clause(
@@ -304,7 +323,7 @@ PREPROCESSING: tuple[Sentence, ...] = (
         ),
         " ({recipe.images.fit})",
         items=(9,),
-        topic=DATA,
+        topic=Topic.DATA,
     ),
     sentence(
         clause(
@@ -312,7 +331,7 @@ PREPROCESSING: tuple[Sentence, ...] = (
             when={"recipe.data.input": "lesion"},
         ),
         items=(9,),
-        topic=DATA,
+        topic=Topic.DATA,
     ),
     _scaled(
         "scale",
@@ -344,9 +363,11 @@ ARCHITECTURE: tuple[Sentence, ...] = (
         "The network is a convolutional neural network of the type {recipe.network.name}",
         " ({recipe.network:settings})",
         items=(22,),
-        topic=NETWORK,
+        topic=Topic.TRAINING,
     ),
-    sentence("Its input channels are {recipe.data.channels:list}", items=(22,), topic=NETWORK),
+    sentence(
+        "Channels of its input: {recipe.data.channels:list}", items=(22,), topic=Topic.TRAINING
+    ),
     *(
         sentence(
             clause(
@@ -354,7 +375,7 @@ ARCHITECTURE: tuple[Sentence, ...] = (
                 when={"recipe.data.input": kind},
             ),
             items=(22,),
-            topic=NETWORK,
+            topic=Topic.TRAINING,
         )
         for kind in ("image", "slice")
     ),
@@ -368,15 +389,15 @@ ARCHITECTURE: tuple[Sentence, ...] = (
         "; it was trained on {metrics.classifier_training_lesions:count} lesions",
         " and validated on {metrics.classifier_validation_lesions:count}",
         items=(22,),
-        topic=NETWORK,
+        topic=Topic.TRAINING,
     ),
-    sentence("Post-processing: {recipe.postprocess:steps}", items=(22,), topic=NETWORK),
-    sentence("The model was imported: {model.origin:pairs}", items=(24, 42), topic=NETWORK),
+    sentence("Post-processing: {recipe.postprocess:steps}", items=(22,), topic=Topic.INFERENCE),
+    sentence("The model was imported: {model.origin:pairs}", items=(24, 42), topic=Topic.TRAINING),
     sentence(
         "The network began with the weights of another model, except for "
         "{metrics.began_at_random}, which began at random",
         items=(24,),
-        topic=TRAINING,
+        topic=Topic.TRAINING,
     ),
 )
 
@@ -387,7 +408,7 @@ FITTING: tuple[Sentence, ...] = (
         " with batches of {train.batch_size:number}",
         clause(" patches of {train.patch_shape:sizes} voxels"),
         items=(25,),
-        topic=TRAINING,
+        topic=Topic.TRAINING,
     ),
     sentence(
         clause(
@@ -395,7 +416,7 @@ FITTING: tuple[Sentence, ...] = (
             IMPORTED,
         ),
         items=(10, 25),
-        topic=TRAINING,
+        topic=Topic.TRAINING,
     ),
     sentence(
         clause(
@@ -409,37 +430,39 @@ FITTING: tuple[Sentence, ...] = (
         ", gradients accumulated over {train.accumulate:several} batches",
         ", weights averaged exponentially with a decay of {train.ema_decay:positive}",
         items=(25,),
-        topic=TRAINING,
+        topic=Topic.TRAINING,
     ),
     sentence(
         clause("The loss was {train.loss.overlap}", IMPORTED),
         " plus {train.loss.voxel}",
         items=(25,),
-        topic=TRAINING,
+        topic=Topic.TRAINING,
     ),
-    sentence("The loss was {train.loss.name}", items=(25,), topic=TRAINING),
+    sentence("The loss was {train.loss.name}", items=(25,), topic=Topic.TRAINING),
     sentence(
         clause("Classes were balanced by weights in the loss", when={"train.balance": "weights"}),
         items=(25,),
-        topic=TRAINING,
+        topic=Topic.TRAINING,
     ),
     sentence(
         clause("Classes were balanced by sampling", when={"train.balance": "sampling"}),
         items=(25,),
-        topic=TRAINING,
+        topic=Topic.TRAINING,
     ),
     sentence(
         clause("Augmentation with its probabilities: {train.augment:augmentation}", IMPORTED),
         items=(25,),
-        topic=TRAINING,
+        topic=Topic.TRAINING,
     ),
     sentence(
-        clause("Training ended early: {metrics.stopped}", IMPORTED), items=(25,), topic=TRAINING
+        clause("Training ended early: {metrics.stopped}", IMPORTED),
+        items=(25,),
+        topic=Topic.TRAINING,
     ),
     sentence(
         "Probabilities were calibrated by a temperature of {metrics.temperature:number}",
         items=(25,),
-        topic=TRAINING,
+        topic=Topic.TRAINING,
     ),
     sentence(
         clause(
@@ -449,7 +472,7 @@ FITTING: tuple[Sentence, ...] = (
         ),
         " by {train.monitor}",
         items=(26,),
-        topic=TRAINING,
+        topic=Topic.TRAINING,
     ),
     sentence(
         clause(
@@ -458,16 +481,16 @@ FITTING: tuple[Sentence, ...] = (
             IMPORTED,
         ),
         items=(26,),
-        topic=TRAINING,
+        topic=Topic.TRAINING,
     ),
-    sentence("The model is {model.weights_sha256:networks}", items=(27,), topic=TRAINING),
+    sentence("The model is {model.weights_sha256:networks}", items=(27,), topic=Topic.TRAINING),
     sentence(
         clause(
             "It was trained with volseg {model.versions.volseg} and PyTorch {model.versions.torch}",
             IMPORTED,
         ),
         items=(23,),
-        topic=TRAINING,
+        topic=Topic.TRAINING,
     ),
     sentence(
         clause(
@@ -476,18 +499,18 @@ FITTING: tuple[Sentence, ...] = (
             needs=(IMPORTED,),
         ),
         items=(23,),
-        topic=TRAINING,
+        topic=Topic.TRAINING,
     ),
     sentence(
         "Operating points chosen on validation images: {model.judgement.points:points}",
         items=(28,),
-        topic=VALIDATION,
+        topic=Topic.VALIDATION,
     ),
     sentence(
         "Intervals around predictions are ± {model.judgement.half_width:number}, with "
         "{model.judgement.coverage:percent} coverage on validation images",
         items=(29,),
-        topic=VALIDATION,
+        topic=Topic.VALIDATION,
     ),
     sentence(
         clause(
@@ -495,7 +518,7 @@ FITTING: tuple[Sentence, ...] = (
             needs=("model.judgement.set_limits",),
         ),
         items=(29,),
-        topic=VALIDATION,
+        topic=Topic.VALIDATION,
     ),
 )
 
@@ -505,29 +528,27 @@ FITTING: tuple[Sentence, ...] = (
 
 def _dice(metrics: Mapping[str, Any]) -> Iterator[Sentence]:
     """Yield the validation Dice of each label, or of those with the lowest."""
-    values = {
-        name: value
-        for name, value in metrics.items()
-        if name.startswith(DICE) and show_score(value)
-    }
-    names = (
-        sorted(values, key=lambda name: values[name]) if len(values) > MAX_LABELS else list(values)
-    )
+    values = {name: value for name, value in metrics.items() if name.startswith(DICE)}
+    names = [name for name, value in values.items() if show_score(value)]
+    if len(names) > MAX_LABELS:
+        names.sort(key=lambda name: values[name])
     for name in names[:MAX_LABELS]:
+        value, ends, reason = (
+            ("model", "metrics", key) for key in (name, f"{name}_95", f"no_{name}_95")
+        )
         label = literal(name.removeprefix(DICE))
         yield sentence(
-            clause(
-                f"Mean Dice of {label} on the validation cases: {{value:score}}",
-                value=("model", "metrics", name),
-            ),
-            clause(
-                " (95 % interval over patients {ends:interval})",
-                ends=("model", "metrics", f"{name}_95"),
-            ),
-            clause(" (no interval: {reason})", reason=("model", "metrics", f"no_{name}_95")),
+            clause(f"Mean Dice of {label} on the validation cases: {{value:score}}", value=value),
+            clause(" (95 % interval {ends:interval})", ends=ends),
+            clause(" (no interval: {reason})", reason=reason),
             items=(32, 28, 37),
-            topic=VALIDATION,
+            topic=Topic.VALIDATION,
         )
+    with_interval = [name for name in names if f"{name}_95" in values]
+    jackknife = "The 95 % intervals of the validation Dice come from a jackknife over patients"
+    for name in with_interval[:1]:
+        needs = (("model", "metrics", f"{name}_95"),)
+        yield sentence(clause(jackknife, needs=needs), items=(29,), topic=Topic.VALIDATION)
 
 
 def _scores(metrics: Mapping[str, Any], *, segments: bool) -> Iterator[Sentence]:
@@ -548,10 +569,15 @@ def _scores(metrics: Mapping[str, Any], *, segments: bool) -> Iterator[Sentence]
         if parts:
             first = clause(f"{heading}: {parts[0][0]}", value=parts[0][1])
             more = (clause(f", {text}", value=path) for text, path in parts[1:])
-            yield sentence(first, *more, items=items, topic=VALIDATION)
+            yield sentence(first, *more, items=items, topic=Topic.VALIDATION)
+
+
+def _words(score: str) -> str:
+    """Return the name of a score for readers."""
+    words = (ABBREVIATIONS.get(word, word) for word in score.split("_"))
+    return literal(" ".join(words))
 
 
 def _score(name: str, prefix: str) -> tuple[str, Path]:
     """Return the template of a score, and its path."""
-    words = literal(name.removeprefix(prefix).replace("_", " "))
-    return f"{words} {{value:score}}", ("model", "metrics", name)
+    return f"{_words(name.removeprefix(prefix))} {{value:score}}", ("model", "metrics", name)

@@ -10,13 +10,13 @@ from volseg.manuscript.facts import (
     Facts,
     Path,
     Sentence,
+    Topic,
     clause,
     literal,
     sentence,
     value_at,
 )
 
-SOFTWARE, INFERENCE, EVALUATION = "data", "inference", "evaluation"
 MAX_ENTRIES = 8  # labels or classes with metrics in the text; of more labels, the lowest Dice
 INFERS, MEASURES = {"run.command": "infer"}, {"run.command": "measure"}
 IMAGES = INFERS | {"run.task": "classify"}
@@ -87,7 +87,7 @@ SUBJECT: tuple[Sentence, ...] = (
             when=INFERS,
         ),
         items=(43,),
-        topic=SOFTWARE,
+        topic=Topic.DATA,
     ),
     sentence(
         clause(
@@ -95,7 +95,7 @@ SUBJECT: tuple[Sentence, ...] = (
             when=IMAGES | {"run.data.kind": "classes"},
         ),
         items=(43,),
-        topic=SOFTWARE,
+        topic=Topic.DATA,
     ),
     sentence(
         clause(
@@ -103,7 +103,7 @@ SUBJECT: tuple[Sentence, ...] = (
             when=IMAGES | {"run.data.kind": "labels"},
         ),
         items=(43,),
-        topic=SOFTWARE,
+        topic=Topic.DATA,
     ),
     sentence(
         clause(
@@ -112,23 +112,23 @@ SUBJECT: tuple[Sentence, ...] = (
             when=IMAGES | {"run.data.kind": "number"},
         ),
         items=(43,),
-        topic=SOFTWARE,
+        topic=Topic.DATA,
     ),
     sentence(
         clause("Lesions in existing masks were measured with volseg {run.volseg}", when=MEASURES),
         items=(43,),
-        topic=SOFTWARE,
+        topic=Topic.DATA,
     ),
-    sentence(clause("The model is {recipe.name}", "run.command"), items=(43,), topic=SOFTWARE),
+    sentence(clause("The model is {recipe.name}", "run.command"), items=(43,), topic=Topic.DATA),
     sentence(
         clause("The SHA-256 of its description is {digest}", digest=DIGEST),
         items=(43,),
-        topic=SOFTWARE,
+        topic=Topic.DATA,
     ),
     sentence(
         clause("The SHA-256 of its description is {run.options.model_sha256}", "model.recipe"),
         items=(43,),
-        topic=SOFTWARE,
+        topic=Topic.DATA,
     ),
     sentence(
         clause(
@@ -136,7 +136,7 @@ SUBJECT: tuple[Sentence, ...] = (
         ),
         " and validated on {run.model_box.validation_cases:count} others",
         items=(19,),
-        topic=SOFTWARE,
+        topic=Topic.DATA,
     ),
     sentence(
         clause("Intended use of the model: {run.model_box.intended_use}", "model.recipe"),
@@ -147,56 +147,77 @@ SUBJECT: tuple[Sentence, ...] = (
         "Each scan was compared with the training scans: {run.model_box.checks:sentences}",
         items=(8,),
     ),
-    sentence("Libraries of the run: {run.libraries:pairs}", items=(23,), topic=INFERENCE),
-    sentence(
-        "The network ran with {run.options.backend} in {run.options.precision}",
-        items=(23,),
-        topic=INFERENCE,
-    ),
 )
 
 TILING: tuple[Sentence, ...] = (
+    sentence("Libraries of the run: {run.libraries:pairs}", items=(23,), topic=Topic.INFERENCE),
+    sentence(
+        "The network ran with {run.options.backend} in {run.options.precision}",
+        items=(23,),
+        topic=Topic.INFERENCE,
+    ),
     sentence(
         "Inference ran on tiles that overlap by {run.settings.overlap:percent}",
         items=(22,),
-        topic=INFERENCE,
+        topic=Topic.INFERENCE,
     ),
     sentence(
         clause(
             "Inference ran on tiles that overlap by {recipe.infer.overlap:percent}",
             "run.settings.overlap",
+            needs=("run.command",),
         ),
         items=(22,),
-        topic=INFERENCE,
+        topic=Topic.INFERENCE,
+    ),
+    sentence(
+        clause(
+            "Inference takes tiles that overlap by {recipe.infer.overlap:percent}, unless a run "
+            "states another overlap",
+            "run.command",
+        ),
+        items=(22,),
+        topic=Topic.INFERENCE,
     ),
     sentence(
         clause("No test-time augmentation was used", when={"run.settings.tta": False}),
         items=(27,),
-        topic=INFERENCE,
+        topic=Topic.INFERENCE,
     ),
     sentence(
         clause(
             "Outputs were averaged over copies flipped along {recipe.infer.tta_axes:list}",
             "run.settings.tta",
+            needs=("run.command",),
         ),
         items=(27,),
-        topic=INFERENCE,
+        topic=Topic.INFERENCE,
+    ),
+    sentence(
+        clause(
+            "Inference averages outputs over copies flipped along {recipe.infer.tta_axes:list}, "
+            "unless a run turns that off",
+            "run.command",
+        ),
+        items=(27,),
+        topic=Topic.INFERENCE,
     ),
     sentence(
         clause("Scans were resampled linearly", when={"run.settings.fast": True}),
         items=(9,),
-        topic=INFERENCE,
+        topic=Topic.INFERENCE,
     ),
 )
 
 OUTCOME: tuple[Sentence, ...] = (
     sentence(
         "The last run completed {run.done+run.kept:count} scans",
-        "; {run.failed:count} could not be used, and their rows give the reason",
-        items=(12, 35, 39),
-        topic=INFERENCE,
+        clause("; none failed", when={"run.failed": {}}),
+        "; {run.failed:some} could not be used, and their rows give the reason",
+        items=(35, 12),
+        topic=Topic.INFERENCE,
     ),
-    sentence("The table holds {run.images:count} images", items=(35,), topic=INFERENCE),
+    sentence("The table holds {run.images:count} images", items=(35,), topic=Topic.INFERENCE),
     sentence(
         "The whole recipe is in model.json; the SHA-256 of its content is {run.recipe_sha256}",
         items=(42,),
@@ -215,41 +236,49 @@ COMPARED: tuple[Sentence, ...] = (
         "The predictions of {evaluation.n_cases:count} cases of {evaluation.n_patients:count} "
         "patients were compared with the reference",
         items=(35,),
-        topic=EVALUATION,
+        topic=Topic.EVALUATION,
     ),
     sentence(
         "Cases that could not be evaluated: "
         "{evaluation.failed+evaluation.not_predicted+evaluation.not_in_reference:count}",
         items=(35,),
-        topic=EVALUATION,
+        topic=Topic.EVALUATION,
     ),
     sentence("Patients of the evaluation: {evaluation.patients}", items=(20,)),
-    sentence("Warnings of the evaluation: {evaluation.warnings:sentences}", items=(40,)),
+    sentence(
+        "Warnings of the evaluation: {evaluation.warnings:sentences}",
+        items=(40,),
+        topic=Topic.EVALUATION,
+    ),
     sentence(
         clause(
-            "The 95 % interval of a mean comes from a jackknife over patients",
+            "The 95 % intervals of means come from a jackknife over patients, and from the "
+            "binomial distribution (Clopper and Pearson) where all patients are at one end of the "
+            "range",
             needs=("evaluation.mean_dice_95",),
         ),
         items=(29,),
-        topic=EVALUATION,
+        topic=Topic.EVALUATION,
     ),
     sentence(
         clause("Means have no interval: {evaluation.no_mean_dice_95}"),
         items=(29,),
-        topic=EVALUATION,
+        topic=Topic.EVALUATION,
     ),
 )
 
 ERRORS: tuple[Sentence, ...] = (
     sentence(
-        "Subgroups were evaluated by {evaluation.settings.by:list}", items=(30,), topic=EVALUATION
+        "Subgroups were evaluated by {evaluation.settings.by:list}",
+        items=(30,),
+        topic=Topic.EVALUATION,
     ),
     sentence(
         "Of {evaluation.out_of_distribution.n:count} images, "
         "{evaluation.out_of_distribution.n_flagged:count} were marked as unlike the training "
         "images",
         items=(30,),
-        topic=EVALUATION,
+        topic=Topic.EVALUATION,
     ),
     sentence("In validation, {metrics.doubtful_labels:count} classes looked wrong", items=(39,)),
 )
@@ -264,9 +293,9 @@ def _measurement(facts: Facts) -> Iterator[Sentence]:
         "Lesions are connected components of a label ({run.connectivity:number} neighbours)"
     )
     structures = "Each value of a mask was measured as one structure"
-    yield sentence(neighbours, items=(42,), topic=INFERENCE)
+    yield sentence(neighbours, items=(42,), topic=Topic.INFERENCE)
     by_label = clause(structures, when={"run.options.objects": "labels"})
-    yield sentence(by_label, items=(42,), topic=INFERENCE)
+    yield sentence(by_label, items=(42,), topic=Topic.INFERENCE)
     if value_at(facts, ("run", "command")) and value_at(facts, ("run", "task")) is None:
         yield _definitions()
     for settings in ("run.measure", "run.options.measure"):
@@ -280,7 +309,7 @@ def _definitions() -> Sentence:
         clause(f"{start if name == DEFINED[0] else ', '}{name} ({{source}})", source=_source(name))
         for name in DEFINED
     ]
-    return Sentence(clauses=tuple(parts), items=(42,), topic=INFERENCE)
+    return Sentence(clauses=tuple(parts), items=(42,), topic=Topic.INFERENCE)
 
 
 def _source(column: str) -> Path:
@@ -296,10 +325,10 @@ def _measure_settings(settings: str) -> Iterator[Sentence]:
     nodes = "Lymph nodes, measured along their short axis: {@.lymph_nodes:list}"
     burden = "The burden is the fraction of {@.organ} that is lesion"
     for text in (diameters, nodes, burden):
-        yield sentence(text.replace("@", settings), items=(42,), topic=INFERENCE)
+        yield sentence(text.replace("@", settings), items=(42,), topic=Topic.INFERENCE)
     calcium = "Calcium was scored from {@.calcium_threshold_hu:number} HU"
     scored = clause(calcium.replace("@", settings), when={f"{settings}.calcium": True})
-    yield sentence(scored, items=(42,), topic=INFERENCE)
+    yield sentence(scored, items=(42,), topic=Topic.INFERENCE)
 
 
 # ---- evaluation
@@ -313,7 +342,7 @@ def _of_masks(labels: Mapping[str, Any]) -> Iterator[Sentence]:
     if len(values) > 1:
         mean, ends = ("evaluation", "mean_dice"), ("evaluation", "mean_dice_95")
         parts = _with_interval("The mean Dice over labels was", mean, ends)
-        yield Sentence(clauses=parts, items=(37, 28), topic=EVALUATION)
+        yield Sentence(clauses=parts, items=(37, 28), topic=Topic.EVALUATION)
     for value in values[:MAX_ENTRIES]:
         root: Path = ("evaluation", "labels", value)
         yield from (_metrics_of(root), _agreement_of(root), _detection_of(root), _errors_of(root))
@@ -322,7 +351,7 @@ def _of_masks(labels: Mapping[str, Any]) -> Iterator[Sentence]:
         "A lesion counts as detected if one voxel is shared", when={"evaluation.min_iou": 0}
     )
     for rule in (least, shared):
-        yield Sentence(clauses=(rule,), items=(38, 28), topic=EVALUATION)
+        yield Sentence(clauses=(rule,), items=(38, 28), topic=Topic.EVALUATION)
 
 
 def _number(value: Any) -> float:
@@ -344,41 +373,44 @@ def _metrics_of(root: Path) -> Sentence:
     """Return the means of a label's metrics."""
     parts: list[Clause] = []
     for metric, title, unit in OF_LABELS:
-        at, text = (*root, "metrics", metric), f"; {title}" if parts else f"{{name}}: mean {title}"
+        at, text = (
+            (*root, "metrics", metric),
+            f"; {title}" if parts else f"Label {{name}}: mean {title}",
+        )
         name = {} if parts else {"name": (*root, "name")}
         parts += _with_interval(text, (*at, "mean"), (*at, "mean_95"), unit=unit, **name)
-    return Sentence(clauses=tuple(parts), items=(37, 28), topic=EVALUATION)
+    return Sentence(clauses=tuple(parts), items=(37, 28), topic=Topic.EVALUATION)
 
 
 def _agreement_of(root: Path) -> Sentence:
     """Return the agreement of a label's volumes."""
     at, name = (*root, "volume_agreement_ml"), (*root, "name")
     bias = _with_interval(
-        "{name}: bias of the volume", (*at, "bias"), (*at, "bias_95"), unit=" mL", name=name
+        "Label {name}: bias of the volume", (*at, "bias"), (*at, "bias_95"), unit=" mL", name=name
     )
     limits = "; limits of agreement {low:score} to {high:score} mL"
     ends = clause(limits, low=(*at, "lower_limit"), high=(*at, "upper_limit"))
-    return Sentence(clauses=(*bias, ends), items=(37, 28), topic=EVALUATION)
+    return Sentence(clauses=(*bias, ends), items=(37, 28), topic=Topic.EVALUATION)
 
 
 def _detection_of(root: Path) -> Sentence:
     """Return how many lesions of a label were detected."""
     at = (*root, "detection")
     counts = {"name": (*root, "name"), "n": (*at, "n_reference"), "m": (*at, "n_matched")}
-    parts = [clause("{name}: {m:count} of {n:count} lesions were detected", **counts)]
+    parts = [clause("Label {name}: {m:count} of {n:count} lesions were detected", **counts)]
     for metric, title in OF_LESIONS:
         parts += _with_interval(f"; {title}", (*at, metric, "mean"), (*at, metric, "mean_95"))
-    return Sentence(clauses=tuple(parts), items=(38, 28), topic=EVALUATION)
+    return Sentence(clauses=tuple(parts), items=(38, 28), topic=Topic.EVALUATION)
 
 
 def _errors_of(root: Path) -> Sentence:
     """Return in how many cases only one of the two masks has a label."""
     text = (
-        "{name}: {missed:count} cases have it in the reference alone, {false:count} in the "
+        "Label {name}: {missed:count} cases have it in the reference alone, {false:count} in the "
         "prediction alone"
     )
     paths = {"name": (*root, "name"), "missed": (*root, "n_missed"), "false": (*root, "n_false")}
-    return sentence(clause(text, **paths), items=(39,), topic=EVALUATION)
+    return sentence(clause(text, **paths), items=(39,), topic=Topic.EVALUATION)
 
 
 def _of_tables(facts: Facts) -> Iterator[Sentence]:
@@ -388,10 +420,10 @@ def _of_tables(facts: Facts) -> Iterator[Sentence]:
         at = ("evaluation", "metrics", average, metric)
         if resampled and value_at(facts, (*at, "value_95")):
             needs = (".".join((*at, "value_95")),)
-            yield sentence(clause(resampled, needs=needs), items=(29,), topic=EVALUATION)
+            yield sentence(clause(resampled, needs=needs), items=(29,), topic=Topic.EVALUATION)
             resampled = ""
         parts = _with_interval(f"The {title} was", (*at, "value"), (*at, "value_95"))
-        yield Sentence(clauses=parts, items=(37, 28), topic=EVALUATION)
+        yield Sentence(clauses=parts, items=(37, 28), topic=Topic.EVALUATION)
     classes = value_at(facts, ("evaluation", "metrics_by_class"))
     for name in list(classes)[:MAX_ENTRIES] if isinstance(classes, Mapping) else ():
         yield _class_of(name)
@@ -404,4 +436,4 @@ def _class_of(name: str) -> Sentence:
         text = f"; {title}" if parts else f"Class {literal(name)}: {title}"
         at = (*root, metric)
         parts += _with_interval(text, (*at, "value"), (*at, "value_95"))
-    return Sentence(clauses=tuple(parts), items=(38, 28), topic=EVALUATION)
+    return Sentence(clauses=tuple(parts), items=(38, 28), topic=Topic.EVALUATION)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from volseg.manuscript.claim import SOURCE, Answer
-from volseg.manuscript.facts import Statement
+from volseg.manuscript.facts import Statement, Topic
 
 HEADINGS = ("no.", "section", "what is asked", "answer", "still to add", "keys")
 # What Markdown reads as markup; an underscore within a word is none.
@@ -14,9 +14,10 @@ MARKUP = re.compile(r"[\\`*\[\]<>|~&#]|(?<![^\W_])_|_(?![^\W_])")
 
 
 def paragraphs_of(statements: Sequence[Statement]) -> list[str]:
-    """Return a paragraph per topic, in the order of the first sentence of each."""
-    topics = dict.fromkeys(line.topic for line in statements if line.topic)
-    return [" ".join(line.text for line in statements if line.topic == topic) for topic in topics]
+    """Return a paragraph per topic of which anything is known."""
+    topics = [topic for topic in Topic if topic]
+    texts = (" ".join(line.text for line in statements if line.topic == topic) for topic in topics)
+    return list(filter(None, texts))
 
 
 def rows_of(answers: Sequence[Answer]) -> Iterator[list[str]]:
@@ -25,7 +26,16 @@ def rows_of(answers: Sequence[Answer]) -> Iterator[list[str]]:
     for answer in answers:
         item = answer.item
         cells = [str(item.number), item.section, item.asked, answer.text, answer.left]
-        yield [*cells, "; ".join(answer.keys)]
+        yield [*cells, _by_file(answer.keys)]
+
+
+def _by_file(keys: Sequence[str]) -> str:
+    """Return keys with the name of each file once."""
+    files: dict[str, list[str]] = {}
+    for key in keys:
+        name, _, path = key.partition(": ")
+        files.setdefault(name, []).append(path)
+    return "; ".join(f"{name}: {', '.join(paths)}" for name, paths in files.items())
 
 
 def markdown(paragraphs: Sequence[str], answers: Sequence[Answer]) -> str:
