@@ -12,7 +12,7 @@ from volseg.columns import columns_of
 from volseg.errors import VolsegError
 from volseg.inputs import MAX_TEXT_BYTES, parse_json, read_bytes
 from volseg.io.csv_text import iterate_csv, write_csv
-from volseg.io.files import atomic_write, make_folder
+from volseg.io.files import atomic_write, make_folder, write_bytes_atomic
 from volseg.manuscript.claim import Answer, answer_items
 from volseg.manuscript.facts import Document, Sentence, state
 from volseg.manuscript.of_models import sentences_of_model
@@ -97,9 +97,8 @@ def _write(out: Path, paragraphs: Sequence[str], answers: Sequence[Answer]) -> N
     make_folder(out.parent)
     if out.suffix.lower() == ".csv":
         atomic_write(out, partial(write_csv, rows=rows_of(answers)))
-        return
-    page = markdown(paragraphs, answers).encode()
-    atomic_write(out, lambda file: file.write(page) and None)
+    else:
+        write_bytes_atomic(out, markdown(paragraphs, answers).encode())
 
 
 # ---- the folders
@@ -223,11 +222,11 @@ def _add_model(documents: dict[str, Document]) -> str:
         return ""
     for folder in _model_folders(run.content):
         try:
-            found = _read_model(folder)
+            model = _read_model(folder)
         except VolsegError:
             continue
-        if found["files"].content[FILES[MODEL]] == digest:
-            documents |= found
+        if model["files"].content[FILES[MODEL]] == digest:
+            documents |= model
             return ""
     return "the model of these results is not where it was: give its folder too, for more answers"
 

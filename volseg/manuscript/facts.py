@@ -113,12 +113,12 @@ def literal(name: str) -> str:
 def state(facts: Facts, sentences: Iterable[Sentence]) -> Iterator[Statement]:
     """Yield the sentences whose facts are known."""
     for line in sentences:
-        parts = [_filled(facts, part) for part in line.clauses]
-        if parts[0] is None:
+        clauses = [_filled(facts, part) for part in line.clauses]
+        if clauses[0] is None:
             continue
-        known = [part for part in parts if part is not None]
-        text = "".join(text for text, _ in known).rstrip(" .")
-        keys = dict.fromkeys(key for _, names in known for key in names)
+        parts = [part for part in clauses if part is not None]
+        text = "".join(text for text, _ in parts).rstrip(" .")
+        keys = dict.fromkeys(key for _, names in parts for key in names)
         yield Statement(f"{text}.", tuple(keys), line.items, line.topic)
 
 

@@ -152,11 +152,9 @@ def show_settings(value: Any) -> str:
 def show_steps(value: Any) -> str:
     """Return steps of post-processing with their settings."""
     steps = value if isinstance(value, list) else []
-    names = [step.get("step") if isinstance(step, Mapping) else None for step in steps]
-    if not all(isinstance(name, str) for name in names):
+    if not all(isinstance(step, Mapping) and isinstance(step.get("step"), str) for step in steps):
         return ""
-    texts = (_with(_words(name), show_settings(step)) for name, step in zip(names, steps))
-    return ", then ".join(texts)
+    return ", then ".join(_with(_words(step["step"]), show_settings(step)) for step in steps)
 
 
 def show_augmentation(value: Any) -> str:

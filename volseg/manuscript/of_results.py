@@ -364,7 +364,7 @@ def _with_interval(
 ) -> tuple[Clause, Clause]:
     """Return the clauses of a value, after some text, and of its interval, if it has one."""
     return (
-        clause(f"{text} {{value:score}}{unit}", value=value, **paths),
+        Clause(text=f"{text} {{value:score}}{unit}", paths={"value": value, **paths}),
         clause(f" (95 % interval {{ends:interval}}{unit})", ends=ends),
     )
 
@@ -397,7 +397,9 @@ def _detection_of(root: Path) -> Sentence:
     """Return how many lesions of a label were detected."""
     at = (*root, "detection")
     counts = {"name": (*root, "name"), "n": (*at, "n_reference"), "m": (*at, "n_matched")}
-    parts = [clause("Label {name}: {m:count} of {n:count} lesions were detected", **counts)]
+    parts = [
+        Clause(text="Label {name}: {m:count} of {n:count} lesions were detected", paths=counts)
+    ]
     for metric, title in OF_LESIONS:
         parts += _with_interval(f"; {title}", (*at, metric, "mean"), (*at, metric, "mean_95"))
     return Sentence(clauses=tuple(parts), items=(38, 28), topic=Topic.EVALUATION)
@@ -410,7 +412,7 @@ def _errors_of(root: Path) -> Sentence:
         "prediction alone"
     )
     paths = {"name": (*root, "name"), "missed": (*root, "n_missed"), "false": (*root, "n_false")}
-    return sentence(clause(text, **paths), items=(39,), topic=Topic.EVALUATION)
+    return sentence(Clause(text=text, paths=paths), items=(39,), topic=Topic.EVALUATION)
 
 
 def _of_tables(facts: Facts) -> Iterator[Sentence]:
