@@ -439,3 +439,11 @@ def test_the_command_prints_the_text_what_is_left_and_the_file(model, tmp_path):
     assert content["paragraphs"] == report.paragraphs
     assert len(content["checklist"]) == len(ITEMS)
     assert content["counts"]["left_to_author"] == len(report.left_to_author)
+
+
+def test_a_number_that_no_key_holds_is_noticed(measured):
+    content = stored(measured)
+    sentence = {"text": "Lesions have 26 neighbours.", "keys": ["run.json: connectivity"]}
+    assert untraced(sentence, content) == []
+    for text in ("Lesions have 27 neighbours.", "A 95 % interval of 26.", "26.1 and 26"):
+        assert len(untraced(sentence | {"text": text}, content)) == 1

@@ -146,7 +146,7 @@ class ReportOptions(Progressing):
 
 @options
 class MethodsOptions(Options):
-    """Write the methods paragraph of a paper, and the checklist CLAIM, from stored facts.
+    """Write a methods section and the checklist CLAIM.
 
     Give a model, a results folder, an evaluation, or several that belong together. Prints what they
     say of data, preprocessing, network, training, inference, measurement and evaluation; every
