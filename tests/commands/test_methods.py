@@ -270,32 +270,42 @@ def changed(value):
     if isinstance(value, int):
         return value + 1
     if isinstance(value, float):
-        return value / 2
+        return value / 2 or 0.25
     if isinstance(value, list):
-        return [changed(item) for item in value]
-    return {f"{name}x": changed(item) for name, item in value.items()}
+        are_names = all(isinstance(item, str) for item in value)
+        return [*value, "x"] if are_names else [changed(item) for item in value]
+    return {f"{name}x": changed(item) for name, item in value.items()} or {"x": 1}
 
 
-def test_changing_what_a_key_holds_changes_its_sentences(model, description):
-    before = volseg.methods(description(lambda content: None)).sentences
-    keys = {key for sentence in before for key in sentence.keys if key.startswith("model.json: ")}
-    assert len(keys) > 40
+@pytest.mark.parametrize(
+    ("folder", "name", "least"),
+    [("model", "model.json", 40), ("evaluation", "summary.json", 25), ("measured", "run.json", 8)],
+)
+def test_changing_what_a_key_holds_changes_its_sentences(folder, name, least, tmp_path, request):
+    text = (request.getfixturevalue(folder) / name).read_text(encoding="utf-8")
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    before = volseg.methods(tmp_path).sentences
+    keys = {key for sentence in before for key in sentence.keys if key.startswith(f"{name}: ")}
+    assert len(keys) > least
     n_refused = 0
     for key in sorted(keys):
+        content = json.loads(text)
         *path, last = parts_of(key.partition(": ")[2])
-
-        def change(content, path=path, last=last):
-            for name in path:
-                content = content[name]
-            content[last] = changed(content[last])
-
-        try:
-            after = {sentence.text for sentence in volseg.methods(description(change)).sentences}
-        except VolsegError as refused:  # no longer a recipe
-            assert refused.code == "E_RECORD"
-            n_refused += 1
-            continue
-        assert not {sentence.text for sentence in before if key in sentence.keys} <= after, key
+        holder = value_of({name: content}, f"{name}: {'.'.join(path)}")
+        value, told = holder[last], {line.text for line in before if key in line.keys}
+        n_told = len(told)
+        for other in (changed(value), None):  # some sentences only need that it is there
+            holder[last] = other
+            (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
+            try:
+                told &= {line.text for line in volseg.methods(tmp_path).sentences}
+            except VolsegError as refused:  # no recipe any more, or results of no command
+                assert refused.code in ("E_RECORD", "E_USAGE")
+                n_refused += other is not None
+                told = set()
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            assert len(told) < n_told or not is_number, key
+        assert not told, key
     assert n_refused < len(keys) / 2
 
 
@@ -352,6 +362,16 @@ def test_texts_of_a_stranger_stay_within_their_cells(description, tmp_path):
         rows = list(csv.reader(file))
     assert {len(row) for row in rows} == {6}
     assert [row[0] for row in rows[1:]] == [str(item.number) for item in ITEMS]
+
+
+def test_a_model_of_a_newer_volseg_is_refused_as_such(description):
+    def renew(content):
+        content["format_version"] += 1
+        content["recipe"]["novelty"] = 1
+
+    with pytest.raises(VolsegError, match="newer than this volseg reads") as refused:
+        volseg.methods(description(renew))
+    assert refused.value.code == "E_VERSION"
 
 
 @pytest.mark.parametrize("text", ["a_b", "_a_", "1*2|3", "<b>", "&amp;", "`x`", "~~y~~", "[z](w)"])

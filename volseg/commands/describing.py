@@ -143,6 +143,9 @@ def _read_model(folder: Path) -> dict[str, Document]:
     try:
         parse_any_recipe(recipe, where="recipe")
     except VolsegError as error:
+        from volseg.bundle import read_description  # torch takes seconds to import
+
+        read_description(folder)  # raises if another version of volseg wrote it
         raise _damaged(folder / FILES[MODEL], error.problem) from error
     documents = {
         MODEL: Document(FILES[MODEL], content),

@@ -85,7 +85,7 @@ def _items(section: str, *lines: tuple[int, str, str]) -> Sequence[Item]:
 
 ITEMS: tuple[Item, ...] = (
     *_items(
-        "Title",
+        "Title or abstract",
         (1, "The title or abstract says that AI was used, and of which kind", ""),
     ),
     *_items(

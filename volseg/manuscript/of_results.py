@@ -211,7 +211,7 @@ TILING: tuple[Sentence, ...] = (
 
 OUTCOME: tuple[Sentence, ...] = (
     sentence(
-        "The last run completed {run.done+run.kept:count} scans",
+        "Scans that the last run completed: {run.done+run.kept:count}",
         clause("; none failed", when={"run.failed": {}}),
         "; {run.failed:some} could not be used, and their rows give the reason",
         items=(35, 12),
