@@ -292,20 +292,20 @@ def test_changing_what_a_key_holds_changes_its_sentences(folder, name, least, tm
         content = json.loads(text)
         *path, last = parts_of(key.partition(": ")[2])
         holder = value_of({name: content}, f"{name}: {'.'.join(path)}")
-        value, told = holder[last], {line.text for line in before if key in line.keys}
-        n_told = len(told)
+        value, unchanged = holder[last], {line.text for line in before if key in line.keys}
+        n_before = len(unchanged)
         for other in (changed(value), None):  # some sentences only need that it is there
             holder[last] = other
             (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
             try:
-                told &= {line.text for line in volseg.methods(tmp_path).sentences}
+                unchanged &= {line.text for line in volseg.methods(tmp_path).sentences}
             except VolsegError as refused:  # no recipe any more, or results of no command
                 assert refused.code in ("E_RECORD", "E_USAGE")
                 n_refused += other is not None
-                told = set()
+                unchanged = set()
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            assert len(told) < n_told or not is_number, key
-        assert not told, key
+            assert len(unchanged) < n_before or not is_number, key
+        assert not unchanged, key
     assert n_refused < len(keys) / 2
 
 
