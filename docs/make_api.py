@@ -23,8 +23,8 @@ the way in, and by `result.like_input()` on the way out.
 GROUPS = {
     "Scans in memory": ("segment", "measure_mask", "load_model"),
     "Commands": (
-        "infer", "measure", "evaluate", "compare", "report", "cases", "check", "plan",
-        "preprocess", "train", "pretrain", "quantise", "import_nnunet",
+        "infer", "measure", "evaluate", "compare", "report", "methods", "cases", "check",
+        "plan", "preprocess", "train", "pretrain", "quantise", "import_nnunet",
     ),
     "Files": ("read_table", "read_volume", "read_mask", "write_volume"),
 }  # fmt: skip
@@ -34,6 +34,7 @@ TYPES = {
         reports.CasesReport, reports.EvaluateReport, reports.CompareReport, reports.TrainReport,
         reports.PlanReport, reports.PreprocessReport, reports.QuantiseReport,
         reports.ImportReport, reports.ListingReport, reports.PagesReport,
+        reports.MethodsReport,
     ),
     "Values": (volseg.Volume, volseg.Geometry, volseg.VolsegError),
 }  # fmt: skip

@@ -1,7 +1,7 @@
 """volseg turns 3D CT, MR and PET scans into lesions, and lesions into numbers for a study.
 
 The commands of the command line are functions here: `cases`, `plan`, `preprocess`, `train`,
-`pretrain`, `infer`, `measure`, `evaluate`, `compare`, `report`, `quantise`, `check` and
+`pretrain`, `infer`, `measure`, `evaluate`, `compare`, `report`, `methods`, `quantise`, `check` and
 `import_nnunet`.
 `segment` and `measure_mask` do the same with a scan in memory and write no file; `load_model` loads
 a model once. `read_table` reads tables as data frames, `read_volume`, `read_mask` and
@@ -27,6 +27,7 @@ __all__ = [
     "load_model",
     "measure",
     "measure_mask",
+    "methods",
     "plan",
     "preprocess",
     "pretrain",
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
         load_model,
         measure,
         measure_mask,
+        methods,
         plan,
         preprocess,
         pretrain,

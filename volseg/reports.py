@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from volseg.errors import VolsegError, is_note, without_notes
+from volseg.manuscript.claim import Answer
+from volseg.manuscript.facts import Statement
 from volseg.words import NOUNS, format_count, format_list, format_number
 
 if TYPE_CHECKING:
@@ -479,6 +481,66 @@ class PagesReport(RunReport):
     @property
     def goal(self) -> Path | None:
         return Path(self.page)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class MethodsReport(RunReport):
+    """What `methods` says.
+
+    Args:
+        paragraphs: the text. sentences: those of text and checklist, with their keys.
+        answers: of each item of the checklist, in order.
+    """
+
+    paragraphs: Sequence[str]
+    sentences: Sequence[Statement]
+    answers: Sequence[Answer]
+    is_written: bool = False  # to `out`
+    hint: str = ""  # how to get more answers
+
+    @property
+    def left_to_author(self) -> list[int]:
+        """Numbers of the items of which no file says anything."""
+        return [answer.item.number for answer in self.answers if not answer.is_answered]
+
+    @property
+    def outcome(self) -> str:
+        n, n_partly = len(self.answers), sum(bool(answer.left) for answer in self.answers)
+        n_answered = n - len(self.left_to_author)
+        return f"{n_answered} of {n} items of CLAIM answered, {n_partly} of them in part"
+
+    @property
+    def goal(self) -> Path | None:
+        return self.out if self.is_written else None
+
+    @property
+    def remark(self) -> str:
+        return self.hint
+
+    @property
+    def _more_counts(self) -> dict[str, int | float]:
+        return {"items": len(self.answers), "left_to_author": len(self.left_to_author)}
+
+    def as_json(self) -> dict[str, Any]:
+        content = RunReport.as_json(self)
+        del content["is_written"], content["answers"]
+        content["sentences"] = [
+            {"text": line.text, "keys": list(line.keys), "items": list(line.items)}
+            for line in self.sentences
+        ]
+        return content | {
+            "checklist": [
+                {
+                    "number": answer.item.number,
+                    "section": answer.item.section,
+                    "asked": answer.item.asked,
+                    "answer": answer.text,
+                    "left": answer.left,
+                    "keys": list(answer.keys),
+                }
+                for answer in self.answers
+            ]
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)

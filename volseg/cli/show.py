@@ -248,6 +248,14 @@ def _judged_text(entry: Mapping[str, Any] | None) -> str:
 
 
 @show_details.register
+def _(report: reports.MethodsReport) -> None:
+    for paragraph in report.paragraphs:
+        typer.echo(textwrap.fill(one_line(paragraph), MAX_WIDTH, break_on_hyphens=False) + "\n")
+    numbers = ", ".join(map(str, report.left_to_author))
+    typer.echo(textwrap.fill(f"items of CLAIM left to the author: {numbers}", MAX_WIDTH))
+
+
+@show_details.register
 def _(report: reports.CompareReport) -> None:
     statuses = ("new", "gone", "merged", "split")
     headings = ("patient", "response", "sum %", *statuses, "volume %")

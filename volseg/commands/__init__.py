@@ -2,6 +2,7 @@
 
 from volseg.commands.checking import check, table_columns
 from volseg.commands.comparing import compare
+from volseg.commands.describing import methods
 from volseg.commands.evaluating import evaluate
 from volseg.commands.importing import import_nnunet
 from volseg.commands.in_memory import (
@@ -47,6 +48,7 @@ __all__ = [
     "load_model",
     "measure",
     "measure_mask",
+    "methods",
     "plan",
     "preprocess",
     "pretrain",

@@ -8,7 +8,7 @@ from volseg.options.declare import (
     ignore_progress,
     ignore_text,
 )
-from volseg.options.inference import InferOptions, ReportOptions
+from volseg.options.inference import InferOptions, MethodsOptions, ReportOptions
 from volseg.options.measurement import (
     CompareOptions,
     EvaluateOptions,
@@ -38,6 +38,7 @@ COMMANDS: dict[str, type[Options]] = {
     "evaluate": EvaluateOptions,
     "compare": CompareOptions,
     "report": ReportOptions,
+    "methods": MethodsOptions,
     "import_nnunet": ImportOptions,
 }
 
@@ -53,6 +54,7 @@ __all__ = [
     "MaskOptions",
     "MeasureMaskOptions",
     "MeasureOptions",
+    "MethodsOptions",
     "Options",
     "PlanOptions",
     "PreprocessOptions",

@@ -1,10 +1,11 @@
-"""Settings of `volseg infer` and `volseg report`."""
+"""Settings of `volseg infer`, and of `volseg report` and `methods`, which show its results."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from volseg.options.declare import (
+    Options,
     Range,
     amount,
     argument,
@@ -12,6 +13,7 @@ from volseg.options.declare import (
     input_paths,
     option,
     optional_input_path,
+    optional_path,
     options,
     path,
 )
@@ -139,4 +141,26 @@ class ReportOptions(Progressing):
         "Default: review.csv in the results folder, if there is one.",
         default=None,
         converter=optional_input_path,
+    )
+
+
+@options
+class MethodsOptions(Options):
+    """Write a methods section and the checklist CLAIM.
+
+    Give a model, a results folder, an evaluation, or several that belong together. Prints what they
+    say of data, preprocessing, network, training, inference, measurement and evaluation; every
+    number is a value of one of their files. The checklist (CLAIM, 2024 update) says for each item
+    what the files answer, under which key, and what is left to the author.
+    """
+
+    folders: tuple[Path, ...] = argument(
+        "Model folder, results of `volseg infer` or `volseg measure`, folder of `volseg evaluate`.",
+        converter=input_paths,
+    )
+    out: Path | None = option(
+        "File for the text and the checklist (.md), or for the checklist alone (.csv).",
+        default=None,
+        converter=optional_path,
+        short="-o",
     )

@@ -1,0 +1,179 @@
+"""Sentences made from stored facts: a template names the keys whose values it shows."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from string import Formatter
+from typing import Any
+
+from volseg.manuscript.formats import FORMATS, clean
+
+
+class Topic(StrEnum):
+    """A paragraph of the text, in their order; `NONE`: the sentence is for the checklist alone."""
+
+    NONE = ""
+    DATA = "data"
+    TRAINING = "training"
+    INFERENCE = "inference"
+    VALIDATION = "validation"
+    EVALUATION = "evaluation"
+
+
+Path = tuple[str, ...]  # alias of a document, then the names on the way to a value
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Document:
+    """A file of facts: its name for readers, and its content as parsed JSON."""
+
+    name: str
+    content: Mapping[str, Any]
+
+
+Facts = Mapping[str, Document]  # alias in templates → document
+SHORT: Mapping[str, Path] = {  # first name of a path in templates → what it stands for
+    "recipe": ("model", "recipe"),
+    "train": ("model", "recipe", "train"),
+    "metrics": ("model", "metrics"),
+    "fingerprint": ("model", "fingerprint"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clause:
+    """A part of a sentence, left out if one of its facts is unknown.
+
+    Args:
+        text: template with fields such as `{train.batch_size:number}`: the path of the value (see
+            `SHORT`), or a name in `paths`, then its format. A sum of counts is
+            `{run.done+run.kept:count}`.
+        when: key → the value that it must have.
+        unless: keys that must be missing or empty. needs: keys that must not.
+        paths: name of a field → where its value is, if names on the way may contain dots.
+    """
+
+    text: str
+    when: Mapping[str, Any] = field(default_factory=dict)
+    unless: tuple[str, ...] = ()
+    needs: tuple[str | Path, ...] = ()
+    paths: Mapping[str, Path] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sentence:
+    """A sentence of the text and of the checklist; the first clause must be known.
+
+    Args:
+        items: numbers of the checklist that it answers; it stands at the first.
+        topic: paragraph of the text in which it stands.
+    """
+
+    clauses: tuple[Clause, ...]
+    items: tuple[int, ...]
+    topic: Topic = Topic.NONE
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """A sentence with its values filled in, and the keys that they come from."""
+
+    text: str
+    keys: tuple[str, ...]
+    items: tuple[int, ...]
+    topic: Topic
+
+
+def sentence(*clauses: str | Clause, items: tuple[int, ...], topic: Topic = Topic.NONE) -> Sentence:
+    """Return a sentence of templates and clauses."""
+    parts = tuple(Clause(text=part) if isinstance(part, str) else part for part in clauses)
+    return Sentence(clauses=parts, items=items, topic=topic)
+
+
+def clause(
+    text: str,
+    *unless: str,
+    when: Mapping[str, Any] | None = None,
+    needs: tuple[str | Path, ...] = (),
+    **paths: Path,
+) -> Clause:
+    """Return a clause; see `Clause`."""
+    return Clause(text=text, when=when or {}, unless=unless, needs=needs, paths=paths)
+
+
+def literal(name: str) -> str:
+    """Return a name from a file as text of a template."""
+    return clean(name).replace("{", "{{").replace("}", "}}")
+
+
+def state(facts: Facts, sentences: Iterable[Sentence]) -> Iterator[Statement]:
+    """Yield the sentences whose facts are known."""
+    for line in sentences:
+        clauses = [_filled(facts, part) for part in line.clauses]
+        if clauses[0] is None:
+            continue
+        parts = [part for part in clauses if part is not None]
+        text = "".join(text for text, _ in parts).rstrip(" .")
+        keys = dict.fromkeys(key for _, names in parts for key in names)
+        yield Statement(f"{text}.", tuple(keys), line.items, line.topic)
+
+
+def value_at(facts: Facts, path: Path) -> Any:
+    """Return the value at a path; None if there is none."""
+    document = facts.get(path[0])
+    value: Any = None if document is None else document.content
+    for name in path[1:]:
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def _filled(facts: Facts, part: Clause) -> tuple[str, list[str]] | None:
+    """Return a clause with its values, and their keys; None if one is unknown."""
+    conditions = {_path(key): value for key, value in part.when.items()}
+    needs = list(map(_path, part.needs))
+    if (
+        any(value_at(facts, path) != value for path, value in conditions.items())
+        or any(_is_stated(value_at(facts, _path(key))) for key in part.unless)
+        or not all(_is_stated(value_at(facts, path)) for path in needs)
+    ):
+        return None
+    texts, paths = [], [*conditions, *needs]
+    for literal, name, kind, _ in Formatter().parse(part.text):
+        texts.append(literal)
+        if name is None:
+            continue
+        sources = _paths(part, name)
+        shown = FORMATS[kind or "text"](*(value_at(facts, path) for path in sources))
+        if not shown:
+            return None
+        texts.append(shown)
+        paths += sources
+    return "".join(texts), [_key(facts, path) for path in paths]
+
+
+def _is_stated(value: Any) -> bool:
+    return value is not None and value not in ("", [], {})
+
+
+def _paths(part: Clause, name: str) -> list[Path]:
+    if name in part.paths:
+        return [part.paths[name]]
+    return list(map(_path, name.split("+")))
+
+
+def _path(text: str | Path) -> Path:
+    """Return the path that a template writes with dots; a path as it is."""
+    if isinstance(text, tuple):
+        return text
+    first, *others = text.split(".")
+    return (*SHORT.get(first, (first,)), *others)
+
+
+def _key(facts: Facts, path: Path) -> str:
+    """Return where a value stands, for readers: `model.json: recipe.train.batch_size`."""
+    names = (name if re.fullmatch(r"[\w-]+", name) else json.dumps(name) for name in path[1:])
+    return f"{facts[path[0]].name}: {'.'.join(names)}"
