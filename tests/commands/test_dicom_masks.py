@@ -175,3 +175,25 @@ def test_what_is_planted_in_masks_is_in_no_result(study, tmp_path):
                 content = gzip.decompress(content)
             for word in (NAME, "Thorax", "19611111", "20111111", FRAME, "1.2.826.0.1.3680043"):
                 assert word.encode() not in content, (path, word)
+
+
+@pytest.mark.parametrize(
+    "name", [NAME, "GTV planted", "Boost name 2", "ptv_2011-11-11", f"{NAME.lower()}, left"]
+)
+def test_a_region_named_after_the_patient_has_a_number_instead(name, study, tmp_path):
+    labels = read_mask(study / "seg", like=study / "ct")
+    names = {4: name, 9: "Unplanted GTV"}
+    seg = write_seg(labels, tmp_path / "seg.dcm", Seg(names=names))
+    square = np.array([[2, 2], [6, 2], [6, 6], [2, 6.0]])
+    grid = read_volume(study / "ct").geometry
+    contour = [contour_on(grid, square, 2)]
+    rt = write_rtstruct([Roi(number=4, contours=contour, name=name)], tmp_path / "rt.dcm")
+    for mask in (seg, rt):
+        out = tmp_path / mask.stem
+        volseg.measure(image=study / "ct", mask=mask, out=out)
+        lesions, (case,) = rows(out / "lesions.csv"), rows(out / "cases.csv")
+        assert {row["label_name"] for row in lesions} <= {"region 4", "Unplanted GTV"}
+        assert "region 4" in {row["label_name"] for row in lesions}
+        assert "W_NAME: named after the patient or a date: region 4" in case["warnings"]
+        for path in out.rglob("*"):
+            assert not path.is_file() or name.encode() not in path.read_bytes(), path

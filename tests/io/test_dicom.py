@@ -162,6 +162,29 @@ def test_a_mask_written_on_a_series_lies_on_its_grid(tmp_path):
     assert np.array_equal(again.array, mask.array)
 
 
+def turned(header, index):
+    sine = (0.000499, 0.000501)[index % 2]
+    header.ImageOrientationPatient = numbers([1, sine, 0, -sine, 1, 0])
+
+
+def thicker(header, index):
+    header.SliceThickness = ("2.9049", "2.9051")[index % 2]
+
+
+def wider(header, index):
+    header.PixelSpacing = [("1.30004", "1.30006")[index % 2], "0.7"]
+
+
+@pytest.mark.parametrize("edit", [turned, thicker, wider])
+def test_numbers_on_both_sides_of_their_rounding_are_one_volume(edit, tmp_path):
+    volume = oblique_volume()
+    affine = np.diag([-0.7, -1.3, 2.9, 1.0])
+    volume = Volume(volume.array, Geometry(volume.geometry.shape, affine))
+    folder = write_series(volume, tmp_path / "ct", Series(edit=edit))
+    (case,) = find_scans([folder])  # not one of every second slice each
+    assert np.array_equal(read_volume(case.images["image"]).array, volume.array)
+
+
 # ---- several series
 
 
