@@ -197,3 +197,11 @@ def test_a_region_named_after_the_patient_has_a_number_instead(name, study, tmp_
         assert "W_NAME: named after the patient or a date: region 4" in case["warnings"]
         for path in out.rglob("*"):
             assert not path.is_file() or name.encode() not in path.read_bytes(), path
+
+
+def test_check_says_once_that_a_scan_with_contours_cannot_be_read(study, tmp_path):
+    shutil.copytree(study / "ct", tmp_path / "ct")
+    (tmp_path / "ct" / "IM0003").unlink()
+    cases = tmp_path / "cases.csv"
+    cases.write_text(f"image,label\n{tmp_path / 'ct'},{study / 'rt'}\n")
+    assert [problem["code"] for problem in volseg.check(cases)] == ["E_GAP"]

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from volseg.io.dicom_frames import Frame, Skipped, read_frames
+from volseg.io.dicom_frames import SUFFIXES, Frame, Skipped, read_frames
 from volseg.io.dicom_pixels import have_equal_pixels
 from volseg.io.header import TILT_FIX
 from volseg.io.paths import visible_paths
@@ -25,6 +25,7 @@ AXES_DIGITS, SPACING_DIGITS, THICKNESS_DIGITS = 3, 4, 2  # of what frames of one
 SAME_PLACE = 0.01  # of the distance of slices; also in mm
 GAP = 1.5  # distance of slices, in medians, from which one is missing
 UNEVEN, VERY_UNEVEN = 0.01, 0.1  # deviation from even slices, in their distance
+NO_START = "E_DAMAGED: does not start as a DICOM file does, with 128 bytes and DICM"
 TILT = "E_TILT"  # the stack is not at right angles to its slices
 TO_RAS = np.diag(LPS_TO_RAS)[:3]
 _Group = tuple[tuple[Any, ...], list[Frame]]  # what its frames share, and they
@@ -92,14 +93,16 @@ def read_folder(folder: Path) -> DicomFolder:
 
 
 def collect(paths: Iterable[Path]) -> DicomFolder:
-    """List the volumes in these files; those that are not DICOM are ignored."""
+    """List the volumes in these files; those that are not DICOM, by name too, are ignored."""
     result, frames = DicomFolder(), list[Frame]()
     for path in paths:
         read = read_frames(path)
         if isinstance(read, Skipped):
             result.skipped.append(read)
-        else:
-            frames += read or ()
+        elif read is not None:
+            frames += read
+        elif path.suffix.lower() in SUFFIXES:
+            result.skipped.append(Skipped(path, NO_START))
     groups: dict[tuple[object, ...], list[Frame]] = defaultdict(list)
     for frame in frames:
         groups[_group_of(frame)].append(frame)

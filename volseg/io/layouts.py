@@ -195,12 +195,14 @@ def _read_dataset(
             fix=f"add a {FILE} that names the channels",
             code="E_DATASET",
         )
+    if series is not None and (listing := read_dicom(dataset, channels, series)) is not None:
+        return listing  # which is asked for, whatever else is there
     listing = read_folder(dataset, channels, may_split=may_split)
     if not listing.rows and not listing.mistakes:
         return read_dicom(dataset, channels, series) or listing
     if holds_slices(dataset, leave_out=is_scan):
         listing.remarks.append(
-            f"W_SKIPPED: {dataset}: its DICOM images are not read, because it also holds scans in "
-            f"other formats; give the folder of the DICOM files"
+            f"W_DICOM: {dataset}: its DICOM images are not read, because it also holds scans in "
+            "other formats; give the folder of the DICOM files, or --series to infer or measure"
         )
     return listing
