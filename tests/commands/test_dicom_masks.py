@@ -103,6 +103,32 @@ def test_evaluate_takes_them_in_a_table_and_names_their_labels(study, tmp_path):
     assert [row["label_name"] for row in lines[:4]] == ["GTV", "node"] * 2
 
 
+def test_evaluate_takes_a_folder_of_segmentations(study, tmp_path):
+    for place in ("seg", "nifti"):
+        (tmp_path / place).mkdir()
+    shutil.copy(study / "seg" / "S.dcm", tmp_path / "seg" / "p1.dcm")
+    mask = read_mask(study / "mask.nii.gz")
+    smaller = mask.array.copy()
+    smaller[np.nonzero(smaller == 4)[0][0]] = 0  # a slab of the first region
+    write_volume(mask.with_array(smaller), tmp_path / "nifti" / "p1.nii.gz")
+    dice = {}
+    for one, other in (("seg", "nifti"), ("nifti", "seg")):
+        places = {"reference": tmp_path / one, "predicted": tmp_path / other}
+        report = volseg.evaluate(**places, out=tmp_path / f"of_{one}")
+        assert report.exit_code == 0
+        lines = rows(tmp_path / f"of_{one}" / "evaluation.csv")
+        assert [row["case_id"] for row in lines] == ["p1", "p1"]
+        dice[one] = [float(row["dice"]) for row in lines]
+    both, sizes = (
+        ((mask.array == 4) & (smaller == 4)).sum(),
+        [(m == 4).sum() for m in (mask.array, smaller)],
+    )
+    assert dice["seg"] == dice["nifti"] == [pytest.approx(2 * both / sum(sizes), abs=1e-6), 1]
+    shutil.copy(study / "seg" / "S.dcm", tmp_path / "seg" / "p1.dicom")
+    with pytest.raises(VolsegError, match="p1"):
+        volseg.evaluate(**places, out=tmp_path / "twice")
+
+
 def test_check_reads_them_with_their_scans(study, tmp_path):
     sound = table(study, tmp_path / "sound.csv", "rt", "seg/S.dcm")
     assert not [problem for problem in volseg.check(sound) if problem["code"][0] != "N"]

@@ -27,9 +27,12 @@ from volseg.evaluation.detection import (
 from volseg.evaluation.memory import LIBRARIES, most_evaluating, plan_evaluating, plan_reading
 from volseg.evaluation.overlap import COUNTED_TOGETHER, OverlapRow, evaluate_case
 from volseg.execution.memory import Budget
+from volseg.io.cases import ONE_CHANNEL, Listing, Row, safe_id
 from volseg.io.csv_text import iterate_csv
 from volseg.io.dataset_json import IGNORE, stated_labels
+from volseg.io.dicom_masks import lone_masks
 from volseg.io.files import RECORDS
+from volseg.io.folders import scans_in
 from volseg.io.formats import RESULT_SUFFIX, stem_of
 from volseg.io.label_table import read_region_names
 from volseg.io.layouts import find_cases, find_scans, is_dataset
@@ -334,6 +337,15 @@ def _masks(path: Path, remark: Callable[[str], None]) -> dict[str, _Mask]:
     is_described = is_dataset(path)
     has_masks = (path / "masks").is_dir() and not is_described
     folder = path / "masks" if has_masks else path
+    is_folder = folder.is_dir() and not is_described
+    if is_folder and not scans_in(folder) and (files := lone_masks(folder)):
+        named = [
+            Row(where=str(file), id=safe_id(file.stem), images={ONE_CHANNEL: file})
+            for file in files
+        ]
+        return {
+            case.id: _Mask(case.images[ONE_CHANNEL]) for case in Listing(named).cases(str(folder))
+        }
     # A case may lack any channel here: only its mask is read.
     cases = find_cases(folder, None, allow_missing=True, remark=remark)
     references = {
@@ -343,7 +355,9 @@ def _masks(path: Path, remark: Callable[[str], None]) -> dict[str, _Mask]:
     }
     if references or is_described:
         return references
-    return {case.id: _Mask(case.images["image"]) for case in find_scans([folder], ("image",))}
+    return {
+        case.id: _Mask(case.images[ONE_CHANNEL]) for case in find_scans([folder], (ONE_CHANNEL,))
+    }
 
 
 @dataclass(frozen=True, slots=True)
