@@ -103,6 +103,20 @@ def test_evaluate_takes_them_in_a_table_and_names_their_labels(study, tmp_path):
     assert [row["label_name"] for row in lines[:4]] == ["GTV", "node"] * 2
 
 
+def test_a_pair_that_fails_does_not_name_the_folder_of_its_patient(study, tmp_path):
+    folder = shutil.copytree(study / "ct", tmp_path / NAME / "ct")
+    shutil.copytree(study / "rt", tmp_path / NAME / "rt")
+    other = oblique_volume(seed=9)
+    write_volume(other.with_array((other.array > 0).astype(np.uint8)), tmp_path / "other.nii.gz")
+    table = tmp_path / "reference.csv"
+    table.write_text(f"image,label,subject\n{folder},{folder.parent / 'rt'},a\n")
+    (tmp_path / "predicted.csv").write_text("image,label,subject\nother.nii.gz,other.nii.gz,a\n")
+    volseg.evaluate(reference=table, predicted=tmp_path / "predicted.csv", out=tmp_path / "out")
+    (row,) = rows(tmp_path / "out" / "evaluation.csv")
+    assert row["status"] == "failed" and row["reason"].startswith("E_PAIR: the prediction")
+    assert NAME not in row["reason"] and "the reference" in row["reason"]
+
+
 def test_evaluate_takes_a_folder_of_segmentations(study, tmp_path):
     for place in ("seg", "nifti"):
         (tmp_path / place).mkdir()

@@ -22,9 +22,9 @@ from volseg.execution.local import Outcome
 from volseg.execution.memory import Budget
 from volseg.io.cases import Case
 from volseg.io.dicom import is_pet
-from volseg.io.formats import RESULT_SUFFIX, table_name, without_places
+from volseg.io.formats import RESULT_SUFFIX, is_dicom_scan, table_name, without_places
 from volseg.io.header import ScanWarning
-from volseg.io.series import IN_SUV, TILT, split_marks, split_series, with_mark
+from volseg.io.series import IN_SUV, TILT, split_marks, with_mark
 from volseg.io.volumes import mask_digest, read_header, scan_digest, volume_of, write_volume
 from volseg.measurement.rows import CaseRow
 from volseg.measurement.saturation import intensity_warnings
@@ -298,7 +298,7 @@ def _scan_of(case: Case) -> Path:
 
 def _reason_for_tables(case: Case, reason: str) -> str:
     """Return a reason without the paths of DICOM files, which may name the patient."""
-    if not any(split_series(path)[1] for path in case.images.values()):
+    if not any(map(is_dicom_scan, case.images.values())):
         return reason
     names = {path: table_name(path) for path in case.images.values()}
     if case.reference is not None:

@@ -33,7 +33,7 @@ from volseg.io.dataset_json import IGNORE, stated_labels
 from volseg.io.dicom_masks import lone_masks
 from volseg.io.files import RECORDS
 from volseg.io.folders import scans_in
-from volseg.io.formats import RESULT_SUFFIX, stem_of
+from volseg.io.formats import RESULT_SUFFIX, is_dicom_scan, stem_of, table_name, without_places
 from volseg.io.label_table import read_region_names
 from volseg.io.layouts import find_cases, find_scans, is_dataset
 from volseg.io.matching import pair_names
@@ -145,6 +145,16 @@ class MaskPairs:
     def patient_of(self, case_id: str) -> str | None:
         """Return the patient whom the reference names, if any."""
         return self.truths[case_id].patient
+
+    def reason_for_tables(self, case_id: str, reason: str) -> str:
+        """Return why a pair failed, without paths if its scan is DICOM: they may name patients."""
+        names: dict[Path, str] = {}
+        masks = {"the reference": self.truths[case_id], "the prediction": self.guesses[case_id]}
+        for name, mask in masks.items():
+            names[mask.path] = name
+            if mask.scan is not None and is_dicom_scan(mask.scan):
+                names[mask.scan] = table_name(mask.scan)
+        return without_places(reason, names) if len(names) > len(masks) else reason
 
     def digests(self, case_id: str) -> tuple[str, str]:
         truth, guess = (

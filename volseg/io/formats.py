@@ -121,6 +121,11 @@ def table_name(path: Path) -> str:
     return stem_of(path) if format_of(path).name == DICOM else split_marks(path)[0].name
 
 
+def is_dicom_scan(path: Path) -> bool:
+    """Check whether a path names a DICOM series, whose folder may be named after a patient."""
+    return format_of(path).name == DICOM
+
+
 def without_places(text: str, names: Mapping[Path, str]) -> str:
     """Return a message for tables, in which the names of files stand for their paths.
 
