@@ -103,6 +103,46 @@ def test_evaluate_takes_them_in_a_table_and_names_their_labels(study, tmp_path):
     assert [row["label_name"] for row in lines[:4]] == ["GTV", "node"] * 2
 
 
+def test_a_pair_that_fails_does_not_name_the_folder_of_its_patient(study, tmp_path):
+    folder = shutil.copytree(study / "ct", tmp_path / NAME / "ct")
+    shutil.copytree(study / "rt", tmp_path / NAME / "rt")
+    other = oblique_volume(seed=9)
+    write_volume(other.with_array((other.array > 0).astype(np.uint8)), tmp_path / "other.nii.gz")
+    table = tmp_path / "reference.csv"
+    table.write_text(f"image,label,subject\n{folder},{folder.parent / 'rt'},a\n")
+    (tmp_path / "predicted.csv").write_text("image,label,subject\nother.nii.gz,other.nii.gz,a\n")
+    volseg.evaluate(reference=table, predicted=tmp_path / "predicted.csv", out=tmp_path / "out")
+    (row,) = rows(tmp_path / "out" / "evaluation.csv")
+    assert row["status"] == "failed" and row["reason"].startswith("E_PAIR: the prediction")
+    assert NAME not in row["reason"] and "the reference" in row["reason"]
+
+
+def test_evaluate_takes_a_folder_of_segmentations(study, tmp_path):
+    for place in ("seg", "nifti"):
+        (tmp_path / place).mkdir()
+    shutil.copy(study / "seg" / "S.dcm", tmp_path / "seg" / "p1.dcm")
+    mask = read_mask(study / "mask.nii.gz")
+    smaller = mask.array.copy()
+    smaller[np.nonzero(smaller == 4)[0][0]] = 0  # a slab of the first region
+    write_volume(mask.with_array(smaller), tmp_path / "nifti" / "p1.nii.gz")
+    dice = {}
+    for one, other in (("seg", "nifti"), ("nifti", "seg")):
+        places = {"reference": tmp_path / one, "predicted": tmp_path / other}
+        report = volseg.evaluate(**places, out=tmp_path / f"of_{one}")
+        assert report.exit_code == 0
+        lines = rows(tmp_path / f"of_{one}" / "evaluation.csv")
+        assert [row["case_id"] for row in lines] == ["p1", "p1"]
+        dice[one] = [float(row["dice"]) for row in lines]
+    both, sizes = (
+        ((mask.array == 4) & (smaller == 4)).sum(),
+        [(m == 4).sum() for m in (mask.array, smaller)],
+    )
+    assert dice["seg"] == dice["nifti"] == [pytest.approx(2 * both / sum(sizes), abs=1e-6), 1]
+    shutil.copy(study / "seg" / "S.dcm", tmp_path / "seg" / "p1.dicom")
+    with pytest.raises(VolsegError, match="p1"):
+        volseg.evaluate(**places, out=tmp_path / "twice")
+
+
 def test_check_reads_them_with_their_scans(study, tmp_path):
     sound = table(study, tmp_path / "sound.csv", "rt", "seg/S.dcm")
     assert not [problem for problem in volseg.check(sound) if problem["code"][0] != "N"]
@@ -175,3 +215,33 @@ def test_what_is_planted_in_masks_is_in_no_result(study, tmp_path):
                 content = gzip.decompress(content)
             for word in (NAME, "Thorax", "19611111", "20111111", FRAME, "1.2.826.0.1.3680043"):
                 assert word.encode() not in content, (path, word)
+
+
+@pytest.mark.parametrize(
+    "name", [NAME, "GTV planted", "Boost name 2", "ptv_2011-11-11", f"{NAME.lower()}, left"]
+)
+def test_a_region_named_after_the_patient_has_a_number_instead(name, study, tmp_path):
+    labels = read_mask(study / "seg", like=study / "ct")
+    names = {4: name, 9: "Unplanted GTV"}
+    seg = write_seg(labels, tmp_path / "seg.dcm", Seg(names=names))
+    square = np.array([[2, 2], [6, 2], [6, 6], [2, 6.0]])
+    grid = read_volume(study / "ct").geometry
+    contour = [contour_on(grid, square, 2)]
+    rt = write_rtstruct([Roi(number=4, contours=contour, name=name)], tmp_path / "rt.dcm")
+    for mask in (seg, rt):
+        out = tmp_path / mask.stem
+        volseg.measure(image=study / "ct", mask=mask, out=out)
+        lesions, (case,) = rows(out / "lesions.csv"), rows(out / "cases.csv")
+        assert {row["label_name"] for row in lesions} <= {"region 4", "Unplanted GTV"}
+        assert "region 4" in {row["label_name"] for row in lesions}
+        assert "W_NAME: named after the patient or a date: region 4" in case["warnings"]
+        for path in out.rglob("*"):
+            assert not path.is_file() or name.encode() not in path.read_bytes(), path
+
+
+def test_check_says_once_that_a_scan_with_contours_cannot_be_read(study, tmp_path):
+    shutil.copytree(study / "ct", tmp_path / "ct")
+    (tmp_path / "ct" / "IM0003").unlink()
+    cases = tmp_path / "cases.csv"
+    cases.write_text(f"image,label\n{tmp_path / 'ct'},{study / 'rt'}\n")
+    assert [problem["code"] for problem in volseg.check(cases)] == ["E_GAP"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dicom_files import NAME, Series, numbers, write_series
+from dicom_files import NAME, Series, numbers, oblique_volume, write_series
 
 import volseg
 from volseg.io.volumes import read_mask, read_volume, write_volume
@@ -91,6 +91,30 @@ def test_folders_named_after_patients_leave_no_trace_in_tables_and_pages(twins, 
     for path in (tmp_path / "out").rglob("*"):
         if path.suffix in (".csv", ".html"):
             assert NAME not in path.read_text(encoding="utf-8"), path
+
+
+def test_neither_do_those_of_series_that_fail(twins, tmp_path):
+    folder = tmp_path / NAME
+    shutil.copytree(twins[0], folder / "cut")
+    first, second = sorted((folder / "cut").iterdir())[:2]
+    first.rename(first.with_name(f"{NAME} 1.dcm"))
+    (folder / "cut" / f"{NAME} 1.dcm").write_bytes(second.read_bytes()[:-9])
+    second.unlink()
+    shutil.copytree(twins[0], folder / "whole")
+    mask = folder / "mask of another scan.nii.gz"
+    other = oblique_volume(seed=9)
+    write_volume(other.with_array((other.array > 0).astype(np.uint8)), mask)
+    for name, code in (("cut", "E_GAP"), ("whole", "E_PAIR")):
+        out = tmp_path / name
+        report = volseg.measure(image=folder / name, mask=mask, out=out)
+        (row,) = rows(out / "cases.csv")
+        assert row["reason"].startswith(f"{code}: ")
+        assert NAME in next(iter(report.failed.values()))  # the terminal says where it is
+        (out / "quality").mkdir()
+        volseg.check(folder / name, out=out / "quality")
+        for path in out.rglob("*"):
+            if path.suffix in (".csv", ".html"):
+                assert NAME not in path.read_text(encoding="utf-8"), path
 
 
 def test_measuring_a_series_equals_measuring_its_twin(twins, results, tmp_path):

@@ -431,3 +431,9 @@ def test_two_columns_of_one_channel_and_two_masks_of_one_scan_are_refused(tmp_pa
     path = table(tmp_path, "image,image_image\na.nii,b.nii\n")
     assert "'image' and 'image_image' for the same channel" in problem_of(find_cases, path)
     assert "d/images/a.nii: has 2 masks: " in problem and "d/labels/a.nii.gz" in problem
+
+
+@pytest.mark.parametrize("name", ["scan.nii.gz", "scan.mha", "IM0001"])
+def test_one_scan_is_no_dataset(name, tmp_path):
+    (tmp_path / name).write_bytes(bytes(128) + b"DICM" + bytes(range(128, 256)))
+    assert "is one scan or mask" in problem_of(find_cases, tmp_path / name)

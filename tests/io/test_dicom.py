@@ -38,9 +38,11 @@ from pydicom.uid import (
     SegmentationStorage,
 )
 
+import volseg
 from volseg.errors import ScanError, VolsegError
 from volseg.io import dicom, dicom_frames
 from volseg.io.dicom_series import read_folder
+from volseg.io.image_cases import looks_like_images
 from volseg.io.layouts import find_scans
 from volseg.io.volumes import read_header, read_mask, read_volume, scan_digest, write_volume
 from volseg.volume import Geometry, Volume
@@ -160,6 +162,29 @@ def test_a_mask_written_on_a_series_lies_on_its_grid(tmp_path):
     again = read_mask(tmp_path / "mask.nii.gz")
     assert np.array_equal(again.geometry.affine, scan.geometry.affine)
     assert np.array_equal(again.array, mask.array)
+
+
+def turned(header, index):
+    sine = (0.000499, 0.000501)[index % 2]
+    header.ImageOrientationPatient = numbers([1, sine, 0, -sine, 1, 0])
+
+
+def thicker(header, index):
+    header.SliceThickness = ("2.9049", "2.9051")[index % 2]
+
+
+def wider(header, index):
+    header.PixelSpacing = [("1.30004", "1.30006")[index % 2], "0.7"]
+
+
+@pytest.mark.parametrize("edit", [turned, thicker, wider])
+def test_numbers_on_both_sides_of_their_rounding_are_one_volume(edit, tmp_path):
+    volume = oblique_volume()
+    affine = np.diag([-0.7, -1.3, 2.9, 1.0])
+    volume = Volume(volume.array, Geometry(volume.geometry.shape, affine))
+    folder = write_series(volume, tmp_path / "ct", Series(edit=edit))
+    (case,) = find_scans([folder])  # not one of every second slice each
+    assert np.array_equal(read_volume(case.images["image"]).array, volume.array)
 
 
 # ---- several series
@@ -326,6 +351,35 @@ def test_what_is_no_slice_is_left_out_and_named(tmp_path):
     assert "not an image: SEG (1)" in skipped
 
 
+def mosaic(header, index):
+    header.ImageType = ["DERIVED", "MOSAIC"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "code"), [(mosaic, "E_MOSAIC"), (with_value("ImagePositionPatient", None), "E_NOGEOM")]
+)
+def test_slices_that_make_no_volume_are_no_pictures_to_classify(edit, code, tmp_path):
+    folder = write_series(oblique_volume(), tmp_path / "mr", Series(edit=edit))
+    for path in list(folder.iterdir()):
+        path.rename(path.with_suffix(".dcm"))
+    problems = volseg.check(folder)
+    assert any(code in problem["problem"] for problem in problems)
+    assert problems[0]["code"] == "E_DATASET"
+    with pytest.raises(VolsegError, match=code):
+        volseg.infer(folder, out=tmp_path / "out")
+
+
+def test_radiographs_without_a_place_stay_pictures(tmp_path):
+    def radiograph(header, index):
+        header.Modality = "CR"
+        with_value("ImagePositionPatient", None)(header, index)
+
+    folder = write_series(oblique_volume(), tmp_path / "cr", Series(edit=radiograph))
+    for path in list(folder.iterdir()):
+        path.rename(path.with_suffix(".dcm"))
+    assert looks_like_images(folder)
+
+
 def test_dicom_images_beside_other_scans_are_not_left_out_without_a_word(tmp_path):
     volume = straight_volume()
     write_volume(volume, tmp_path / "scan.nii.gz")
@@ -335,8 +389,28 @@ def test_dicom_images_beside_other_scans_are_not_left_out_without_a_word(tmp_pat
     write_series(volume, tmp_path / "Doe^Jane" / "series")
     (case,) = find_scans([tmp_path], remark=remarks.append)
     assert case.id == "scan"
+    (warning,) = (text for text in remarks if text.startswith("W_DICOM"))
+    assert "Doe" not in warning and "--series" in warning
+    (problem,) = (p for p in volseg.check(tmp_path) if p["code"] == "W_DICOM")
+    assert problem["fix"] == ""  # the warning names it
+    (case,) = find_scans([tmp_path], series="largest")
+    assert_same(read_volume(case.images["image"]), volume)
+
+
+@pytest.mark.parametrize("n_bytes", [0, 100, 700])
+def test_a_slice_that_was_copied_in_part_is_a_warning(n_bytes, tmp_path):
+    folder = write_series(oblique_volume(), tmp_path / "ct")
+    last = folder / "last.dcm"
+    content = (folder / "IM0001").read_bytes()
+    last.write_bytes(content[:n_bytes])
+    assert len(content) > 700
+    remarks: list[str] = []
+    find_scans([folder], remark=remarks.append)
     (warning,) = (text for text in remarks if text.startswith("W_SKIPPED"))
-    assert "Doe" not in warning
+    assert "1 DICOM file left out: E_" in warning
+    with pytest.raises(ScanError) as caught:
+        read_volume(last)
+    assert caught.value.code in ("E_DAMAGED", "E_TRUNCATED")
 
 
 GDCM = """

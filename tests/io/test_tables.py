@@ -52,6 +52,13 @@ def test_other_columns_are_no_remark(tmp_path):
     assert survey.cases[0].classes == {"malignancy": "5", "age": "61", "notes": ""}
 
 
+@pytest.mark.parametrize("head", ["image_pet", "Image_Pat"])  # resembles image_path
+def test_a_channel_is_used(head, tmp_path):
+    survey = survey_cases(table(tmp_path, f"{head}\na.nii\n"))
+    assert [list(case.images) for case in survey.cases] == [[head[6:]]]
+    assert survey.remarks == []
+
+
 def test_a_head_in_other_words_is_said(tmp_path):
     survey = survey_cases(table(tmp_path, "scan,PatientID\na.nii,P\n"))
     assert all(text.startswith("N_HEAD: ") for text in survey.remarks)

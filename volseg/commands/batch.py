@@ -22,7 +22,7 @@ from volseg.execution.local import Outcome
 from volseg.execution.memory import Budget
 from volseg.io.cases import Case
 from volseg.io.dicom import is_pet
-from volseg.io.formats import RESULT_SUFFIX, table_name
+from volseg.io.formats import RESULT_SUFFIX, is_dicom_scan, table_name, without_places
 from volseg.io.header import ScanWarning
 from volseg.io.series import IN_SUV, TILT, split_marks, with_mark
 from volseg.io.volumes import mask_digest, read_header, scan_digest, volume_of, write_volume
@@ -221,7 +221,8 @@ class _Tally:
     def _fail(self, case: Case, error: VolsegError) -> None:
         self.failed[case.id] = failure_reason(self._batch.results, case.id, error)
         self._batch.options.report_failure(case.id, self.failed[case.id])
-        row = self._unmeasured(case, "failed", reason=self.failed[case.id])
+        reason = _reason_for_tables(case, self.failed[case.id])
+        row = self._unmeasured(case, "failed", reason=reason)
         self._batch.results.commit_failure(row, self._batch.inputs.of(case))
 
     def _unmeasured(
@@ -293,6 +294,16 @@ def damaged_warnings(rows: Iterable[ItemRow], name_column: str = "case_id") -> l
 def _scan_of(case: Case) -> Path:
     """Return the first image of a case, which names the case in tables."""
     return next(iter(case.images.values()))
+
+
+def _reason_for_tables(case: Case, reason: str) -> str:
+    """Return a reason without the paths of DICOM files, which may name the patient."""
+    if not any(map(is_dicom_scan, case.images.values())):
+        return reason
+    names = {path: table_name(path) for path in case.images.values()}
+    if case.reference is not None:
+        names[case.reference] = "its mask"
+    return without_places(reason, names)
 
 
 def _corrected_for_another_scan(case: Case, results: ResultsFolder) -> ScanError:

@@ -54,6 +54,7 @@ ADVICE = {
     "N_SPACING": "",
     "N_SKIPPED": "",
     "W_SKIPPED": "export what is missing again",
+    "W_DICOM": "",  # it says what to do
     "W_LIST": "add them to the list, or delete the list",
 }
 
@@ -250,6 +251,7 @@ class _CaseChecker:
     def problems_of(self, case: Case) -> Iterator[Problem]:
         """Yield the problems of a case, and collect the values of its mask."""
         volumes: dict[str, Volume] = {}
+        failed: set[str] = set()
         for name, path in case.images.items():
             try:
                 volumes[name], header = read_volume(path), read_header(path)
@@ -258,6 +260,7 @@ class _CaseChecker:
                     yield problem_at(case.id, warning.code, warning.text)
             except VolsegError as error:
                 self._quality.fail(case, name, error)
+                failed.add(str(error))
                 yield problem_of(case.id, error)
         yield from self._unit_problems(case, volumes)
         if case.reference is None:
@@ -265,7 +268,8 @@ class _CaseChecker:
         try:
             yield from self._mask_problems(case, case.reference, volumes)
         except VolsegError as error:
-            yield problem_of(case.id, error)
+            if str(error) not in failed:  # contours need the scan
+                yield problem_of(case.id, error)
 
     def _unit_problems(self, case: Case, volumes: Mapping[str, Volume]) -> Iterator[Problem]:
         data = None if self._recipe is None else self._recipe.data

@@ -11,9 +11,8 @@ from volseg.commands.problems import Problem, problem_at
 from volseg.errors import VolsegError
 from volseg.io.cases import ONE_CHANNEL, Case, is_valid_id
 from volseg.io.dicom import modality_of
-from volseg.io.formats import stem_of, table_name
+from volseg.io.formats import stem_of, table_name, without_places
 from volseg.io.header import ScanHeader
-from volseg.io.series import place_of
 from volseg.options import Progress
 from volseg.pages.about import About
 from volseg.quality.compare import Raised, compare_scans
@@ -75,8 +74,7 @@ class ScanQuality:
             return
         path = case.images[channel]
         name, reason = table_name(path), f"{error.code}: {error.problem}; to fix: {error.fix}"
-        for place in (str(path), str(place_of(path)), str(path.parent)):
-            reason = reason.replace(f"{place}: ", "").replace(place, name)
+        reason = without_places(reason, {path: name}).replace(f"{name}: ", "", 1)
         self._failed[len(self)] = QualityRow(
             case_id=case.id, channel=channel, status="failed", reason=reason, image=name
         )

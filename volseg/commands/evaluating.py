@@ -87,7 +87,8 @@ def evaluate(options: EvaluateOptions) -> EvaluateReport:
             "warnings": without_notes(warnings),
         }
         with outputs.staged() as commit:
-            commit.write(EVALUATION, table(OverlapRow, [*rows, *_failed_rows(failed, kept)]))
+            reasons = {name: pairs.reason_for_tables(name, text) for name, text in failed.items()}
+            commit.write(EVALUATION, table(OverlapRow, [*rows, *_failed_rows(reasons, kept)]))
             commit.write(DETECTIONS, table(DetectionRow, detections))
             commit.write(SUMMARY, json_text(summary))
             outdated = _write_pictures(commit, results)

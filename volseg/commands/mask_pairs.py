@@ -27,10 +27,13 @@ from volseg.evaluation.detection import (
 from volseg.evaluation.memory import LIBRARIES, most_evaluating, plan_evaluating, plan_reading
 from volseg.evaluation.overlap import COUNTED_TOGETHER, OverlapRow, evaluate_case
 from volseg.execution.memory import Budget
+from volseg.io.cases import ONE_CHANNEL, Listing, Row, safe_id
 from volseg.io.csv_text import iterate_csv
 from volseg.io.dataset_json import IGNORE, stated_labels
+from volseg.io.dicom_masks import lone_masks
 from volseg.io.files import RECORDS
-from volseg.io.formats import RESULT_SUFFIX, stem_of
+from volseg.io.folders import scans_in
+from volseg.io.formats import RESULT_SUFFIX, is_dicom_scan, stem_of, table_name, without_places
 from volseg.io.label_table import read_region_names
 from volseg.io.layouts import find_cases, find_scans, is_dataset
 from volseg.io.matching import pair_names
@@ -142,6 +145,16 @@ class MaskPairs:
     def patient_of(self, case_id: str) -> str | None:
         """Return the patient whom the reference names, if any."""
         return self.truths[case_id].patient
+
+    def reason_for_tables(self, case_id: str, reason: str) -> str:
+        """Return why a pair failed, without paths if its scan is DICOM: they may name patients."""
+        names: dict[Path, str] = {}
+        masks = {"the reference": self.truths[case_id], "the prediction": self.guesses[case_id]}
+        for name, mask in masks.items():
+            names[mask.path] = name
+            if mask.scan is not None and is_dicom_scan(mask.scan):
+                names[mask.scan] = table_name(mask.scan)
+        return without_places(reason, names) if len(names) > len(masks) else reason
 
     def digests(self, case_id: str) -> tuple[str, str]:
         truth, guess = (
@@ -334,6 +347,15 @@ def _masks(path: Path, remark: Callable[[str], None]) -> dict[str, _Mask]:
     is_described = is_dataset(path)
     has_masks = (path / "masks").is_dir() and not is_described
     folder = path / "masks" if has_masks else path
+    is_folder = folder.is_dir() and not is_described
+    if is_folder and not scans_in(folder) and (files := lone_masks(folder)):
+        named = [
+            Row(where=str(file), id=safe_id(file.stem), images={ONE_CHANNEL: file})
+            for file in files
+        ]
+        return {
+            case.id: _Mask(case.images[ONE_CHANNEL]) for case in Listing(named).cases(str(folder))
+        }
     # A case may lack any channel here: only its mask is read.
     cases = find_cases(folder, None, allow_missing=True, remark=remark)
     references = {
@@ -343,7 +365,9 @@ def _masks(path: Path, remark: Callable[[str], None]) -> dict[str, _Mask]:
     }
     if references or is_described:
         return references
-    return {case.id: _Mask(case.images["image"]) for case in find_scans([folder], ("image",))}
+    return {
+        case.id: _Mask(case.images[ONE_CHANNEL]) for case in find_scans([folder], (ONE_CHANNEL,))
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from volseg.words import format_count, format_numbered
 
 ONE_CHANNEL = "image"  # name of an unnamed single channel
 MAX_LISTED = 10  # mistakes listed in one message
+CHANNEL = "image_"  # before the name of a channel
 COLUMNS = {  # of cases.csv → other usual heads; `image_<channel>` comes on top
     "image": ("images", "img", "scan", "volume", "image_path", "scan_path", "image_file", "file"),
     "label": (
@@ -280,7 +281,7 @@ def _refuse_ambiguous(names: Iterable[str], origin: str) -> None:
 
 def read_cases_csv(path: Path, channels: Channels) -> Listing:
     """Read the rows of a table of cases."""
-    table = read_table(path, COLUMNS)
+    table = read_table(path, COLUMNS, prefix=CHANNEL)
     columns = list(map(_with_lower_prefix, table.columns))
     image_columns = channels.pick(_image_columns(columns, path), str(path))
     listing = Listing(remarks=list(table.remarks))
@@ -311,8 +312,8 @@ def read_cases_csv(path: Path, channels: Channels) -> Listing:
 
 def _with_lower_prefix(column: str) -> str:
     """Return `image_T1` for `Image_T1`; other columns as they are."""
-    prefix = column[: len("image_")]
-    return column if prefix.casefold() != "image_" else "image_" + column[len("image_") :]
+    prefix, name = column[: len(CHANNEL)], column[len(CHANNEL) :]
+    return column if prefix.casefold() != CHANNEL else CHANNEL + name
 
 
 def _unknown_splits(rows: Sequence[Row]) -> list[str]:
@@ -357,12 +358,12 @@ def cell_path(folder: Path, cell: str) -> Path:
 
 def is_image_column(name: str) -> bool:
     """Check whether a column holds the scans of a channel."""
-    return name == "image" or name.startswith("image_")
+    return name == "image" or name.startswith(CHANNEL)
 
 
 def _image_columns(columns: Sequence[str], path: Path) -> dict[str, str]:
     """Return channel → column of scans."""
-    available = {name.removeprefix("image_"): name for name in filter(is_image_column, columns)}
+    available = {name.removeprefix(CHANNEL): name for name in filter(is_image_column, columns)}
     if not available:
         raise VolsegError(
             f"{path}: has no column 'image'; its columns are {listed(columns)}",

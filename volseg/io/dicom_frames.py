@@ -33,7 +33,13 @@ MAX_INFLATED_BYTES = 2**30  # of a deflated file, which holds a slice or a serie
 MAX_FRAMES = 100_000  # of a file
 MAX_EDGE = 2**16  # pixels; DICOM stores the number in 16 bits
 MAX_SKEW = 1e-3  # of the axes of a slice from right angles and length 1
+IMAGES = (  # SOP classes of slices: CT, MR and PET, also enhanced
+    *("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1"),
+    *("1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.4.1"),
+    *("1.2.840.10008.5.1.4.1.1.128", "1.2.840.10008.5.1.4.1.1.130"),
+)
 NO_IMAGES = ("SEG", "RTDOSE", "RWV", "PR")  # although some have rows and columns
+SLICED = ("CT", "MR", "PT")  # modalities whose images are slices
 LOCALIZER, MOSAIC = "LOCALIZER", "MOSAIC"
 # What is read of a header: nothing that names a person, but the series' own description.
 TAGS: Mapping[str, int] = MappingProxyType(
@@ -138,10 +144,15 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A DICOM file without a slice of a volume, and why."""
+    """A DICOM file without a slice of a volume, and why.
+
+    Args:
+        stack: UID of the series if it is of a modality that takes slices; else empty.
+    """
 
     path: Path
     reason: str
+    stack: str = ""
 
 
 class Unusable(Exception):
@@ -211,6 +222,7 @@ def _read_frames(path: Path, n_bytes: int, changed_ns: int) -> list[Frame] | Ski
         if start[PREAMBLE : PREAMBLE + 4] != b"DICM":
             return None
         require_pydicom(path)
+        header: Any = None
         try:
             try:
                 header, offset = _parse(start, is_whole=len(start) < START_BYTES)
@@ -224,9 +236,15 @@ def _read_frames(path: Path, n_bytes: int, changed_ns: int) -> list[Frame] | Ski
                 pixels = _image_format(header, offset, _digest(start, offset))
                 return _frames_of(header, pixels, path)
         except Unusable as error:
-            return Skipped(path, str(error))
+            return Skipped(path, str(error), _stack_of(header))
         except Exception as error:  # pydicom converts a value when it is asked for
             return Skipped(path, f"E_DAMAGED: {reason_of(error)}")
+
+
+def _stack_of(header: Any) -> str:
+    if header is None or text_of(header, "Modality") not in SLICED:
+        return ""
+    return text_of(header, "SeriesInstanceUID")
 
 
 def parse_image(content: bytes) -> tuple[Any, PixelFormat]:
@@ -332,6 +350,8 @@ def _refuse_others(header: Any) -> None:
         raise Unusable("not an image")
     modality = text_of(header, "Modality") or "unknown"
     has_size = _values(header, "Rows") and _values(header, "Columns")
+    if not has_size and text_of(header, "SOPClassUID") in IMAGES:
+        raise Unusable("E_TRUNCATED: the header ends before the size of the image")
     if not has_size or modality in NO_IMAGES:
         raise Unusable(f"not an image: {modality}")
 

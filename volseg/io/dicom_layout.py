@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ from volseg.errors import VolsegError
 from volseg.inputs import shorten
 from volseg.io.cases import ONE_CHANNEL, Channels, Listing, Row
 from volseg.io.dicom import folder_of
-from volseg.io.dicom_frames import SUFFIXES
+from volseg.io.dicom_frames import SUFFIXES, Skipped
 from volseg.io.dicom_masks import is_mask, referenced_series
 from volseg.io.dicom_series import DicomFolder, DicomVolume, collect
 from volseg.io.series import with_series
@@ -21,6 +22,7 @@ from volseg.words import format_count, format_list
 
 LARGEST = "largest"  # --series: the one with most voxels
 SAMPLE = 10  # files by which slices are told from pictures
+UNPLACED = re.compile(r"E_MOSAIC|E_NOGEOM: \d+ frames")
 SINGLE = "E_NDIM"  # images of one slice, such as surveys, are no scans
 
 
@@ -69,14 +71,23 @@ def _masks_of(folder: DicomFolder) -> dict[str, list[Path]]:
 def are_slices(paths: Sequence[Path]) -> bool:
     """Tell whether these files are DICOM slices of volumes, or their masks, from some of them.
 
-    Radiographs are not: each is a series of its own, or has no place in the patient.
+    Radiographs are not: each is a series of its own, or has no place in the patient. Slices without
+    a place are, if they are of one series, and so are files of several slices.
     """
     if not all(path.suffix.lower() in SUFFIXES for path in paths):
         return False
     sample = collect(paths[:SAMPLE])
-    return any(len(volume.frames) > 1 for volume in sample.volumes) or any(
-        map(is_mask, sample.skipped)
+    stacks = Counter(skipped.stack for skipped in sample.skipped if skipped.stack)
+    return (
+        any(len(volume.frames) > 1 for volume in sample.volumes)
+        or any(is_mask(skipped) or _is_unplaced(skipped) for skipped in sample.skipped)
+        or max(stacks.values(), default=0) > 1
     )
+
+
+def _is_unplaced(skipped: Skipped) -> bool:
+    """Check whether a file holds several slices whose places are unknown."""
+    return bool(skipped.stack) and UNPLACED.match(skipped.reason) is not None
 
 
 def _is_single(volume: DicomVolume) -> bool:

@@ -13,9 +13,10 @@ from volseg.io import dicom_seg, rtstruct
 from volseg.io.dicom_frames import Skipped, Unusable, holds_dicom, read_frames, reason_of
 from volseg.io.dicom_object import DicomObject, items_of, read_object
 from volseg.io.dicom_seg import Segmentation
-from volseg.io.dicom_series import files_below
+from volseg.io.dicom_series import files_below, read_folder
 from volseg.io.gzip_stream import COPY_AGAIN, refusal
 from volseg.io.header import ReferenceGrid, ScanHeader
+from volseg.io.paths import visible_paths
 from volseg.io.series import place_of
 from volseg.words import format_list
 
@@ -26,6 +27,13 @@ FIX = "give a DICOM segmentation (SEG) or contours (RTSTRUCT), or a mask in anot
 def mask_files(folder: Path) -> list[Path]:
     """List the segmentations and contours in a folder and in those below."""
     return sorted(path for path in files_below(folder) if is_mask(read_frames(path)))
+
+
+def lone_masks(folder: Path) -> list[Path]:
+    """List the segmentations and contours in a folder, but not below; none beside a series."""
+    paths = [path for path in visible_paths(folder) if path.is_file()]
+    files = [path for path in paths if is_mask(read_frames(path))]
+    return [] if files and read_folder(folder).volumes else files
 
 
 def is_mask(file: object) -> bool:

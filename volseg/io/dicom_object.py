@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,12 +22,19 @@ from volseg.io.dicom_frames import (
     rest_of,
 )
 from volseg.io.gzip_stream import COPY_AGAIN, opened_raw, refusal
+from volseg.io.header import ScanWarning
 from volseg.io.series import place_of
 from volseg.io.text_header import shown
 from volseg.words import format_list
 
 DEFLATED = "1.2.840.10008.1.2.1.99"
 FIX = "export the file again"
+REPLACED = "W_NAME"
+DATES = (
+    *("PatientBirthDate", "StudyDate", "SeriesDate", "AcquisitionDate", "ContentDate"),
+    *("StructureSetDate", "InstanceCreationDate"),
+)
+MIN_SECRET = 3  # letters and digits of a name or id that is looked for in names of regions
 MAX_KEPT = 8  # files whose headers are kept: a mask is checked, planned and read
 
 
@@ -91,10 +100,59 @@ def items_of(item: Any, name: str) -> list[Any]:
     return list(item.get(name) or [])
 
 
-def name_of(item: Any, keyword: str) -> str:
+def names_of(
+    data: Any, items: Mapping[int, Any], keyword: str
+) -> tuple[dict[int, str], list[ScanWarning]]:
+    """Return number → name of regions, and a warning if some are replaced by `region 1`.
+
+    Those are names that hold the patient's, an id or a date: names are part of all results.
+
+    Args:
+        data: of the file, which says who the patient is.
+        items: number → the item that holds its name under `keyword`.
+    """
+    names = {number: _name_of(item, keyword) for number, item in items.items()}
+    secrets, dates = _secrets_of(data), _dates_of(data)
+    replaced = {
+        number: f"region {number}"
+        for number, name in names.items()
+        if any(secret in _padded(name) for secret in secrets)
+        or any(date in re.sub(r"\D", "", name) for date in dates)
+    }
+    if not replaced:
+        return names, []
+    text = f"named after the patient or a date: {format_list(list(replaced.values()), 5)}"
+    return names | replaced, [ScanWarning(REPLACED, text)]
+
+
+def _name_of(item: Any, keyword: str) -> str:
     """Return a name that is shown to users, in one line."""
     text = str(item.get(keyword) or "").replace("\0", " ")
     return shorten(" ".join(text.split()), MAX_NAME)
+
+
+def _secrets_of(data: Any) -> list[str]:
+    """Return the parts of the patient's name and the ids, as `_padded`; shorter ones are left out.
+
+    A part ends at `^`, as in Miller^Ann, or at a space, but not at a hyphen: de-identified names
+    such as Prostate-01 are of one part, so that a region may be called prostate.
+    """
+    texts = [*re.split(r"[\^=\s,]+", str(data.get("PatientName") or ""))]
+    texts += [str(data.get(keyword) or "") for keyword in ("PatientID", "AccessionNumber")]
+    padded = map(_padded, texts)
+    return [text for text in padded if len(text) >= MIN_SECRET + 2]
+
+
+def _dates_of(data: Any) -> list[str]:
+    """Return the dates of the file, as eight digits."""
+    dates = (re.sub(r"\D", "", str(data.get(keyword) or "")) for keyword in DATES)
+    return [date for date in dates if len(date) == 8]
+
+
+def _padded(text: str) -> str:
+    """Return the words of a text in lower case, with a space before and after each."""
+    words = re.findall(r"[^\W_]+", text.casefold())
+    return f" {' '.join(words)} "
 
 
 def choose_segments(names: dict[int, str], choice: str | None, path: Path, what: str) -> list[int]:

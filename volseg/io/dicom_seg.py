@@ -29,13 +29,13 @@ from volseg.io.dicom_object import (
     DicomObject,
     choose_segments,
     items_of,
-    name_of,
+    names_of,
     overlap_fix,
 )
 from volseg.io.dicom_pixels import BIG, CODEC_FIX, IMPLICIT, PLUGINS, codec_problem
 from volseg.io.dicom_series import TO_RAS
 from volseg.io.gzip_stream import COPY_AGAIN, opened_raw, refusal
-from volseg.io.header import ReferenceGrid, ScanHeader, checked_grid, rounded
+from volseg.io.header import ReferenceGrid, ScanHeader, ScanWarning, checked_grid, rounded
 from volseg.io.series import place_of, split_segments
 from volseg.io.text_header import shown
 from volseg.volume import SAME_GRID_TOLERANCE_VOXELS, Geometry
@@ -84,7 +84,7 @@ def read_header(file: DicomObject, path: Path, grid: ReferenceGrid | None) -> Sc
     Source: DICOM PS3.3 C.8.20 (segmentation), C.7.6.16 (functional groups)
     """
     data, kind = file.data, _kind_of(file, path)
-    names, frames = _names(data, kind, path), _frames(file)
+    (names, notes), frames = _names(data, kind, path), _frames(file)
     affine, places = _grid(frames, data)
     rows, columns = frames[0].pixels.shape
     shape = (columns, rows, max(places) + 1)
@@ -108,7 +108,7 @@ def read_header(file: DicomObject, path: Path, grid: ReferenceGrid | None) -> Sc
             background=(0, *_padding(data)),
         ),
         frame_of_reference=text_of(data, "FrameOfReferenceUID"),
-        warnings=tuple(oddities),
+        warnings=(*notes, *oddities),
     )
 
 
@@ -121,18 +121,16 @@ def _kind_of(file: DicomObject, path: Path) -> str:
     return kind
 
 
-def _names(data: Any, kind: str, path: Path) -> dict[int, str]:
-    """Return number → name of the segments that the path names; of all if it names none."""
-    names = {
-        int(item.SegmentNumber): name_of(item, "SegmentLabel")
-        for item in items_of(data, "SegmentSequence")
-    }
+def _names(data: Any, kind: str, path: Path) -> tuple[dict[int, str], list[ScanWarning]]:
+    """Return number → name of the segments that the path names, else of all; and notes on them."""
+    items = {int(item.SegmentNumber): item for item in items_of(data, "SegmentSequence")}
+    names, notes = names_of(data, items, "SegmentLabel")
     names.pop(0, None)  # the background of a label map
     taken = choose_segments(names, split_segments(path)[1], path, "segment")
     if kind == FRACTIONAL and len(taken) > 1:
         fix = f"choose one of them, such as {place_of(path).name}#{min(names)}"
         raise refusal(path, "E_LABELS", f"holds fractions of {len(taken)} segments", fix)
-    return {label: names[label] for label in taken}
+    return {label: names[label] for label in taken}, notes
 
 
 def _frames(file: DicomObject) -> list[Frame]:

@@ -9,10 +9,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from volseg.io.dicom_frames import Frame, Skipped, read_frames
+from volseg.io.dicom_frames import SUFFIXES, Frame, Skipped, read_frames
 from volseg.io.dicom_pixels import have_equal_pixels
 from volseg.io.header import TILT_FIX
 from volseg.io.paths import visible_paths
@@ -20,11 +21,14 @@ from volseg.volume import LPS_TO_RAS, MAX_COSINE
 from volseg.words import format_count
 
 KEY_DIGITS = 12
+AXES_DIGITS, SPACING_DIGITS, THICKNESS_DIGITS = 3, 4, 2  # of what frames of one volume share
 SAME_PLACE = 0.01  # of the distance of slices; also in mm
 GAP = 1.5  # distance of slices, in medians, from which one is missing
 UNEVEN, VERY_UNEVEN = 0.01, 0.1  # deviation from even slices, in their distance
+NO_START = "E_DAMAGED: does not start as a DICOM file does, with 128 bytes and DICM"
 TILT = "E_TILT"  # the stack is not at right angles to its slices
 TO_RAS = np.diag(LPS_TO_RAS)[:3]
+_Group = tuple[tuple[Any, ...], list[Frame]]  # what its frames share, and they
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,19 +93,22 @@ def read_folder(folder: Path) -> DicomFolder:
 
 
 def collect(paths: Iterable[Path]) -> DicomFolder:
-    """List the volumes in these files; those that are not DICOM are ignored."""
+    """List the volumes in these files; those that are not DICOM, by name too, are ignored."""
     result, frames = DicomFolder(), list[Frame]()
     for path in paths:
         read = read_frames(path)
         if isinstance(read, Skipped):
             result.skipped.append(read)
-        else:
-            frames += read or ()
+        elif read is not None:
+            frames += read
+        elif path.suffix.lower() in SUFFIXES:
+            result.skipped.append(Skipped(path, NO_START))
     groups: dict[tuple[object, ...], list[Frame]] = defaultdict(list)
     for frame in frames:
         groups[_group_of(frame)].append(frame)
     result.volumes = [
-        _volume_of(group, key_for(repr(name))) for name, group in sorted(groups.items(), key=_order)
+        _volume_of(group, key_for(repr(name)))
+        for name, group in _joined(sorted(groups.items(), key=_order))
     ]
     return result
 
@@ -119,12 +126,37 @@ def _group_of(frame: Frame) -> tuple[object, ...]:
     """Return what frames of one volume share; numbers are rounded, as they are stored as text."""
     return (
         frame.series,
-        tuple((np.round(frame.axes.ravel(), 3) + 0.0).tolist()),  # + 0: no negative zero
-        tuple(np.round(frame.spacing_mm, 4).tolist()),
+        tuple((np.round(frame.axes.ravel(), AXES_DIGITS) + 0.0).tolist()),  # + 0: no negative zero
+        tuple(np.round(frame.spacing_mm, SPACING_DIGITS).tolist()),
         frame.pixels.shape,
         frame.kind,
-        -1.0 if frame.thickness_mm is None else round(frame.thickness_mm, 2),
+        -1.0 if frame.thickness_mm is None else round(frame.thickness_mm, THICKNESS_DIGITS),
     )
+
+
+def _joined(groups: Iterable[_Group]) -> list[_Group]:
+    """Join groups whose numbers differ by one rounding step, as where slices lie on both sides."""
+    joined: list[_Group] = []
+    candidates: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    for name, frames in groups:
+        series, axes, spacing, shape, kind, thickness = name
+        places = candidates[series, shape, kind]
+        numbers = (axes, AXES_DIGITS), (spacing, SPACING_DIGITS), (thickness, THICKNESS_DIGITS)
+        for place in places:
+            others = joined[place][0]
+            steps = zip(numbers, (others[1], others[2], others[5]), strict=True)
+            if all(_are_close(one, other, digits) for (one, digits), other in steps):
+                joined[place][1].extend(frames)
+                break
+        else:
+            places.append(len(joined))
+            joined.append((name, list(frames)))
+    return joined
+
+
+def _are_close(one: Any, other: Any, digits: int) -> bool:
+    """Check whether rounded numbers differ by one step at most."""
+    return bool(np.abs(np.subtract(one, other)).max() < 1.5 * 10.0**-digits)
 
 
 def key_for(text: str) -> str:

@@ -63,7 +63,7 @@ SAME_S = 1.0  # times that are equal
 TIME = re.compile(r"(\d\d):?(\d\d)?:?(\d\d(?:\.\d{0,6})?)?")
 DATE = re.compile(r"(\d{4})[.]?(\d\d)[.]?(\d\d)")
 MOMENT = re.compile(r"(\d{8})(\d{6}(?:\.\d{0,6})?)([+-]\d{4})?")
-FIX = "give the original series, or measure it in its stored unit, without --unit SUVbw"
+FIX = "give the original series, or measure it in its stored unit, with --unit a.u."
 
 
 class _Unproved(Exception):

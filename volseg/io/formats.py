@@ -6,6 +6,7 @@ To add one, write `io/<name>.py` and its row at the foot of this file.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +119,24 @@ def table_name(path: Path) -> str:
     if spacing_mm is not None:
         return place.name
     return stem_of(path) if format_of(path).name == DICOM else split_marks(path)[0].name
+
+
+def is_dicom_scan(path: Path) -> bool:
+    """Check whether a path names a DICOM series, whose folder may be named after a patient."""
+    return format_of(path).name == DICOM
+
+
+def without_places(text: str, names: Mapping[Path, str]) -> str:
+    """Return a message for tables, in which the names of files stand for their paths.
+
+    Args:
+        names: path of a volume → its name; files in its folder, and the folder, get it too.
+    """
+    for path, name in names.items():
+        place = place_of(path)
+        folder = place if place.is_dir() else place.parent
+        text = re.sub(re.escape(str(folder)) + r"(?=[/#:; ]|$).*?(?=: |; |$)", name, text)
+    return text
 
 
 def result_suffix(name: str) -> str:

@@ -14,7 +14,7 @@ from volseg.errors import VolsegError, missing_path
 from volseg.io.cases import ONE_CHANNEL, Case, Channels, Listing, Survey, read_cases_csv
 from volseg.io.dataset_json import FILE
 from volseg.io.described import read_described
-from volseg.io.dicom_frames import holds_slices
+from volseg.io.dicom_frames import holds_slices, is_dicom
 from volseg.io.dicom_layout import read_dicom
 from volseg.io.folders import read_folder, row_of_scan, scans_in
 from volseg.io.formats import DICOM, format_of, is_scan
@@ -184,6 +184,7 @@ def _read_dataset(
     if not os.path.exists(dataset):
         raise missing_path(dataset)
     if not os.path.isdir(dataset):  # opening it refuses a pipe or a device
+        _refuse_scan(dataset)
         return read_cases_csv(dataset, channels)
     if (dataset / "cases.csv").is_file():
         return read_cases_csv(dataset / "cases.csv", channels)
@@ -195,12 +196,24 @@ def _read_dataset(
             fix=f"add a {FILE} that names the channels",
             code="E_DATASET",
         )
+    if series is not None and (listing := read_dicom(dataset, channels, series)) is not None:
+        return listing  # which is asked for, whatever else is there
     listing = read_folder(dataset, channels, may_split=may_split)
     if not listing.rows and not listing.mistakes:
         return read_dicom(dataset, channels, series) or listing
     if holds_slices(dataset, leave_out=is_scan):
         listing.remarks.append(
-            f"W_SKIPPED: {dataset}: its DICOM images are not read, because it also holds scans in "
-            f"other formats; give the folder of the DICOM files"
+            f"W_DICOM: {dataset}: its DICOM images are not read, because it also holds scans in "
+            "other formats; give the folder of the DICOM files, or --series to infer or measure"
         )
     return listing
+
+
+def _refuse_scan(path: Path) -> None:
+    """Refuse a single scan or mask where a dataset is needed."""
+    if is_scan(path) or is_dicom(path):
+        raise VolsegError(
+            f"{path}: is one scan or mask, and a folder or table of them is needed",
+            fix="give the folder that holds it, or a table with the columns image and label",
+            code="E_USAGE",
+        )

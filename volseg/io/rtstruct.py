@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from volseg.io.dicom_frames import rest_of
-from volseg.io.dicom_object import FIX, DicomObject, choose_segments, items_of, name_of
+from volseg.io.dicom_object import FIX, DicomObject, choose_segments, items_of, names_of
 from volseg.io.dicom_seg import MAX_LISTED, overlap_refusal
 from volseg.io.dicom_series import TO_RAS
 from volseg.io.gzip_stream import opened_raw, refusal
@@ -75,13 +75,14 @@ def read_header(file: DicomObject, path: Path, grid: ReferenceGrid | None) -> Sc
         problem = "holds contours, which have no grid of their own"
         fix = "give its scan: in the column image of cases.csv, or read_mask(path, like=scan)"
         raise refusal(path, "E_NOGEOM", problem, fix)
-    regions = _regions(file, path, grid)
+    regions, notes = _regions(file, path, grid)
     drawn = [region for region in regions if region.contours]
     if not drawn:
         kinds = sorted({kind for region in regions for kind in region.others})
         problem = f"holds no closed contour{': ' * bool(kinds)}{format_list(kinds, 3)}"
         raise refusal(path, "E_LABELS", problem, "give the contours of a region")
-    drawing, notes = _draw(drawn, grid.geometry, path)
+    drawing, oddities = _draw(drawn, grid.geometry, path)
+    notes += oddities
     if open_ones := [region for region in regions if region.others]:
         listed = [f"{shown(region.name)} ({region.others[0]})" for region in open_ones]
         text = f"contours that bound nothing are left out: {format_list(listed, 5)}"
@@ -96,11 +97,13 @@ def read_header(file: DicomObject, path: Path, grid: ReferenceGrid | None) -> Sc
     )
 
 
-def _regions(file: DicomObject, path: Path, grid: ReferenceGrid) -> list[Region]:
-    """Return the chosen regions, with their contours in voxels of the scan."""
+def _regions(
+    file: DicomObject, path: Path, grid: ReferenceGrid
+) -> tuple[list[Region], list[ScanWarning]]:
+    """Return the chosen regions, with their contours in voxels of the scan, and notes on names."""
     data = file.data
     items = {int(item.ROINumber): item for item in items_of(data, "StructureSetROISequence")}
-    names = {number: name_of(item, "ROIName") for number, item in items.items()}
+    names, notes = names_of(data, items, "ROIName")
     if names and min(names) < 1:
         problem = f"numbers a region {min(names)}, but 0 is the background"
         raise refusal(path, "E_LABELS", problem, FIX)
@@ -115,7 +118,7 @@ def _regions(file: DicomObject, path: Path, grid: ReferenceGrid) -> list[Region]
         _check_space(items[region.number], data, grid, path)
         for contour in items_of(item, "ContourSequence"):
             _add_contour(region, contour, grid.geometry, path)
-    return list(regions.values())
+    return list(regions.values()), notes
 
 
 def _check_space(item: Any, data: Any, grid: ReferenceGrid, path: Path) -> None:

@@ -38,11 +38,14 @@ class Table:
     remarks: Sequence[str] = field(default=())
 
 
-def read_table(path: Path, synonyms: Synonyms) -> Table:
+def read_table(path: Path, synonyms: Synonyms, *, prefix: str | None = None) -> Table:
     """Read a table whose known columns may have other usual heads.
 
     Cells may be separated by commas, semicolons or tabs. A byte order mark, a first line `sep=;`
     and columns without head and cells are allowed.
+
+    Args:
+        prefix: of further known heads, such as `image_` for channels.
 
     Raises:
         VolsegError: the file is no such table, or two heads stand for one column.
@@ -61,7 +64,7 @@ def read_table(path: Path, synonyms: Synonyms) -> Table:
             f"{path}: column {heads.index('') + 1} has cells but no name",
             fix="name it in the first line, or delete it",
         )
-    columns, remarks = _named(heads, synonyms, path)
+    columns, remarks = _named(heads, synonyms, path, prefix)
     repeated = sorted(name for name, n in Counter(columns).items() if n > 1)
     if repeated:
         names = ", ".join(map(repr, repeated))
@@ -129,7 +132,9 @@ def _without_empty_columns(
     ]
 
 
-def _named(heads: Sequence[str], synonyms: Synonyms, path: Path) -> tuple[list[str], list[str]]:
+def _named(
+    heads: Sequence[str], synonyms: Synonyms, path: Path, prefix: str | None
+) -> tuple[list[str], list[str]]:
     """Return the column of each head, and remarks on the heads."""
     plain = [_plain(head) for head in heads]
     columns, remarks = list(heads), list[str]()
@@ -149,7 +154,8 @@ def _named(heads: Sequence[str], synonyms: Synonyms, path: Path) -> tuple[list[s
                 remarks.append(f"N_HEAD: {path}: column {heads[place]!r} is read as {column!r}")
     missing = [column for column in synonyms if column not in columns]
     for head, column in zip(plain, columns, strict=True):
-        near = [] if column in synonyms else _meant(head, missing, synonyms)
+        is_known = column in synonyms or (prefix is not None and head.startswith(prefix))
+        near = [] if is_known else _meant(head, missing, synonyms)
         if near:
             text = f"W_COLUMN: {path}: column {column!r} is not used; did you mean {near[0]!r}?"
             remarks.append(text)
