@@ -180,8 +180,8 @@ mean = 0.0
 sd = 1.0
 [network]
 name = "unet3d"
-features = [4, 8]
-strides = [[1, 1, 1], [2, 2, 2]]
+features = [4, 8, 8]
+strides = [[1, 1, 1], [2, 2, 2], [2, 2, 2]]
 [train]
 patch_shape = [16, 16, 16]
 batch_size = 1
