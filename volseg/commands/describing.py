@@ -254,18 +254,21 @@ def _check_evaluation(documents: Mapping[str, Document]) -> None:
     contents = {kind: documents[kind].content for kind in KINDS if kind in documents}
     run, evaluation = contents.get(RUN), contents.get(EVALUATION)
     if run is not None and MODEL in contents:
-        digest = documents["files"].content[FILES[MODEL]]
         options = run.get("options")
         stated = options.get("model_sha256") if isinstance(options, Mapping) else None
-        if stated not in (None, digest):
+        if stated not in (None, documents["files"].content[FILES[MODEL]]):
             raise _unrelated("the results are not of this model")
     if run is not None and evaluation is not None:
-        names = {name for key in ("done", "kept") for name in _names(run.get(key))}
-        masks = evaluation.get("masks")
-        if isinstance(masks, Mapping) and masks and names.isdisjoint(masks):
-            raise _unrelated("the evaluation has none of the cases of the results")
-        if evaluation.get("model") not in (None, run.get("model")):
-            raise _unrelated("the evaluation is of another model than the results")
+        _check_same_cases(run, evaluation)
+
+
+def _check_same_cases(run: Mapping[str, Any], evaluation: Mapping[str, Any]) -> None:
+    names = {name for key in ("done", "kept") for name in _names(run.get(key))}
+    masks = evaluation.get("masks")
+    if isinstance(masks, Mapping) and masks and names.isdisjoint(masks):
+        raise _unrelated("the evaluation has none of the cases of the results")
+    if evaluation.get("model") not in (None, run.get("model")):
+        raise _unrelated("the evaluation is of another model than the results")
 
 
 def _names(content: Any) -> list[str]:

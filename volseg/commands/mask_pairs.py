@@ -27,7 +27,7 @@ from volseg.evaluation.detection import (
 from volseg.evaluation.memory import LIBRARIES, most_evaluating, plan_evaluating, plan_reading
 from volseg.evaluation.overlap import COUNTED_TOGETHER, OverlapRow, evaluate_case
 from volseg.execution.memory import Budget
-from volseg.io.cases import ONE_CHANNEL, Listing, Row, safe_id
+from volseg.io.cases import ONE_CHANNEL, Case, Listing, Row, safe_id
 from volseg.io.csv_text import iterate_csv
 from volseg.io.dataset_json import IGNORE, stated_labels
 from volseg.io.dicom_masks import lone_masks
@@ -347,15 +347,8 @@ def _masks(path: Path, remark: Callable[[str], None]) -> dict[str, _Mask]:
     is_described = is_dataset(path)
     has_masks = (path / "masks").is_dir() and not is_described
     folder = path / "masks" if has_masks else path
-    is_folder = folder.is_dir() and not is_described
-    if is_folder and not scans_in(folder) and (files := lone_masks(folder)):
-        named = [
-            Row(where=str(file), id=safe_id(file.stem), images={ONE_CHANNEL: file})
-            for file in files
-        ]
-        return {
-            case.id: _Mask(case.images[ONE_CHANNEL]) for case in Listing(named).cases(str(folder))
-        }
+    if not is_described and (cases := _dicom_masks(folder)):
+        return {case.id: _Mask(case.images[ONE_CHANNEL]) for case in cases}
     # A case may lack any channel here: only its mask is read.
     cases = find_cases(folder, None, allow_missing=True, remark=remark)
     references = {
@@ -368,6 +361,17 @@ def _masks(path: Path, remark: Callable[[str], None]) -> dict[str, _Mask]:
     return {
         case.id: _Mask(case.images[ONE_CHANNEL]) for case in find_scans([folder], (ONE_CHANNEL,))
     }
+
+
+def _dicom_masks(folder: Path) -> list[Case]:
+    """Return the segmentations of DICOM in a folder of nothing else, as cases of their names."""
+    if not folder.is_dir() or scans_in(folder):
+        return []
+    rows = [
+        Row(where=str(file), id=safe_id(file.stem), images={ONE_CHANNEL: file})
+        for file in lone_masks(folder)
+    ]
+    return Listing(rows).cases(str(folder)) if rows else []
 
 
 @dataclass(frozen=True, slots=True)

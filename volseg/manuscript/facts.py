@@ -133,15 +133,9 @@ def value_at(facts: Facts, path: Path) -> Any:
 
 def _filled(facts: Facts, part: Clause) -> tuple[str, list[str]] | None:
     """Return a clause with its values, and their keys; None if one is unknown."""
-    conditions = {_path(key): value for key, value in part.when.items()}
-    needs = list(map(_path, part.needs))
-    if (
-        any(value_at(facts, path) != value for path, value in conditions.items())
-        or any(_is_stated(value_at(facts, _path(key))) for key in part.unless)
-        or not all(_is_stated(value_at(facts, path)) for path in needs)
-    ):
+    if not _applies(facts, part):
         return None
-    texts, paths = [], [*conditions, *needs]
+    texts, paths = [], list(map(_path, (*part.when, *part.needs)))
     for literal, name, kind, _ in Formatter().parse(part.text):
         texts.append(literal)
         if name is None:
@@ -153,6 +147,14 @@ def _filled(facts: Facts, part: Clause) -> tuple[str, list[str]] | None:
         texts.append(shown)
         paths += sources
     return "".join(texts), [_key(facts, path) for path in paths]
+
+
+def _applies(facts: Facts, part: Clause) -> bool:
+    return (
+        all(value_at(facts, _path(key)) == value for key, value in part.when.items())
+        and not any(_is_stated(value_at(facts, _path(key))) for key in part.unless)
+        and all(_is_stated(value_at(facts, _path(key))) for key in part.needs)
+    )
 
 
 def _is_stated(value: Any) -> bool:
