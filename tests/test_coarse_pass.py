@@ -123,7 +123,9 @@ def test_the_result_equals_that_of_the_whole_scan_in_the_region_and_is_backgroun
 @pytest.mark.parametrize(
     "affine", [lps((1.0, 1.5, 3.0)), oblique((2.0, 1.0, 4.0))], ids=["lps", "oblique"]
 )
-@pytest.mark.parametrize("margin_mm", [0.0, 12.0, pytest.param(25.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "margin_mm", [0.0, *(pytest.param(mm, marks=pytest.mark.slow) for mm in (12.0, 25.0))]
+)
 def test_the_margin_is_in_millimetres_for_any_spacing(affine, margin_mm):
     scan, bright, _ = phantom(affine, (90, 84, 40))
     # The fine network finds lesions everywhere, in tiles one voxel apart: the mask is the region.

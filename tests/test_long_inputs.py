@@ -20,7 +20,7 @@ from volseg.store.results import State
 
 LONGER = 4  # times the length
 MAX_GROWTH = 8  # of the time: 4 if it is linear, 16 if it is quadratic
-NEGLIGIBLE_S = 0.1  # too short to judge its growth
+NEGLIGIBLE_S = 0.2  # too short to judge its growth
 
 
 def seconds_of(work):

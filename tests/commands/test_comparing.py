@@ -89,7 +89,10 @@ def baseline(tmp_path_factory):
     )
 
 
-@pytest.mark.parametrize("make", [GRIDS["ras"], GRIDS["oblique"]], ids=["ras", "oblique"])
+@pytest.mark.parametrize(
+    "make",
+    [pytest.param(GRIDS["ras"], id="ras", marks=pytest.mark.slow), GRIDS["oblique"]],
+)
 def test_growth_shrinkage_and_what_is_new_or_gone_on_any_grid(baseline, make, tmp_path):
     geometry = around((1.8, 1.3, 1.6), make)
     scans = {name: scan_of(geometry, after) for name, (_, after, _) in TIMES.items()}
@@ -306,6 +309,7 @@ def test_a_patient_who_moved_is_compared_as_one_who_did_not(tmp_path):
     assert max(float(r["distance_mm"]) for r in blind if r["distance_mm"]) > 5
 
 
+@pytest.mark.slow
 def test_the_row_warns_of_a_registration_that_cannot_be_trusted(tmp_path):
     geometry = Geometry((32, 32, 20), GRIDS["ras"]((2.0, 2.0, 3.0)))
     cases = []

@@ -455,6 +455,7 @@ def test_a_student_learns_from_a_teacher_and_a_vgg_is_pruned_and_fine_tuned(tabl
         )
 
 
+@pytest.mark.slow
 def test_pretrained_weights_are_a_start(table, tmp_path):
     report = volseg.pretrain(table, recipe=recipe("shape", {"epochs": 1}), out=tmp_path / "p")
     assert report.metrics["training_images"] == 24

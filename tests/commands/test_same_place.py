@@ -72,6 +72,7 @@ def test_all_48_orders_of_a_mask_measure_alike(scan, tmp_path):
     assert any("W_AXES" in warning for warning in report.warnings)
 
 
+@pytest.mark.slow
 def test_all_48_orders_of_a_prediction_evaluate_alike(scan, tmp_path):
     _, truth = scan
     guess = truth.with_array(np.roll(truth.array, 1, axis=0))

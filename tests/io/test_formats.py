@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import nibabel
 import numpy as np
 import pytest
 from laws import GRIDS, oblique, orientations
@@ -12,6 +13,7 @@ from volseg.errors import ScanError
 from volseg.io import formats
 from volseg.io.formats import FORMATS, READABLE, SUFFIXES, format_of, is_scan, stem_of
 from volseg.io.layouts import find_cases, find_scans
+from volseg.io.series import TILT, with_mark
 from volseg.io.volumes import (
     read_header,
     read_mask,
@@ -176,3 +178,37 @@ def test_every_flipped_byte_of_a_compressed_file_is_noticed(suffix, tmp_path):
             continue
         np.testing.assert_array_equal(volume.array, array)  # such as a bit of the time stamp
         np.testing.assert_array_equal(volume.geometry.affine, geometry.affine)
+
+
+@pytest.mark.parametrize("suffix", MASKS)
+def test_a_tilted_mask_is_written_where_its_format_holds_it_and_else_the_fix_says_where(
+    suffix, tmp_path
+):
+    affine = np.diag([1.0, 1.0, 2.0, 1.0])
+    affine[1, 2] = 0.7
+    array = np.zeros((6, 7, 5), np.uint8, order="F")
+    array[2:4, 2:5, 1:3] = 1
+    scan, path = tmp_path / "scan.nii.gz", tmp_path / f"mask{suffix}"
+    nibabel.save(nibabel.Nifti1Image(array.astype(np.int16), affine), scan)
+    like = with_mark(scan, TILT)
+    mask = Volume(array, read_volume(like).geometry)
+    if format_of(path).holds_tilt:
+        write_volume(mask, path, like=like)
+        assert np.array_equal(read_mask(with_mark(path, TILT)).array, array)
+        with pytest.raises(ScanError, match="give `like`"):
+            write_volume(mask, tmp_path / f"other{suffix}")
+    else:
+        with pytest.raises(ScanError, match="write it as NIfTI") as caught:
+            write_volume(mask, path, like=like)
+        assert caught.value.code == "E_SHEAR" and not path.exists()
+
+
+def test_paths_of_a_folder_are_named_in_messages_and_those_beside_it_stay(tmp_path):
+    study, name = tmp_path / "Doe^Jane", "s0123456789ab"
+    (study / "sub").mkdir(parents=True)
+    text = f"{study}/sub/a b.dcm: broken; {study}2/x: kept; see {study}#{name}"
+    expected = f"{name}: broken; {study}2/x: kept; see {name}"
+    assert formats.without_places(text, {study: name}) == expected
+    (study / "x.dcm").touch()
+    assert formats.without_places(text, {study / "x.dcm": name}) == expected
+    assert formats.without_places("no path", {study: name}) == "no path"

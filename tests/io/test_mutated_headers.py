@@ -108,8 +108,8 @@ def read_all(name: str, n: int, seed: int, folder: Path) -> tuple[int, int]:
 
 @pytest.mark.parametrize("name", FILES)
 def test_mutated_files_are_read_or_refused(name, tmp_path):
-    n_read, n_codes = read_all(name, 1000, 0, tmp_path)
-    assert 50 < n_read < 900 and n_codes >= 8  # the mutations reach both
+    n_read, n_codes = read_all(name, 250, 0, tmp_path)
+    assert 10 < n_read < 230 and n_codes >= 6  # the mutations reach both
 
 
 @pytest.mark.slow

@@ -40,6 +40,7 @@ def test_without_a_budget_every_epoch_is_validated(make_validator):
     assert validator.due_after(0.0) and validator.reserve == 0 and validator.compares_last
 
 
+@pytest.mark.slow
 def test_with_a_budget_validation_waits_until_training_can_afford_it(make_validator):
     validator, weights = make_validator(1e6)
     assert not validator.due_after(0.0)
@@ -53,6 +54,7 @@ def test_with_a_budget_validation_waits_until_training_can_afford_it(make_valida
     ]  # training time adds up
 
 
+@pytest.mark.slow
 def test_a_tiny_budget_validates_one_case_and_reserves_a_limited_part(make_validator):
     validator, weights = make_validator(1e-4)
     assert len(validator.validate_subset(weights)) == 1

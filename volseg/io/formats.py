@@ -6,7 +6,6 @@ To add one, write `io/<name>.py` and its row at the foot of this file.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,9 +133,23 @@ def without_places(text: str, names: Mapping[Path, str]) -> str:
     """
     for path, name in names.items():
         place = place_of(path)
-        folder = place if place.is_dir() else place.parent
-        text = re.sub(re.escape(str(folder)) + r"(?=[/#:; ]|$).*?(?=: |; |$)", name, text)
+        text = _without_place(text, str(place if place.is_dir() else place.parent), name)
     return text
+
+
+def _without_place(text: str, folder: str, name: str) -> str:
+    """Return a text with this name for each path in a folder, up to the next `: ` or `; `."""
+    kept, done = [], 0
+    while (start := text.find(folder, done)) >= 0:
+        after = start + len(folder)
+        if text[after : after + 1] in ("", *"/#:; "):
+            ends = [at for end in (": ", "; ") if (at := text.find(end, after)) >= 0]
+            kept += [text[done:start], name]
+            done = min(ends, default=len(text))
+        else:  # another folder, whose name starts so
+            kept.append(text[done:after])
+            done = after
+    return "".join([*kept, text[done:]])
 
 
 def result_suffix(name: str) -> str:

@@ -235,8 +235,11 @@ def checked_grid(
     return geometry, warnings
 
 
-def refuse_tilt(geometry: Geometry, path: Path | str) -> None:
+def refuse_tilt(geometry: Geometry, path: Path | str, fix: str = TILT_FIX) -> None:
     """Refuse axes that are not at right angles, which most commands and formats assume.
+
+    Args:
+        fix: what to do besides resampling.
 
     Raises:
         ScanError: the grid is tilted or sheared (`E_SHEAR`).
@@ -246,7 +249,7 @@ def refuse_tilt(geometry: Geometry, path: Path | str) -> None:
             path,
             "E_SHEAR",
             _tilt(geometry.largest_cosine),
-            f"{TILT_FIX}, or resample it to a right-angled grid",
+            f"{fix}, or resample it to a right-angled grid",
         )
 
 

@@ -332,8 +332,10 @@ def write_volume(
     if volume.array.dtype == np.bool_:
         volume = Volume(volume.array.view(np.uint8), volume.geometry)
     source = None if like is None else read_header(like)
-    if source is None or not row.holds_tilt:
-        refuse_tilt(volume.geometry, path)
+    if not row.holds_tilt:
+        refuse_tilt(volume.geometry, path, fix="write it as NIfTI with `like`, its scan")
+    elif source is None:
+        refuse_tilt(volume.geometry, path, fix="give `like`, the scan that it belongs to")
     if source and not np.array_equal(source.geometry.affine, volume.geometry.affine):
         raise ValueError(f"the volume lies on another grid than {like}")
     if label_names and row.encode_named is not None:
