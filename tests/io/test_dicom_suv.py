@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 from dicom_files import Series, oblique_volume, write_series
 from pet_headers import DAY, PLANTED, beds, pet, philips
+from pydicom.datadict import tag_for_keyword
 
 from volseg.errors import ScanError
 from volseg.io.series import IN_SUV, split_marks, with_mark
@@ -240,3 +242,18 @@ def test_damaged_headers_are_read_or_refused_in_one_line(tmp_path):
             codes.add(error.code)
             assert "\n" not in str(error)
     assert {"SUV", "E_SUV"} <= codes
+
+
+@pytest.mark.parametrize("keyword", ["DecayCorrection", "Units", "PatientWeight", "CorrectedImage"])
+def test_an_empty_value_of_an_unknown_type_is_refused_by_its_tag(keyword, tmp_path):
+    path, _ = series(tmp_path, pet())
+    for file in path.iterdir():
+        tag = tag_for_keyword(keyword)
+        start = struct.pack("<HH", tag >> 16, tag & 0xFFFF)
+        content = file.read_bytes()
+        at = content.index(start) + len(start)
+        (length,) = struct.unpack_from("<H", content, at + 2)
+        file.write_bytes(content[:at] + b"CT\0\0" + content[at + 4 + length :])
+    with pytest.raises(ScanError, match=keyword) as caught:
+        read_volume(with_mark(path, IN_SUV))
+    assert caught.value.code == "E_SUV"

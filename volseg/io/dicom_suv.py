@@ -305,7 +305,10 @@ def _drug(header: Any) -> Any:
 
 def _words(header: Any, name: str) -> tuple[str, ...]:
     """Return the texts of an element; none if it is absent or empty."""
-    element = header.get_item(TAGS[name])
+    try:
+        element = header.get_item(TAGS[name])  # converts a value that was left out before
+    except Exception as error:  # as above
+        raise _Unproved(f"{name} cannot be read") from error
     value: Any = () if element is None or element.value is None else element.value
     if isinstance(value, bytes):
         value = value.decode("latin-1").split("\\")
