@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,14 @@ def test_the_page_tells_channels_apart():
     assert "none of them has a flag" in page
 
 
+@pytest.mark.parametrize(("step_mm", "is_plotted"), [(1e-5, False), (0.5, True)])
+def test_what_differs_by_rounding_alone_is_not_plotted(step_mm, is_plotted):
+    row = judge_scan(dataset()[0], case_id="p").row
+    rows = [replace(row, case_id=f"p{n}", spacing_s_mm=3.27 + n * step_mm) for n in range(6)]
+    page = quality_page(About(command="check"), [Tile(row, None) for row in rows]).html()
+    assert ("Spacing along S" in page) == is_plotted
+
+
 def island(page: str, name: str) -> str:
     """Return the JSON that a page holds under this id."""
     match = re.search(rf'id="{name}"[^>]*>(.*?)</script>', page, re.DOTALL)
@@ -169,8 +178,6 @@ def test_sheets_show_flagged_scans_first_if_there_are_too_many():
     with Image.open(io.BytesIO(picture)) as image:
         assert max(image.size) == 200
         assert image.width / image.height == pytest.approx(52 / 46, rel=0.02)
-    from dataclasses import replace
-
     flagged = replace(row, flags="W_CUT")
     many = [Tile(row, picture)] * (MAX_SHEETS * PER_SHEET) + [Tile(flagged, None)]
     sheets = quality_sheets(many)

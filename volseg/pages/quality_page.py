@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from volseg.pages.about import About
 from volseg.pages.headline import warning_kinds
 from volseg.pages.page import CONTENT_BYTES, json_size
@@ -39,6 +41,7 @@ LAYOUT = Layout(
     needed=("warnings", "reason"),
     rank=lambda row: not _is_odd(row),
 )
+SAME = 0.01  # relative spread of values that is not plotted
 # column → title, unit
 PLOTTED = {
     "snr": ("Signal-to-noise ratio", ""),
@@ -107,6 +110,9 @@ def _plots(rows: Sequence[QualityRow]) -> Iterator[Plot]:
             if value is not None:
                 text = f"{row.case_id}: {format_number(value)} {unit}".rstrip()
                 groups[row.channel].append(Dot(value, text))
+        values = [dot.value for dots in groups.values() for dot in dots]
+        if np.ptp(values or [0]) <= SAME * np.abs(values or [0]).max():
+            continue  # rounding would fill the axis
         strip = strip_of(groups, title=title, unit=unit, noun="scan")
         if strip is not None:
             yield Plot.of(strip)
