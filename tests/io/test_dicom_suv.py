@@ -249,6 +249,7 @@ def test_an_empty_value_of_an_unknown_type_is_refused_by_its_tag(keyword, tmp_pa
     path, _ = series(tmp_path, pet())
     for file in path.iterdir():
         tag = tag_for_keyword(keyword)
+        assert tag is not None
         start = struct.pack("<HH", tag >> 16, tag & 0xFFFF)
         content = file.read_bytes()
         at = content.index(start) + len(start)
