@@ -480,7 +480,10 @@ def _values(item: Any, name: str) -> list[Any]:
 
     pydicom's own conversion, which knows all elements, takes most of the time of a header.
     """
-    element = item.get_item(TAGS[name])
+    try:
+        element = item.get_item(TAGS[name])
+    except NotImplementedError:  # an empty value of an unknown type
+        return []
     if element is None or element.value is None or element.value == "":
         return []
     stored = element.value
