@@ -603,3 +603,18 @@ def test_compressed_twins_of_a_real_series_are_equal():
         twin = read_volume(folder / f"d2n_generic_compressed_{codec}_001")
         assert np.array_equal(twin.array, plain.array)
         assert np.array_equal(twin.geometry.affine, plain.geometry.affine)
+
+
+def test_an_empty_value_of_an_unknown_type_is_an_absent_one(tmp_path):
+    def without_place(header, index):
+        del header.ImagePositionPatient
+
+    folder = write_series(straight_volume(), tmp_path / "study", Series(edit=without_place))
+    file = min(folder.iterdir())
+    content = file.read_bytes()
+    at = content.index(b"\x20\x00\x0e\x00UI") + 4  # the type of SeriesInstanceUID
+    length = int.from_bytes(content[at + 2 : at + 4], "little")
+    file.write_bytes(content[:at] + b"U\0\0\0" + content[at + 4 + length :])
+    with pytest.raises(ScanError) as caught:
+        read_volume(folder)
+    assert caught.value.code == "E_NOGEOM"
