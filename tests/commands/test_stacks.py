@@ -6,11 +6,13 @@ import csv
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
 import volseg
 from volseg.errors import VolsegError
+from volseg.io.prepared import read_prepared_case
 from volseg.io.volumes import read_mask, read_volume, write_volume
 from volseg.volume import Geometry, Volume
 
@@ -82,6 +84,35 @@ def test_a_table_names_stacks_and_a_spacing_without_any_is_refused(twins, tmp_pa
             spacing=spacing,
             out=tmp_path / "b",
         )
+
+
+def test_a_table_states_a_spacing_for_each_path_in_training_and_evaluation(
+    twins, tiny_recipe, tmp_path
+):
+    folder, spacing = twins
+    mark = f"#{spacing.replace(',', 'x')}mm"
+    rows_of = {
+        "stacks": (folder / f"image.npy{mark}", folder / f"mask{mark}"),
+        "twins": (folder / "image.nii.gz", folder / "mask.nii.gz"),
+    }
+    for name, (image, mask) in rows_of.items():
+        (tmp_path / name).mkdir()
+        lines = [f"p{n},{image},{mask},{split},{5 - 4 * n}" for n, split in enumerate(("train", "val"))]
+        table = "\n".join(["subject,image,label,split,grade", *lines])
+        (tmp_path / name / "cases.csv").write_text(table + "\n")
+        volseg.preprocess(tmp_path / name, recipe=tiny_recipe, out=tmp_path / name / "out")
+    prepared = [read_prepared_case(tmp_path / name / "out" / "cases", "p0") for name in rows_of]
+    assert np.array_equal(prepared[0].image, prepared[1].image)
+    assert np.array_equal(prepared[0].mask, prepared[1].mask) and prepared[0].mask.any()
+    (tmp_path / "predicted").mkdir()
+    write_volume(read_volume(folder / "mask.nii.gz"), tmp_path / "predicted" / "p0.nii.gz")
+    write_volume(read_volume(folder / "mask.nii.gz"), tmp_path / "predicted" / "p1.nii.gz")
+    report = volseg.evaluate(
+        reference=tmp_path / "stacks", predicted=tmp_path / "predicted", out=tmp_path / "e"
+    )
+    assert report.exit_code == 0
+    table = pd.read_csv(tmp_path / "e" / "evaluation.csv")
+    assert (table.dice == 1).all() and len(table) >= 2
 
 
 @pytest.mark.parametrize("given", ["1,1", "0,1,1", "a,b,c", (1, 2)])

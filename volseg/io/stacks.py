@@ -31,7 +31,10 @@ from volseg.io.voxels import joined_digest
 ARRAYS, PAGES = (".npy", ".npz"), (".tif", ".tiff")
 PICTURES = (".png", *PAGES)  # lossless ones of scans
 SUFFIXES = ARRAYS + PICTURES
-FIX = f"give {SPACING_FORM} (infer, measure and check), or store it as NIfTI"
+FIX = (
+    f"give {SPACING_FORM} (infer, measure and check), add #0.8x0.8x2.5mm to its path in a table of "
+    "cases, or store it as NIfTI"
+)
 NUMBER = re.compile(r"[0-9]{1,12}(?=[^0-9]*\Z)")  # the last one of a name
 
 
