@@ -136,6 +136,14 @@ def test_a_folder_of_images_is_told_apart_from_scans(tmp_path):
     for name in ("benign", "malignant"):
         (tmp_path / "data" / name).mkdir(parents=True)
         Image.new("L", (20, 20)).save(tmp_path / "data" / name / "1.png")
-    with pytest.raises(VolsegError, match="2D images") as caught:
-        volseg.cases(tmp_path / "data", out=tmp_path / "cases.csv")
-    assert "volseg train" in caught.value.fix and not (tmp_path / "cases.csv").exists()
+    calls = {
+        "cases.csv": lambda out: volseg.cases(tmp_path / "data", out=out),
+        "model": lambda out: volseg.train(tmp_path / "data", recipe="smoke", out=out),
+        "scores": lambda out: volseg.evaluate(
+            reference=tmp_path / "data", predicted=tmp_path / "data" / "benign", out=out
+        ),
+    }
+    for name, call in calls.items():
+        with pytest.raises(VolsegError, match=r"2D images, not scans.*volseg train"):
+            call(tmp_path / name)
+        assert not (tmp_path / name).exists()

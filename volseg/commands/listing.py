@@ -8,7 +8,15 @@ from functools import partial
 from pathlib import Path
 
 from volseg.errors import VolsegError
-from volseg.io.cases import ONE_CHANNEL, Case, Survey, dataset_error, is_image_column
+from volseg.io.cases import (
+    NO_SCANS,
+    ONE_CHANNEL,
+    ONLY_IMAGES,
+    Case,
+    Survey,
+    dataset_error,
+    is_image_column,
+)
 from volseg.io.csv_text import write_csv
 from volseg.io.files import atomic_write, make_folder
 from volseg.io.image_cases import looks_like_images
@@ -56,13 +64,9 @@ def cases(options: CasesOptions) -> ListingReport:
 
 def _nothing_listed(folders: Sequence[Path], mistakes: Sequence[str]) -> VolsegError:
     images = next((folder for folder in folders if looks_like_images(folder)), None)
-    if images is None:
-        return dataset_error(mistakes or ["no scans found"], ", ".join(map(str, folders)))
-    return VolsegError(
-        f"{images}: holds 2D images, not scans with masks",
-        fix="`volseg check` says how it is read, and `volseg train` classifies it",
-        code="E_DATASET",
-    )
+    if images is not None:  # a folder of them, or a table or a file
+        return dataset_error([ONLY_IMAGES], str(images))
+    return dataset_error(mistakes or [NO_SCANS], ", ".join(map(str, folders)))
 
 
 def _rows(survey: Survey, folder: Path) -> Iterator[dict[str, str]]:

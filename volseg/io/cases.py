@@ -95,6 +95,10 @@ class Row:
 
 
 NO_SCANS = f"no scans found; they end in {READABLE}"
+ONLY_IMAGES = (
+    "holds 2D images, not scans with masks; `volseg check` says how it is read, and `volseg train` "
+    "without a recipe, or with one of a classifier, classifies them"
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from volseg.errors import VolsegError, missing_path
-from volseg.io.cases import ONE_CHANNEL, Case, Channels, Listing, Survey, read_cases_csv
+from volseg.io.cases import (
+    ONE_CHANNEL,
+    ONLY_IMAGES,
+    Case,
+    Channels,
+    Listing,
+    Survey,
+    read_cases_csv,
+)
 from volseg.io.dataset_json import FILE
 from volseg.io.described import read_described
 from volseg.io.dicom_frames import holds_slices, is_dicom
@@ -200,12 +208,21 @@ def _read_dataset(
         return listing  # which is asked for, whatever else is there
     listing = read_folder(dataset, channels, may_split=may_split)
     if not listing.rows and not listing.mistakes:
-        return read_dicom(dataset, channels, series) or listing
+        return read_dicom(dataset, channels, series) or _without_scans(dataset, listing)
     if holds_slices(dataset, leave_out=is_scan):
         listing.remarks.append(
             f"W_DICOM: {dataset}: its DICOM images are not read, because it also holds scans in "
             "other formats; give the folder of the DICOM files, or --series to infer or measure"
         )
+    return listing
+
+
+def _without_scans(folder: Path, listing: Listing) -> Listing:
+    """Return the empty listing; of 2D images with the mistake that says so."""
+    from volseg.io.image_cases import looks_like_images  # which lists scans by this module
+
+    if looks_like_images(folder):
+        listing.mistakes.append(ONLY_IMAGES)
     return listing
 
 
