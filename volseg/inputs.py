@@ -28,6 +28,7 @@ MAX_DEPTH = 64  # nested lists and objects; deeper ones would exhaust the stack 
 MAX_INTEGER = 2**63 - 1
 MAX_DIGITS = 20  # of a 64-bit number, including its sign
 MAX_NAME = 200  # characters in the name of a label, channel or column
+MIN_SPACING_MM, MAX_SPACING_MM = 0.01, 100.0  # of voxels
 MAX_LABEL = 2**32 - 1  # the largest value of a mask
 # Byte sequences that may mean a number out of range or half of a surrogate pair; other content
 # needs no full check. Mapping all digits to 0 and searching bytes is ten times faster than a

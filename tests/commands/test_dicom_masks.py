@@ -245,3 +245,39 @@ def test_check_says_once_that_a_scan_with_contours_cannot_be_read(study, tmp_pat
     cases = tmp_path / "cases.csv"
     cases.write_text(f"image,label\n{tmp_path / 'ct'},{study / 'rt'}\n")
     assert [problem["code"] for problem in volseg.check(cases)] == ["E_GAP"]
+
+
+def numbered_in_two_ways(folder: Path, mask: Volume) -> None:
+    """Write two cases thrice: with GTV and node, and with node alone, which is then number 1."""
+    gtv, node = mask.array == 4, mask.array == 9
+    for kind, numbers in {"one": (1, 2), "other": (2, 1)}.items():
+        for case, regions in {"both": (gtv, node), "node": (np.zeros_like(gtv), node)}.items():
+            number = 1 if case == "node" else numbers[1]  # files number the regions that they hold
+            values = np.select([regions[0], regions[1]], [numbers[0], number]).astype(np.uint8)
+            names = {numbers[0]: "GTV", number: "node"} if case == "both" else {number: "node"}
+            write_seg(mask.with_array(values), folder / kind / f"{case}.dcm", Seg(names=names))
+            stated = np.select(list(regions), [3, 5]).astype(np.uint8)
+            (folder / "nifti").mkdir(exist_ok=True)
+            write_volume(mask.with_array(stated), folder / "nifti" / f"{case}.nii.gz")
+
+
+def test_evaluate_goes_by_the_names_of_regions_and_not_by_their_numbers(study, tmp_path):
+    numbered_in_two_ways(tmp_path, read_mask(study / "seg" / "S.dcm"))
+    results = tmp_path / "results"
+    shutil.copytree(tmp_path / "nifti", results / "masks")
+    shutil.copytree(tmp_path / "one", results / "dicom_seg")
+    names = ("case_id", "label", "label_name", "confidence_mean")
+    lines = (names, ("both", 3, "GTV", ""), ("both", 5, "node", ""), ("node", 5, "node", ""))
+    with (results / "lesions.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(lines)
+    pairs = (("one", "other"), ("other", "one"), ("other", "results"))
+    pairs += (("nifti", "results"), ("nifti", "results/dicom_seg"))
+    for number, (reference, predicted) in enumerate(pairs):
+        out = tmp_path / f"evaluation_{number}"
+        volseg.evaluate(reference=tmp_path / reference, predicted=tmp_path / predicted, out=out)
+        lines = rows(out / "evaluation.csv")
+        dice = {(line["case_id"], line["label_name"]): line["dice"] for line in lines}
+        assert dice.pop(("node", "GTV"), "") == ""  # in neither mask
+        assert dice == {("both", "GTV"): "1", ("both", "node"): "1", ("node", "node"): "1"}
+        # A label has one value in all cases, so means are of one label.
+        assert len({(line["label"], line["label_name"]) for line in lines}) == 2

@@ -116,10 +116,24 @@ def test_a_table_states_a_spacing_for_each_path_in_training_and_evaluation(
     assert (table.dice == 1).all() and len(table) >= 2
 
 
-@pytest.mark.parametrize("given", ["1,1", "0,1,1", "a,b,c", (1, 2)])
+@pytest.mark.parametrize("given", ["1,1", "0,1,1", "1e-320,1,1", "1,1,1e9", "a,b,c", (1, 2)])
 def test_a_spacing_is_three_lengths(given, twins, tmp_path):
-    with pytest.raises(VolsegError, match=r"--spacing must be three lengths over 0 mm"):
+    with pytest.raises(VolsegError, match=r"--spacing must be three lengths of 0\.01 to 100 mm"):
         volseg.infer(twins[0] / "image.npy", spacing=given, out=tmp_path / "a")
+
+
+def test_a_mask_without_geometry_takes_the_spacing_beside_a_scan_that_has_its_own(twins, tmp_path):
+    folder, spacing = twins
+    mask = folder / "mask"
+    report = volseg.measure(
+        image=folder / "image.nii.gz", mask=mask, spacing=spacing, out=tmp_path / "a"
+    )
+    assert report.exit_code == 0 and any("1 mask without" in note for note in report.notes)
+    twin = volseg.measure(
+        image=folder / "image.nii.gz", mask=folder / "mask.nii.gz", out=tmp_path / "b"
+    )
+    assert twin.exit_code == 0
+    assert rows(tmp_path / "a" / "lesions.csv") == rows(tmp_path / "b" / "lesions.csv")
 
 
 def test_without_a_spacing_the_row_names_the_option(twins, model, tmp_path):

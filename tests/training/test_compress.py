@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
+from volseg.commands.image_start import Start
 from volseg.errors import VolsegError
-from volseg.networks import build_network, copy_weights
+from volseg.networks import build_network, copy_weights, unique_tensors
 from volseg.networks.image_network import count_multiply_adds
 from volseg.networks.vgg import Settings, Vgg
+from volseg.recipe.train import Network
 from volseg.training.compress import (
     Distillation,
     apply_masks,
@@ -184,3 +188,13 @@ def test_the_teacher_gets_no_gradient():
 def test_settings_without_a_meaning_are_refused(wrong):
     with pytest.raises(VolsegError, match="distillation with temperature"):
         Distillation(**wrong)
+
+
+def test_a_pruned_start_keeps_the_colours_of_the_first_layer_whatever_the_order_of_the_file():
+    widths = [8, 8, 12, 12, 16, 16, 16, 16]
+    section = Network.model_validate({"name": "vgg", "depth": 11, "widths": widths})
+    network = build_network("vgg", in_channels=3, out_channels=3, depth=11, widths=widths)
+    tensors = dict(reversed(list(unique_tensors(network).items())))
+    start = Start(Path("vgg.safetensors"), tensors, network=section)
+    kept = start.pruned(0.0).tensors["features.0.weight"]
+    assert torch.equal(kept, tensors["features.0.weight"])

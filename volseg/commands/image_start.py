@@ -137,6 +137,7 @@ class Start:
             VolsegError: the network is none.
         """
         from volseg.networks import architecture, build_network, copy_weights
+        from volseg.networks.adapt import input_channels
         from volseg.networks.vgg import Settings, Vgg
         from volseg.training.compress import prune_channels
 
@@ -148,10 +149,10 @@ class Start:
                 fix="leave out --prune, or make a smaller student with --teacher",
                 code="E_USAGE",
             )
-        first = next(tensor for name, tensor in self.tensors.items() if tensor.ndim == 4)
+        n_channels = input_channels(network.name, self.tensors)
         n_classes = len(self.tensors["head.weight"]) if "head.weight" in self.tensors else 2
         whole = build_network(
-            network.name, in_channels=first.shape[1], out_channels=n_classes, **network.settings
+            network.name, in_channels=n_channels, out_channels=n_classes, **network.settings
         )
         weights, _ = self.adapted_to(whole)
         copy_weights(whole, dict(whole.state_dict()) | dict(weights))

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 
 from volseg.commands.batch import mask_digest_of
+from volseg.commands.dicom_results import SEG
 from volseg.commands.label_values import Shared, parsed_pairs, renamed, shared_voxels, values_in
 from volseg.commands.mask_measurement import most_labels
 from volseg.commands.placing import place_mask
+from volseg.commands.region_values import names_in_file, new_values, value_of_names
 from volseg.errors import ScanError, VolsegError
 from volseg.evaluation.detection import (
     DetectionRow,
@@ -34,7 +36,6 @@ from volseg.io.dicom_masks import lone_masks
 from volseg.io.files import RECORDS
 from volseg.io.folders import scans_in
 from volseg.io.formats import RESULT_SUFFIX, is_dicom_scan, stem_of, table_name, without_places
-from volseg.io.label_table import read_region_names
 from volseg.io.layouts import find_cases, find_scans, is_dataset
 from volseg.io.matching import pair_names
 from volseg.io.series import TILT, with_mark
@@ -56,6 +57,7 @@ class MaskPairs:
     Args:
         truths, guesses: case id → reference mask and predicted mask.
         label_names: value → name, where it is stated.
+        value_of_name: name → value of labels whose files number them in their own ways.
         ignored: value of unannotated voxels in the reference, if any.
         renamed_values: predicted value → the reference value that it stands for.
         reviews: verdicts of a reader on the predicted lesions.
@@ -67,6 +69,7 @@ class MaskPairs:
     guesses: Mapping[str, _Mask]
     predictions: _Predictions
     label_names: Mapping[int, str]
+    value_of_name: Mapping[str, int]
     ignored: int | None
     renamed_values: Mapping[int, int]
     budget: Budget
@@ -93,12 +96,15 @@ class MaskPairs:
         predictions = _Predictions.of(options.predicted, truth_of, renamed_values)
         stated = stated_labels(options.reference) if is_dataset(options.reference) else {}
         ignored = stated.pop(IGNORE, None)
+        label_names = predictions.label_names | {value: name for name, value in stated.items()}
+        value_of_name = _value_of_name(options, label_names, truths, guesses)
         return cls(
             options=options,
             truths=truths,
             guesses=guesses,
             predictions=predictions,
-            label_names=predictions.label_names | {value: name for name, value in stated.items()},
+            label_names={value: name for name, value in value_of_name.items()} | label_names,
+            value_of_name=value_of_name,
             ignored=ignored,
             renamed_values=renamed_values,
             reviews=reviews,
@@ -132,6 +138,7 @@ class MaskPairs:
             "objects": options.objects,
             "threshold": options.threshold,
             "labels": list(options.labels),
+            **({"values": dict(self.value_of_name)} if self.value_of_name else {}),
         }
 
     @property
@@ -250,7 +257,10 @@ class MaskPairs:
             grid_name=str(paths[0]),
             other="reference",
         )
-        guess = renamed(placed.mask, self.renamed_values)
+        names = names_in_file(*masks[0].read_from)
+        values = new_values(names, self.value_of_name)
+        truth = renamed(truth, values)
+        guess = renamed(self._by_name(placed.mask, masks[1]), self.renamed_values)
         copies = 2 * truth.array.size if objects == "labels" else 0
         peak = plan_evaluating(truth, guess, process=process, copies=copies)
         peak = max(reading, peak, key=lambda peak: peak.total)
@@ -258,8 +268,14 @@ class MaskPairs:
             raise refusal
         budget.announce(peak, case_id)
         self._clear_ignored(truth, guess)
-        names = read_region_names(*masks[0].read_from)
+        names = {values.get(value, value): name for value, name in names.items()}
         return _ReadMasks(truth, guess, [*notes, *placed.notes], names)
+
+    def _by_name(self, guess: Volume, mask: _Mask) -> Volume:
+        """Return a predicted mask with the values that its names have in this comparison."""
+        if _numbers_by_recipe(self.options):
+            return guess
+        return renamed(guess, new_values(names_in_file(*mask.read_from), self.value_of_name))
 
     def _clear_ignored(self, truth: Volume, guess: Volume) -> None:
         """Count unannotated voxels of the reference as background in both masks, in place."""
@@ -267,6 +283,29 @@ class MaskPairs:
             for part in slabs_of(truth.array):
                 unannotated = truth.array[part] == self.ignored
                 truth.array[part][unannotated] = guess.array[part][unannotated] = 0
+
+
+def _value_of_name(
+    options: EvaluateOptions,
+    stated: Mapping[int, str],
+    truths: Mapping[str, _Mask],
+    guesses: Mapping[str, _Mask],
+) -> dict[str, int]:
+    """Return name → value if files name their regions; {} if none does."""
+    if options.objects == "labels":
+        return {}  # equal values are not the same objects there
+    cases = sorted(truths.keys() & guesses.keys())
+    of_truths = [names_in_file(*truths[case].read_from) for case in cases]
+    predicted = [] if _numbers_by_recipe(options) else [guesses[case] for case in cases]
+    of_guesses = [names_in_file(*mask.read_from) for mask in predicted]
+    if not any((*of_truths, *of_guesses)):
+        return {}
+    return value_of_names(stated, of_truths, of_guesses)
+
+
+def _numbers_by_recipe(options: EvaluateOptions) -> bool:
+    """Tell whether the predicted masks are those of a results folder, numbered by its recipe."""
+    return (options.predicted / "masks").is_dir()
 
 
 def _reviews_of(options: EvaluateOptions) -> Reviews:
@@ -398,6 +437,7 @@ class _Predictions:
             truth_of: case id → that of the reference.
             renamed_values: predicted value → that of the reference.
         """
+        folder = folder.parent if folder.name == SEG else folder
         table = folder / "lesions.csv"
         if not ((folder / "masks").is_dir() and table.is_file()):
             return cls({}, {})

@@ -141,7 +141,7 @@ def _remarks(
         used |= set(paths)
         if len(paths) > 1:
             names = format_list([str(path) for path in paths], 3)
-            text = f"{len(paths)} masks refer to {volume.key}, so a table must name one: {names}"
+            text = f"{len(paths)} masks refer to {volume.key}, none is used unless named: {names}"
             yield f"N_MASKS: {place}: {text}"
     skipped_files = [skipped for skipped in folder.skipped if skipped.path not in used]
     if skipped_files:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from volseg.inputs import MAX_SPACING_MM, MIN_SPACING_MM
 from volseg.io.gzip_stream import (
     COPY_AGAIN,
     GZIP_MAX_RATIO,
@@ -25,7 +26,6 @@ from volseg.volume import MAX_COSINE, Geometry
 MAX_BYTES = 16 * 2**30  # voxel bytes that a header may request
 MIN_SLICE_EDGE = 8  # voxels; values on a surface are stored in one row, or in a few
 MAX_TAIL_BYTES = 2**20  # after the last voxel
-MIN_SPACING_MM, MAX_SPACING_MM = 0.01, 100.0
 ANISOTROPIC_RATIO = 20.0  # largest / smallest spacing that raises a warning
 TILTED = "W_TILT"  # code of the warning about a grid that is not right-angled
 TILT_FIX = "give --tilt resample to infer, measure, preprocess or train"

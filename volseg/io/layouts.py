@@ -125,14 +125,17 @@ def spacing_remarks(cases: Sequence[Case], spacing: Spacing | None) -> list[str]
     if spacing is None:
         return []
     n = sum(split_spacing(path)[1] is not None for case in cases for path in case.images.values())
-    if not n:
+    masks = [case.reference for case in cases if case.reference is not None]
+    n_masks = sum(split_spacing(mask)[1] is not None for mask in masks)
+    if not n and not n_masks:
         raise VolsegError(
             "--spacing is for NPY, NPZ, TIFF and folders of pictures, and there are none",
             fix="leave out --spacing: the other formats state it",
             code="E_USAGE",
         )
+    what = format_count(n, "scan") if n else format_count(n_masks, "mask")
     return [
-        f"N_SPACING: {format_count(n, 'scan')} without geometry: voxels of {format_sizes(spacing)} "
+        f"N_SPACING: {what} without geometry: voxels of {format_sizes(spacing)} "
         "mm, and the axes I, J, K are taken for R, A, S"
     ]
 

@@ -174,6 +174,17 @@ def adapt(network: ImageNetwork, tensors: Mapping[str, torch.Tensor]) -> Adapted
     return Adapted(weights, tuple(rows))
 
 
+def input_channels(name: str, tensors: Mapping[str, torch.Tensor]) -> int:
+    """Return the channels that the first layer of a network has in a file; 1 if it lacks it.
+
+    Args:
+        name: of the network.
+    """
+    skeleton = _skeleton(name)
+    first = _rename(skeleton, tensors).get(skeleton.first_convolution)
+    return 1 if first is None or first.ndim != 4 else first.shape[1]
+
+
 def _pickle_problem(file: Path, error: UnpicklingError) -> VolsegError:
     """Return an error without torch's advice to unpickle whatever there is."""
     request = re.search(r"GLOBAL (\S+)", str(error))

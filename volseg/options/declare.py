@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar, dataclass_transform, overload
 
 from volseg.errors import VolsegError, missing_path
-from volseg.inputs import shorten
+from volseg.inputs import MAX_SPACING_MM, MIN_SPACING_MM, shorten
 
 Progress = Callable[[str, float, str], None]  # stage, fraction of it that is done, detail
 Announce = Callable[[str], None]
@@ -414,8 +414,9 @@ def voxel_spacing(value: Sequence[float] | str | None) -> tuple[float, float, fl
         i, j, k = (float(part) for part in parts)
     except (TypeError, ValueError):
         i = j = k = math.nan
-    if not all(0 < mm < math.inf for mm in (i, j, k)):
-        problem = f"must be three lengths over 0 mm, got {_shown(value)}"
+    if not all(MIN_SPACING_MM <= mm <= MAX_SPACING_MM for mm in (i, j, k)):
+        limits = f"{MIN_SPACING_MM:g} to {MAX_SPACING_MM:g} mm"
+        problem = f"must be three lengths of {limits}, got {_shown(value)}"
         raise ValueError(problem, "write them as I,J,K, such as 0.8,0.8,2.5")
     return i, j, k
 
