@@ -12,6 +12,7 @@ from os import PathLike
 from pathlib import Path
 
 MAX_MESSAGE = 200  # characters of an unexpected exception's text in a row
+CODE_NAME = r"_[A-Z0-9_]{1,40}"  # regular expression of a code after its letter, as in E_4D
 SEVERITIES = {"E": "error", "W": "warning", "N": "note"}  # first letter of a code → what it marks
 
 

@@ -538,7 +538,8 @@ def test_the_command_line_prints_the_metrics(folder):
     result = CliRunner().invoke(app, [str(argument) for argument in with_other])
     assert result.exit_code == 0, result.output
     assert "malignant" in result.output and "balanced_accuracy" in result.output
-    assert "net − weak: accuracy" in result.output
+    for name in ("AUC", "accuracy", "log_loss"):
+        assert f"net − weak: {name} " in result.output
     arguments.append("--json")
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert json.loads(result.stdout)["task"] == "classes"

@@ -41,6 +41,7 @@ from pydicom.uid import (
 import volseg
 from volseg.errors import ScanError, VolsegError
 from volseg.io import dicom, dicom_frames
+from volseg.io.dicom_layout import describe
 from volseg.io.dicom_series import read_folder
 from volseg.io.image_cases import looks_like_images
 from volseg.io.layouts import find_scans
@@ -578,6 +579,8 @@ def test_real_series_get_the_verdict_of_a_careful_reader(name):
                 dicom.header_of(volume, folder)
             except ScanError as error:
                 codes.append(str(error.code))
+        said = describe(volume)
+        assert all(code in said for code in codes) if codes else said.endswith(": sound")
         verdicts.append(" ".join(codes) or volume.shape)
     assert sorted(verdicts, key=str) == sorted(VERDICTS[name], key=str)
 

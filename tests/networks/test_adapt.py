@@ -190,11 +190,13 @@ def test_files_without_weights_are_refused_by_name(tmp_path):
         "noise.safetensors": b"\xff" * 64,
         "empty.pt": b"",
         "empty.safetensors": b"",
+        "README.md": b"# Weights\n\nThey are elsewhere.\n",
     }.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(VolsegError, match=name.replace(".", r"\.")) as caught:
             read_weights(tmp_path / name)
         assert caught.value.code in ("E_CKPT", "E_PICKLE")
+        assert "pop" not in caught.value.problem  # nor other words of the unpickler's insides
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({"epoch": 1}, tmp_path / "numbers.pt")
     for name in ("list.pt", "numbers.pt"):

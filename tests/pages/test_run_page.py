@@ -2,16 +2,19 @@ import json
 import re
 from dataclasses import fields
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from browser_visits import Visit
 from hostile_pages import HOSTILE, report_of_all_states, scene
 
+import volseg
 from volseg.columns import row_of
 from volseg.measurement.rows import CaseRow, LesionMeasurement
 from volseg.pages.about import About
+from volseg.pages.headline import warning_kinds
 from volseg.pages.montage import montage_jpeg
-from volseg.pages.run_page import run_page
+from volseg.pages.run_page import code_and_text, run_page
 
 
 def test_failures_come_first_with_their_code_and_reason():
@@ -40,6 +43,23 @@ def test_a_row_of_an_older_version_without_the_new_columns_is_a_row_of_unknown_c
     ).html()
     rows = json.loads(re.search(r'id="lesions-data">(.*?)</script>', page)[1])["rows"]
     assert rows == [["a", 1, *[None] * (len(fields(LesionMeasurement)) - 2)]]
+
+
+def codes_of(package):
+    """Return every code of an error or a warning in the source of the package."""
+    text = "".join(path.read_text(encoding="utf-8") for path in package.rglob("*.py"))
+    return sorted(set(re.findall(r"\"([EW]_\w+)\"", text)))
+
+
+def test_every_code_is_told_from_its_text_and_notes_are_no_warnings():
+    codes = codes_of(Path(volseg.__file__).parent)
+    assert len(codes) > 50 and "E_4D" in codes
+    for code in codes:
+        assert code_and_text(f"{code}: the text: of it") == (code, "the text: of it")
+    warnings = [f"{code}: the text of it" for code in codes if code[0] == "W"]
+    row = CaseRow(case_id="a", status="done", warnings="; ".join([*warnings, "N_SUV: a factor"]))
+    kinds = warning_kinds([row])
+    assert len(kinds.kinds) + kinds.n_more == len(warnings)
 
 
 @pytest.mark.slow

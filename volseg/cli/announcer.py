@@ -6,14 +6,14 @@ import re
 from collections import Counter
 
 from volseg.cli.show import announce
-from volseg.errors import severity_of
+from volseg.errors import CODE_NAME, severity_of
 from volseg.options.shared import failure_line, remark_line
 from volseg.reports import RunReport
 from volseg.words import format_count
 
 MAX_REMARKS, MAX_FAILURES = 5, 20  # warnings or notes of one code, and failures, printed in full
 FAILED = "failed"
-KIND = re.compile(rf"(?:warning: |note: )?([WN]_[A-Z_]{{1,40}}|{FAILED}): ")
+KIND = re.compile(rf"(?:warning: |note: )?([WN]{CODE_NAME}|{FAILED}): ")
 
 
 class Announcer:

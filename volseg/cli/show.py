@@ -223,7 +223,9 @@ def _show_judgement(summary: Mapping[str, Any]) -> None:
         text = ", ".join(f"{title} {cell}" for title, cell in cells.items())
         typer.echo(one_line(f"baseline {baseline.replace('_', ' ')}: {text}"))
     for models, groups in summary["difference"].items():
-        for name, value in groups.get("overall", {}).items():
+        area = groups.get("macro", {}).get("auc")
+        areas = {} if area is None else {"AUC": area}
+        for name, value in (areas | groups.get("overall", {})).items():
             p = "" if value.get("p_value") is None else f", p = {value['p_value']:.3g}"
             text = _judged_text(value)
             typer.echo(one_line(f"{models}: {name} {text}{p}"))

@@ -12,7 +12,14 @@ import numpy as np
 from volseg.errors import ScanError, VolsegError
 from volseg.io.dicom_frames import Frame, rest_of
 from volseg.io.dicom_pixels import CODEC_FIX, codec_problem, stored_dtype, stored_values
-from volseg.io.dicom_series import DicomFolder, DicomVolume, collect, key_for, read_folder
+from volseg.io.dicom_series import (
+    DicomFolder,
+    DicomVolume,
+    Finding,
+    collect,
+    key_for,
+    read_folder,
+)
 from volseg.io.dicom_suv import suv_of
 from volseg.io.gzip_stream import opened_raw, refusal
 from volseg.io.header import ScanHeader, ScanWarning, checked_grid, rounded
@@ -115,10 +122,10 @@ def _times(frame: Frame, factor: float) -> Frame:
 
 def header_of(volume: DicomVolume, path: Path) -> ScanHeader:
     """Return the header of a volume, or refuse it, as `read_header` does."""
-    if volume.error is not None:
-        raise refusal(path, volume.error.code, volume.error.text, volume.error.fix)
+    error = volume.error or pixel_finding(volume)
+    if error is not None:
+        raise refusal(path, error.code, error.text, error.fix)
     assert volume.affine is not None
-    _refuse_pixels(volume, path)
     affine = rounded(volume.affine)
     geometry, warnings = checked_grid(volume.shape, affine, path, source="DICOM header")
     warnings += [ScanWarning(finding.code, finding.text) for finding in volume.findings]
@@ -146,19 +153,20 @@ def modality_of(header: ScanHeader) -> str:
     return volume.frames[0].modality if isinstance(volume, DicomVolume) else ""
 
 
-def _refuse_pixels(volume: DicomVolume, path: Path) -> None:
-    """Refuse pixels that cannot be decoded, or differ in type between slices."""
+def pixel_finding(volume: DicomVolume) -> Finding | None:
+    """Return why pixels cannot be decoded, or differ in type between slices; None if they can."""
     problems = [codec_problem(syntax) for syntax in {f.pixels.syntax for f in volume.frames}]
     problem = next(filter(None, problems), None)
     if problem is not None:
-        raise refusal(path, "E_CODEC", problem, CODEC_FIX)
+        return Finding("E_CODEC", problem, CODEC_FIX)
     try:
         dtypes = {stored_dtype(frame.pixels) for frame in volume.frames}
     except ValueError as error:
-        raise refusal(path, "E_DTYPE", str(error), "export the series again") from error
-    if len(dtypes) > 1:
-        text = f"its slices are stored as {format_list(sorted(map(str, dtypes)), 3)}"
-        raise refusal(path, "E_DTYPE", text, "export the series again")
+        return Finding("E_DTYPE", str(error), "export the series again")
+    if len(dtypes) == 1:
+        return None
+    text = f"its slices are stored as {format_list(sorted(map(str, dtypes)), 3)}"
+    return Finding("E_DTYPE", text, "export the series again")
 
 
 def read_voxels(header: ScanHeader, path: Path) -> tuple[np.ndarray, str]:

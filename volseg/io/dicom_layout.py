@@ -13,7 +13,7 @@ import numpy as np
 from volseg.errors import VolsegError
 from volseg.inputs import shorten
 from volseg.io.cases import ONE_CHANNEL, Channels, Listing, Row
-from volseg.io.dicom import folder_of
+from volseg.io.dicom import folder_of, pixel_finding
 from volseg.io.dicom_frames import SUFFIXES, Skipped
 from volseg.io.dicom_masks import is_mask, referenced_series
 from volseg.io.dicom_series import DicomFolder, DicomVolume, collect
@@ -46,7 +46,7 @@ def read_dicom(place: Path, channels: Channels, series: str | None = None) -> Li
     if not volumes:
         reasons = [skipped.reason for skipped in folder.skipped] or ["single slices"]
         text = format_list(list(dict.fromkeys(reasons)), 3)
-        listing.mistakes.append(f"{place}: holds DICOM files, but no volume: {text}")
+        listing.mistakes.append(f"holds DICOM files, but no volume: {text}")
     for volume in volumes if series is None else _chosen(place, volumes, series):
         path = with_series(_home_of(volume), volume.key)
         images = channels.pick({ONE_CHANNEL: path}, str(place))
@@ -161,7 +161,8 @@ def describe(volume: DicomVolume) -> str:
         sizes = np.linalg.norm(volume.affine[:3, :3], axis=0)
         spacing = f", {' × '.join(f'{size:.4g}' for size in sizes)} mm"
     size = "×".join(map(str, volume.shape))
-    verdict = "; ".join(f"{finding.code} {finding.text}" for finding in volume.findings) or "sound"
+    findings = [*volume.findings, *filter(None, [pixel_finding(volume)])]
+    verdict = "; ".join(f"{finding.code} {finding.text}" for finding in findings) or "sound"
     return f"{volume.key}: {first.modality or 'unknown modality'}, {size}{spacing}: {verdict}"
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
+from volseg.errors import CODE_NAME
 from volseg.recipe import ARBITRARY, HU, SUV, parse_unit
 from volseg.volume import Volume
 
@@ -69,7 +70,7 @@ class Unit:
 
 def warnings_in(text: str | None) -> list[tuple[str, str]]:
     """Split a `warnings` cell, of cases.csv for example, into (code, sentence) pairs."""
-    parts = re.split(r"; (?=[NW]_[A-Z_]+: )", text) if text else []
+    parts = re.split(rf"; (?=[NW]{CODE_NAME}: )", text) if text else []
     return [(code, sentence) for code, _, sentence in (part.partition(": ") for part in parts)]
 
 

@@ -138,9 +138,11 @@ def read_weights(path: Path) -> WeightFile:
             code="E_CKPT",
         ) from error
     except (*_DAMAGE, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        # The others speak of the insides of the unpickler.
+        is_reason = isinstance(error, RuntimeError | ValueError | SafetensorError) and str(error)
+        reason = f" ({shorten(str(error).strip().splitlines()[0], 200)})" if is_reason else ""
         raise VolsegError(
-            f"{file}: not a file of weights ({shorten(reason, 200)})",
+            f"{file}: not a file of weights{reason}",
             fix="give a .safetensors file, a state dict saved by torch.save, or a model folder",
             code="E_CKPT",
         ) from error

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from volseg.errors import is_note
 from volseg.measurement.rows import CaseRow, LesionMeasurement
 from volseg.measurement.units import UNIT, UNLIKE, warnings_in
 from volseg.pages.about import About
@@ -91,13 +92,15 @@ def _certainty(boxes: Sequence[tuple[ModelBox, Similarity]]) -> str:
 def warning_kinds(cases: Sequence[CaseRow | QualityRow]) -> Warnings:
     """Return the warnings of the scans by code, the gravest first.
 
-    Scans that failed are left out: the page lists them with their reason.
+    Notes, which need no action, stay in the table. Scans that failed are left out: the page lists
+    them with their reason.
     """
     scans: dict[str, dict[str, str]] = defaultdict(dict)
     for case in cases:
         if case.status == "done" and case.warnings:
             for code, sentence in warnings_in(case.warnings):
-                scans[code].setdefault(case.case_id, sentence)
+                if not is_note(code):
+                    scans[code].setdefault(case.case_id, sentence)
     rank = {code: n for n, code in enumerate(GRAVE)}
     codes = sorted(scans, key=lambda code: (rank.get(code, len(rank)), -len(scans[code])))
     kinds = [

@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
+from volseg.errors import CODE_NAME
 from volseg.inputs import shorten
 from volseg.measurement.rows import CaseRow, LesionMeasurement
 from volseg.pages.about import About
@@ -219,7 +220,7 @@ def failures(
 
 def code_and_text(reason: str) -> tuple[str, str]:
     """Split the reason of a failure into its code, empty if it has none, and its text."""
-    match = re.fullmatch(r"([EW]_[A-Z_]+): (.*)", reason, flags=re.DOTALL)
+    match = re.fullmatch(rf"([EW]{CODE_NAME}): (.*)", reason, flags=re.DOTALL)
     return (match[1], match[2]) if match else ("", reason)
 
 
