@@ -10,6 +10,7 @@ from volseg.cli import app
 from volseg.commands import table_columns
 from volseg.errors import VolsegError
 from volseg.io.volumes import read_mask, write_volume
+from volseg.store.outputs import OutputFolder
 
 
 def test_a_good_dataset_model_recipe_and_scan_have_no_problem(dataset, model):
@@ -17,6 +18,13 @@ def test_a_good_dataset_model_recipe_and_scan_have_no_problem(dataset, model):
     assert volseg.check(model) == []
     assert volseg.check("smoke") == []
     assert volseg.check(dataset / "images" / "scan_0.nii.gz") == []
+
+
+def test_the_folder_of_a_training_that_did_not_finish_holds_no_model(tmp_path):
+    with OutputFolder(tmp_path, "train") as outputs:
+        outputs.write("history.csv", "epoch")
+    (problem,) = volseg.check(tmp_path)
+    assert "did not finish" in problem["problem"]
 
 
 def test_every_problem_of_a_dataset_is_reported_at_once(dataset, tmp_path):

@@ -43,7 +43,7 @@ from volseg.recipe import (
     load_any_recipe,
     shipped_recipes,
 )
-from volseg.store.outputs import OutputFolder, folder_content
+from volseg.store.outputs import MODEL, OutputFolder, folder_content
 from volseg.store.tables import TABLES, VARIANTS
 from volseg.volume import Volume
 
@@ -146,8 +146,9 @@ def _problems(
             code="E_USAGE",
         )
     if (content := folder_content(path)) is not None:
+        state = "began and did not finish" if content == MODEL else "wrote"  # without model.json
         raise VolsegError(
-            f"{path}: holds {content}, which volseg wrote",
+            f"{path}: holds {content}, which volseg {state}",
             fix="check the dataset or the scans that it was made from",
             code="E_USAGE",
         )

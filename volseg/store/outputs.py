@@ -47,6 +47,7 @@ from volseg.words import format_list
 
 LEDGER, LOCK = "ledger.jsonl", "lock"
 MANIFEST = "manifest.json"
+MODEL = "a model"
 SAME_KIND = {  # command → content of its folder; commands with the same content may share a folder
     "infer": "the results of infer",
     "infer-images": "predictions of images",
@@ -55,9 +56,9 @@ SAME_KIND = {  # command → content of its folder; commands with the same conte
     "evaluate": "an evaluation",
     "check": "a check of scans",
     "preprocess": "a prepared dataset",
-    "train": "a model",
-    "import-nnunet": "a model",
-    "quantise": "a model",
+    "train": MODEL,
+    "import-nnunet": MODEL,
+    "quantise": MODEL,
 }
 BUFFER_BYTES = 2**20
 MAX_LINE_BYTES = 2**16  # in the ledger
