@@ -40,6 +40,9 @@ FILES = {  # name → what it holds
     "agreement.png": "Bland-Altman plot, and predicted against true numbers",
     "froc.png": "sensitivity against false positives per scan",
     "metrics.csv": "every metric with its interval",
+    "explain.csv": "a row per image and method, with its checks and scores",
+    "randomisation.csv": "how alike the maps stay when layers get random weights",
+    "saliency.csv": "mean scores against masks, with intervals",
 }
 
 

@@ -299,7 +299,9 @@ def _stage_ends(network: ImageNetwork, batch: torch.Tensor) -> list[tuple[str, i
         if name:
             hooks.append(module.register_forward_pre_hook(lambda _, __, name=name: starts(name)))
             hooks.append(
-                module.register_forward_hook(lambda _, __, output, name=name: finishes(name, output))
+                module.register_forward_hook(
+                    lambda _, __, output, name=name: finishes(name, output)
+                )
             )
     try:
         with torch.no_grad():

@@ -1,0 +1,552 @@
+"""`volseg explain`: maps of what a classifier looked at, with their checks and scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from volseg.commands.batch import failure_reason
+from volseg.commands.image_sources import LESION, FileSource
+from volseg.commands.placing import place_mask
+from volseg.errors import ScanError, UnexpectedError, VolsegError
+from volseg.evaluation.bootstrap import Estimate, Statistics, bootstrap, bootstrap_difference
+from volseg.evaluation.saliency import (
+    SIMPLE_MAPS,
+    average_precision,
+    centre_map,
+    evidence,
+    map_similarity,
+    pointing,
+)
+from volseg.evaluation.saliency_rows import (
+    EXPLAIN,
+    RANDOMISATION,
+    SALIENCY,
+    ExplainRow,
+    RandomisationRow,
+    SaliencyRow,
+    doubts_of,
+)
+from volseg.image import Image2D
+from volseg.inputs import read_json
+from volseg.io.files import json_text
+from volseg.io.formats import is_scan, stem_of
+from volseg.io.image_cases import ImageCase, find_images
+from volseg.io.images import slice_of, stack_slices, through_axis
+from volseg.io.series import split_volume
+from volseg.io.volumes import read_header, read_mask, write_volume
+from volseg.options import ExplainOptions, command
+from volseg.pages.about import About
+from volseg.preprocessing.images import to_pixels
+from volseg.recipe.classification import NUMBER, Target
+from volseg.reports import ExplainReport
+from volseg.store.outputs import Commit, OutputFolder
+from volseg.store.tables import table
+from volseg.words import format_count, format_list
+
+if TYPE_CHECKING:  # torch takes seconds to import; only a command that needs it pays
+    from volseg.image_bundle import ImageBundle
+    from volseg.inference.explain import Method
+    from volseg.inference.explain_checks import Explained, MapChecks
+    from volseg.networks.image_network import ImageNetwork
+
+MAPPING, CHECKING = "Mapping", "Checking the maps"
+RUN, PAGE, MAPS = "run.json", "explain.html", "maps"
+METRICS = ("auprc", "pointing")
+HEIGHT = 96  # pixels of a picture on the page
+
+
+@command(ExplainOptions)
+def explain(options: ExplainOptions) -> ExplainReport:
+    """Map what a classifier looked at.
+
+    Raises:
+        VolsegError: the request is wrong. An image that cannot be used becomes a failed row.
+        EnvironmentProblem: captum is not installed.
+    """
+    from volseg.image_bundle import load_image_bundle
+    from volseg.inference.explain import load_captum
+
+    bundle, remarks = load_image_bundle(options.model), list[str]()
+    if bundle.recipe.data.input == LESION:
+        raise VolsegError(
+            f"{options.model}: classifies lesions, and only models of images and slices are "
+            "explained",
+            fix="give a model that classifies images or slices",
+            code="E_TASK",
+        )
+    load_captum()
+    methods = _methods(options.method)
+    index = _class_index(options.class_name, bundle.recipe.data)
+    cases = find_images(options.scans, remark=remarks.append)
+    remarks = [text for text in remarks if not text.startswith("N_FOLDERS")]
+    n_images = len(cases)
+    cases = _spread(cases, options.most)
+    if len(cases) < n_images:
+        remarks.append(f"N_MOST: explained {len(cases)} of {n_images} images; --most takes more")
+    options.warn(*remarks)
+    inputs = [*options.scans, options.model, *{case.path for case in cases}]
+    with OutputFolder(options.out, "explain", inputs=inputs) as outputs:
+        outputs.check_overwrites([EXPLAIN, RANDOMISATION, SALIENCY, RUN, PAGE])
+        run = _Run(options, bundle, methods, index, outputs)
+        return run.run(cases, remarks)
+
+
+def _methods(names: Sequence[str] | None) -> dict[str, Method]:
+    """Return the requested methods with their usual settings.
+
+    Raises:
+        VolsegError: a name is unknown.
+    """
+    from volseg.inference.explain import METHODS
+
+    names = tuple(METHODS) if names is None else names
+    unknown = [name for name in names if name not in METHODS]
+    if unknown or not names:
+        raise VolsegError(
+            f"--method {','.join(names)}: {format_list(unknown, 5) or 'nothing'} is no method",
+            fix=f"give some of {', '.join(METHODS)}",
+            code="E_USAGE",
+        )
+    return {name: METHODS[name]() for name in dict.fromkeys(names)}
+
+
+def _class_index(name: str | None, data: Target) -> int | None:
+    """Return the index of the class to explain; None for the most probable one.
+
+    Raises:
+        VolsegError: the model has no such class.
+    """
+    if data.kind == NUMBER and name is None:
+        return 0
+    if name is None:
+        return None
+    if name not in data.names:
+        raise VolsegError(
+            f"--class {name}: the model has no such class",
+            fix=f"give one of {', '.join(data.names)}" if data.names else "leave it out",
+            code="E_USAGE",
+        )
+    return data.names.index(name)
+
+
+def _spread(items: Sequence[Any], most: int) -> list[Any]:
+    """Return at most this many items, at equal distances."""
+    if len(items) <= most:
+        return list(items)
+    return [items[n] for n in np.linspace(0, len(items) - 1, most).round().astype(int)]
+
+
+class _Masks:
+    """Reads the masks of slices; keeps the last one, for the next slice of the same volume."""
+
+    def __init__(self) -> None:
+        self._paths: tuple[Path, Path] | None = None
+        self._mask = None
+
+    def of(self, case: ImageCase, image: Image2D) -> np.ndarray | None:
+        """Return (H, W) bool; None without a mask.
+
+        Raises:
+            ScanError: it cannot be read, or does not lie on its volume.
+        """
+        if case.mask is None or case.index is None:
+            return None
+        if self._paths != (case.path, case.mask):
+            grid = read_header(case.path).geometry
+            names = {"mask_name": str(case.mask), "grid_name": str(case.path)}
+            mask = place_mask(read_mask(case.mask, like=case.path), grid, **names).mask
+            self._mask, self._paths = mask.canonical(), (case.path, case.mask)
+        assert self._mask is not None
+        through = through_axis(self._mask.geometry.shape)
+        inside = slice_of(self._mask, through, case.index).array[0] > 0
+        assert inside.shape == image.array.shape[1:]
+        return inside
+
+
+@dataclass(slots=True)
+class _Collected:
+    """What a run has made so far.
+
+    Args:
+        rows: by case and method. explained: by case.
+        slices: scan and method → index of the slice → map (H, W).
+        pictures: case and method → JPEG.
+    """
+
+    rows: dict[tuple[str, str], ExplainRow] = field(default_factory=dict)
+    explained: dict[str, Explained] = field(default_factory=dict)
+    slices: dict[tuple[Path, str], dict[int, np.ndarray]] = field(default_factory=dict)
+    pictures: dict[tuple[str, str], bytes] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+class _Run:
+    def __init__(
+        self,
+        options: ExplainOptions,
+        bundle: ImageBundle,
+        methods: Mapping[str, Method],
+        index: int | None,
+        outputs: OutputFolder,
+    ) -> None:
+        from volseg.inference.choose import choose_backend
+        from volseg.inference.image_predictor import load_predictor
+
+        self._options, self._bundle, self._methods = options, bundle, methods
+        self._index, self._outputs = index, outputs
+        choice = choose_backend("torch", options.device, "fp32")
+        self._device = choice.device
+        self._predictor = load_predictor(bundle, choice, folder=options.model, n_images=1)
+        self._networks: list[ImageNetwork] = [
+            network.to(choice.device) for network in bundle.networks()
+        ]
+        self._source, self._masks, self._collected = FileSource(), _Masks(), _Collected()
+
+    def run(self, cases: Sequence[ImageCase], remarks: Sequence[str]) -> ExplainReport:
+        collected, options = self._collected, self._options
+        with self._outputs.staged() as commit:
+            for number, case in enumerate(cases, start=1):
+                try:
+                    self._explain(case, commit)
+                except Exception as error:  # of any kind: the other images continue
+                    problem = error if isinstance(error, VolsegError) else UnexpectedError(error)
+                    reason = failure_reason(self._outputs, case.id, problem)
+                    collected.failed[case.id] = reason
+                    options.report_failure(case.id, reason)
+                    collected.rows[case.id, ""] = self._failed_row(case, reason)
+                options.progress(MAPPING, number / len(cases), case.id)
+                self._write_scans(commit, {case.path} if number < len(cases) else set())
+            layers, verdicts = self._check()
+            scores = saliency_rows(collected.rows.values(), list(self._methods))
+            remarks = [*remarks, *_no_better(scores)]
+            options.warn(*_no_better(scores))
+            self._write(commit, layers, scores, verdicts, remarks)
+        return ExplainReport(
+            out=options.out,
+            done=list(collected.explained),
+            failed=collected.failed,
+            warnings=remarks,
+            verdicts=verdicts,
+            scores=_score_texts(scores),
+        )
+
+    # ---- one image
+
+    def _explain(self, case: ImageCase, commit: Commit) -> None:
+        """Make the maps of an image, score them, and draw them."""
+        import torch
+
+        from volseg.inference.explain import Score
+        from volseg.inference.explain_checks import Explained
+
+        recipe = self._bundle.recipe
+        picture = self._source.picture(case)
+        image = self._source.network_input(case, recipe.images)
+        mask = self._masks.of(case, picture)
+        index, probability = self._predicted(image)
+        score = Score(self._networks, recipe.data, index)
+        tensor = torch.from_numpy(image).to(self._device)
+        maps = {
+            name: method(score, tensor, self._options.seed)
+            for name, method in self._methods.items()
+        }
+        height, width = picture.array.shape[1:]
+        for name, saliency in maps.items():
+            shown = to_pixels(saliency, (height, width), recipe.images.fit)
+            self._draw(case, name, picture, shown, mask, commit)
+            self._collected.rows[case.id, name] = ExplainRow(
+                case_id=case.id,
+                patient=case.patient,
+                slice_index=case.index if _is_slice(case) else None,
+                method=name,
+                class_name=recipe.data.names[index] if recipe.data.names else recipe.data.target,
+                probability=probability,
+                is_empty=not evidence(shown).any(),
+                ssim_centre=map_similarity(saliency, centre_map(saliency.shape)),
+                model=self._bundle.name,
+                **_mask_scores(picture, shown, mask),
+            )
+            if _is_slice(case) and case.index is not None:
+                slices = self._collected.slices.setdefault((case.path, name), {})
+                slices[case.index] = shown
+        self._collected.explained[case.id] = Explained(image, index, maps)
+
+    def _predicted(self, image: np.ndarray) -> tuple[int, float]:
+        """Return the index of the class to explain, and its probability (or the number)."""
+        from volseg.inference.images import to_predictions
+
+        bundle = self._bundle
+        outputs = self._predictor.predict(image[None]).outputs
+        predicted = to_predictions(outputs, bundle.recipe.data, bundle.judgement.temperature)[0]
+        index = int(predicted.argmax()) if self._index is None else self._index
+        return index, float(predicted[index])
+
+    def _draw(
+        self,
+        case: ImageCase,
+        method: str,
+        picture: Image2D,
+        saliency: np.ndarray,
+        mask: np.ndarray | None,
+        commit: Commit,
+    ) -> None:
+        from volseg.pages.montage import smaller_jpeg
+        from volseg.pages.overlays import overlay, pair_jpeg, plain, png_of
+
+        drawn = overlay(picture, evidence(saliency), mask)
+        commit.write(f"{MAPS}/{case.id}_{method}.png", png_of(drawn))
+        pair = pair_jpeg(plain(picture, mask), drawn)
+        self._collected.pictures[case.id, method] = smaller_jpeg(pair, HEIGHT)
+
+    def _failed_row(self, case: ImageCase, reason: str) -> ExplainRow:
+        return ExplainRow(
+            case_id=case.id,
+            patient=case.patient,
+            model=self._bundle.name,
+            status="failed",
+            error=reason,
+        )
+
+    def _write_scans(self, commit: Commit, unfinished: Iterable[Path]) -> None:
+        """Write the maps of volumes whose slices are all done, on the grids of the volumes."""
+        for path, method in list(self._collected.slices):
+            if path not in unfinished:
+                slices = self._collected.slices.pop((path, method))
+                volume = stack_slices(slices, read_header(path).geometry)
+                name = f"{MAPS}/{stem_of(path)}_{method}.nii.gz"
+                write_volume(volume, commit.path(name), like=path)
+
+    # ---- checks of the methods
+
+    def _check(self) -> tuple[list[RandomisationRow], dict[str, str | None]]:
+        """Check the methods on some images; complete the rows, and return the verdicts."""
+        from volseg.inference.explain_checks import Checker
+        from volseg.networks import build_images
+
+        names = _spread(list(self._collected.explained), self._options.checked)
+        if not names or not self._options.checked:
+            return [], dict.fromkeys(self._methods)
+        checker = Checker(
+            networks=self._networks,
+            build=partial(build_images, self._bundle.recipe),
+            data=self._bundle.recipe.data,
+            methods=self._methods,
+            seed=self._options.seed,
+            progress=lambda fraction: self._options.progress(CHECKING, fraction, ""),
+        )
+        checks = checker.check([self._collected.explained[name] for name in names])
+        layers = list[RandomisationRow]()
+        for name, of_image in zip(names, checks, strict=True):
+            for method, check in of_image.items():
+                layers += _layer_rows(name, method, check)
+                self._complete(name, method, check)
+        verdicts = {method: self._verdict(method, checks) for method in self._methods}
+        for (name, method), row in self._collected.rows.items():
+            if row.status == "done":
+                self._replace(name, method, doubt=verdicts[method] or None)
+                self._replace(name, method, is_reliable=not verdicts[method])
+        return layers, dict(verdicts)
+
+    def _complete(self, name: str, method: str, check: MapChecks) -> None:
+        self._replace(
+            name,
+            method,
+            ssim_head=check.by_layer[0][1],
+            ssim_all=check.by_layer[-1][1],
+            ssim_seeds=check.seeds,
+            ssim_networks=check.networks,
+        )
+
+    def _replace(self, name: str, method: str, **values: Any) -> None:
+        from dataclasses import replace
+
+        rows = self._collected.rows
+        rows[name, method] = replace(rows[name, method], **values)
+
+    def _verdict(self, method: str, checks: Sequence[Mapping[str, MapChecks]]) -> str:
+        """Return the checks that a method fails, on the mean of the images."""
+        of_method = [check[method] for check in checks]
+        layers = [layer for layer, _ in of_method[0].by_layer]
+        by_layer = []
+        for n, layer in enumerate(layers):
+            values = [check.by_layer[n][1] for check in of_method]
+            numbers = [value for value in values if value is not None]
+            if numbers:
+                by_layer.append((layer, float(np.mean(numbers))))
+        seeds = [check.seeds for check in of_method if check.seeds is not None]
+        rows = [row for (_, name), row in self._collected.rows.items() if name == method]
+        return doubts_of(
+            by_layer,
+            float(np.mean(seeds)) if seeds else None,
+            all_empty=all(row.is_empty for row in rows),
+        )
+
+    # ---- the files
+
+    def _write(
+        self,
+        commit: Commit,
+        layers: Sequence[RandomisationRow],
+        scores: Sequence[SaliencyRow],
+        verdicts: Mapping[str, str | None],
+        remarks: Sequence[str],
+    ) -> None:
+        """Write tables and page; files of an earlier call that this one did not write go."""
+        from volseg.pages.explain_page import Maps, explain_page
+
+        collected = self._collected
+        rows = list(collected.rows.values())
+        about = About.now("explain", self._bundle.name)
+        page = explain_page(
+            about,
+            Maps(
+                rows=rows,
+                layers=layers,
+                scores=scores,
+                verdicts=verdicts,
+                pictures=collected.pictures,
+                remarks=remarks,
+            ),
+        )
+        commit.write(EXPLAIN, table(ExplainRow, rows))
+        commit.write(RANDOMISATION, table(RandomisationRow, layers))
+        commit.write(SALIENCY, table(SaliencyRow, scores))
+        commit.write(PAGE, page.html().encode())
+        maps = [name for name in commit.hashes() if name.startswith(f"{MAPS}/")]
+        content = {
+            **about.as_json(),
+            "task": "classify",
+            "settings": self._options.stated(),
+            "methods": list(self._methods),
+            "verdicts": dict(verdicts),
+            "maps": maps,
+        }
+        commit.write(RUN, json_text(content))
+        commit.finish(last=RUN, removed=_earlier_maps(self._options.out))
+
+
+def _is_slice(case: ImageCase) -> bool:
+    return case.index is not None and is_scan(split_volume(case.path)[0])
+
+
+def _earlier_maps(out: Path) -> list[str]:
+    """Return the maps that an earlier call wrote."""
+    try:
+        names = read_json(out / RUN)["maps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
+def _layer_rows(name: str, method: str, check: MapChecks) -> list[RandomisationRow]:
+    return [
+        RandomisationRow(case_id=name, method=method, n_random=n, layer=layer, ssim=ssim)
+        for n, (layer, ssim) in enumerate(check.by_layer, start=1)
+    ]
+
+
+# ---- scores against masks
+
+
+def _mask_scores(
+    picture: Image2D, saliency: np.ndarray, mask: np.ndarray | None
+) -> dict[str, float | None]:
+    """Return the scores of a map, and of the simple maps beside it; none without a mask."""
+    if mask is None or not mask.any():
+        return {}
+    scores = {
+        "mask_fraction": float(mask.mean()),
+        "auprc": average_precision(saliency, mask),
+        "pointing": pointing(evidence(saliency), mask),
+    }
+    for name, simple in SIMPLE_MAPS.items():
+        values = simple(picture.array)
+        scores[f"auprc_{name}"] = average_precision(values, mask)
+        scores[f"pointing_{name}"] = pointing(values, mask)
+    return scores
+
+
+def saliency_rows(rows: Iterable[ExplainRow], methods: Sequence[str]) -> list[SaliencyRow]:
+    """Return the mean scores of the methods and of the simple maps, and their differences.
+
+    The intervals are over patients; an image without a known patient counts as one.
+    """
+    scored = [row for row in rows if row.auprc is not None]
+    if not scored:
+        return []
+    lines = list[SaliencyRow]()
+    for method in methods:
+        of_method = [row for row in scored if row.method == method]
+        patients = [row.patient or row.case_id for row in of_method]
+        numbers = {"n": len(of_method), "n_patients": len(set(patients))}
+        own = _mean_of(of_method)
+        bounds = dict.fromkeys(METRICS, (0.0, 1.0))
+        estimates = bootstrap(own, patients, bounds=bounds)
+        lines += [_score_row(method, name, estimates[name], numbers) for name in METRICS]
+        for simple in SIMPLE_MAPS:
+            other = _mean_of(of_method, f"_{simple}")
+            differences = bootstrap_difference(own, other, patients)
+            lines += [
+                _score_row(method, name, differences[name], numbers, simple) for name in METRICS
+            ]
+            if method == methods[0]:
+                estimates = bootstrap(other, patients, bounds=bounds)
+                lines += [_score_row(simple, name, estimates[name], numbers) for name in METRICS]
+    return lines
+
+
+def _mean_of(rows: Sequence[ExplainRow], end: str = "") -> Statistics:
+    """Return the weighted means of the scores, or of those of a simple map: `end` names it."""
+    values = {name: np.array([getattr(row, name + end) for row in rows], float) for name in METRICS}
+
+    def statistics(weights: np.ndarray) -> dict[str, np.ndarray]:
+        totals = weights.sum(axis=1)
+        return {name: weights @ of_rows / totals for name, of_rows in values.items()}
+
+    return statistics
+
+
+def _score_row(
+    method: str, metric: str, estimate: Estimate, numbers: Mapping[str, int], against: str = ""
+) -> SaliencyRow:
+    ends = estimate.interval.ends or (None, None)
+    return SaliencyRow(
+        method=method,
+        metric=metric,
+        against=against or None,
+        value=estimate.value,
+        low=ends[0],
+        high=ends[1],
+        reason=estimate.interval.reason or None,
+        **numbers,
+    )
+
+
+def _no_better(scores: Sequence[SaliencyRow]) -> list[str]:
+    """Return a warning for each method that is not above a simple map with its interval."""
+    warnings = []
+    for row in scores:
+        if row.against and row.metric == METRICS[0] and not (row.low or 0) > 0:
+            warnings.append(
+                f"W_SALIENCY: {row.method}: its AUPRC is not above that of the simple map "
+                f"{row.against} (difference {row.value:.3f}, {format_count(row.n, 'image')})"
+            )
+    return warnings
+
+
+def _score_texts(scores: Sequence[SaliencyRow]) -> dict[str, str]:
+    """Return method or simple map → its mean scores in words."""
+    from volseg.pages.explain_page import score_text
+
+    texts = dict[str, str]()
+    for row in scores:
+        if not row.against:
+            before = f"{texts[row.method]}, " if row.method in texts else ""
+            texts[row.method] = f"{before}{row.metric} {score_text(row)}"
+    return texts
