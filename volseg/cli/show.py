@@ -84,6 +84,17 @@ def _(report: reports.ImagesReport) -> None:
 
 
 @show_details.register
+def _(report: reports.ExplainReport) -> None:
+    words = {None: "not checked", "": "passed its checks"}
+    for method, doubt in report.verdicts.items():
+        verdict = words.get(doubt, f"UNRELIABLE: {doubt}")
+        scores = report.scores.get(method)
+        typer.echo(one_line(f"{method}: {f'{scores}; ' if scores else ''}{verdict}"))
+    for simple in sorted(report.scores.keys() - report.verdicts.keys()):
+        typer.echo(one_line(f"{simple}: {report.scores[simple]} (simple map, for comparison)"))
+
+
+@show_details.register
 def _(report: reports.PreprocessReport) -> None:
     fingerprint = report.fingerprint
     if "n_images" in fingerprint:

@@ -13,7 +13,7 @@ import numpy as np
 from volseg.commands.batch import failure_reason
 from volseg.commands.image_sources import LESION, FileSource
 from volseg.commands.placing import place_mask
-from volseg.errors import ScanError, UnexpectedError, VolsegError
+from volseg.errors import UnexpectedError, VolsegError
 from volseg.evaluation.bootstrap import Estimate, Statistics, bootstrap, bootstrap_difference
 from volseg.evaluation.saliency import (
     SIMPLE_MAPS,
