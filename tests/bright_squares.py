@@ -101,11 +101,11 @@ def write_pictures(folder, n=3, **where):
     return folder
 
 
-def scan(affine, shape=(30, 34, 5)):
+def scan(affine, shape=(30, 34, 5), seed=0):
     """Return a volume (R, A, S of these voxels) with a bright box, and its mask."""
     from volseg.volume import Geometry, Volume
 
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(seed)
     array = rng.integers(0, NOISE, shape).astype(np.uint8)
     inside = np.zeros(shape, np.uint8)
     inside[4:11, 20:28, 1:4] = 1

@@ -43,13 +43,13 @@ def slice_model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def explained(model, tmp_path_factory):
-    """Three pictures of another shape than the input, explained by every method."""
+    """Two pictures of another shape than the input, explained by every method."""
     folder = tmp_path_factory.mktemp("explained")
     pictures = bright_squares.write_pictures(
-        folder / "in", shape=(40, 64), corner=(8, 44), dim_corner=(20, 8), edge=10
+        folder / "in", n=2, shape=(40, 64), corner=(8, 44), dim_corner=(20, 8), edge=10
     )
     (folder / "in" / "damaged.png").write_bytes(b"\x89PNG\r\n\x1a\nno more")
-    report = volseg.explain(pictures, model=model, out=folder / "out", checked=2)
+    report = volseg.explain(pictures, model=model, out=folder / "out", checked=1)
     return report, folder / "out"
 
 
@@ -58,14 +58,14 @@ def test_every_image_has_a_map_of_every_method_and_a_failed_one_a_row(explained)
     rows = rows_of(out / "explain.csv")
     done = [row for row in rows if row["status"] == "done"]
     assert {(row["case_id"], row["method"]) for row in done} == {
-        (f"p{n}", method) for n in range(3) for method in METHODS
+        (f"p{n}", method) for n in range(2) for method in METHODS
     }
     assert all(row["class_name"] == "bright" and float(row["probability"]) > 0.9 for row in done)
     (failed,) = (row for row in rows if row["status"] == "failed")
-    assert failed["case_id"] == "damaged" and failed["error"].startswith("E_DAMAGED")
+    assert failed["case_id"] == "damaged" and failed["error"].startswith("E_NOTIMAGE")
     assert report.exit_code == 3 and list(report.failed) == ["damaged"]
     names = {path.name for path in (out / "maps").iterdir()}
-    assert names == {f"p{n}_{method}.png" for n in range(3) for method in METHODS}
+    assert names == {f"p{n}_{method}.png" for n in range(2) for method in METHODS}
 
 
 def test_the_picture_shows_the_evidence_where_the_square_is(explained):
@@ -94,14 +94,14 @@ def test_the_checks_stand_in_the_tables_and_on_the_page(explained):
     for method, doubt in report.verdicts.items():
         assert doubt is not None and (f"Unreliable: {method}" in page) == bool(doubt)
         assert f'"{method}","{"UNRELIABLE" if doubt else "passed"}"' in page
-    assert "E_DAMAGED" in page and "Gaussian" in page
+    assert "E_NOTIMAGE" in page and "Gaussian" in page
 
 
 def test_a_report_has_its_tables_and_says_what_came_out(explained):
     report, out = explained
-    assert len(report.explained) == 3 * len(METHODS) + 1
-    assert len(report.randomisation) == 2 * 2 * len(METHODS) and not len(report.saliency)
-    assert report.goal == out / "explain.html" and "maps of 3 images" in report.headline
+    assert len(report.explained) == 2 * len(METHODS) + 1
+    assert len(report.randomisation) == 2 * len(METHODS) and not len(report.saliency)
+    assert report.goal == out / "explain.html" and "maps of 2 images" in report.headline
     assert json.loads((out / "run.json").read_text())["methods"] == list(METHODS)
 
 
@@ -110,7 +110,7 @@ def dataset(folder, affine, n=1):
     for name in ("images", "labels"):
         (folder / name).mkdir(parents=True)
     for number in range(n):
-        scan, mask = bright_squares.scan(affine)
+        scan, mask = bright_squares.scan(affine, seed=number)
         write_volume(scan, folder / "images" / f"s{number}.nii.gz")
         write_volume(mask, folder / "labels" / f"s{number}.nii.gz")
     return folder
@@ -131,32 +131,32 @@ def test_maps_of_slices_lie_on_the_grid_of_the_scan_and_on_the_bright_box(
         assert saliency.shape == stored.shape and np.isfinite(saliency).all()
         shares = np.maximum(saliency, 0)
         centre = np.argwhere(inside).mean(axis=0)
-        found = (np.indices(shares.shape).reshape(3, -1) * shares.ravel()).sum(1) / shares.sum()
-        np.testing.assert_allclose(found, centre, atol=1.0)
+        place = (np.indices(shares.shape).reshape(3, -1) * shares.ravel()).sum(1) / shares.sum()
+        np.testing.assert_allclose(place, centre, atol=1.0)
 
 
 def test_all_orientations_of_a_scan_have_the_same_maps(slice_model, tmp_path):
     scan, _ = bright_squares.scan(oblique((1.0, 1.25, 3.0)))
-    for number, (array, affine) in list(enumerate(orientations(scan)))[::11]:
+    for number, (array, affine) in list(enumerate(orientations(scan)))[::17]:
         path = tmp_path / "in" / f"o{number}.nii.gz"
         path.parent.mkdir(exist_ok=True)
         write_volume(Volume(array, Geometry(array.shape, affine)), path)
     out = tmp_path / "out"
-    volseg.explain(tmp_path / "in", model=slice_model, out=out, method="gradients", checked=0)
+    volseg.explain(tmp_path / "in", model=slice_model, out=out, method="gradcam", checked=0)
     maps = [read_volume(path).canonical().array for path in sorted((out / "maps").glob("*.nii.gz"))]
-    assert len(maps) == 5
+    assert len(maps) == 3
     for other in maps[1:]:
         np.testing.assert_allclose(other, maps[0], atol=1e-5)
 
 
 def test_maps_are_scored_against_masks_beside_simple_maps(slice_model, tmp_path):
-    data = dataset(tmp_path / "data", lps((1.0, 1.25, 3.0)), n=6)
+    data = dataset(tmp_path / "data", lps((1.0, 1.25, 3.0)), n=5)
     report = volseg.explain(
         data, model=slice_model, out=tmp_path / "out", method=CHEAP, checked=0, class_name="bright"
     )
     rows = rows_of(tmp_path / "out" / "explain.csv")
     scored = [row for row in rows if row["auprc"]]
-    assert len(scored) == 6 * 3 * 2  # scans × slices with the box × methods
+    assert len(scored) == 5 * 3 * 2  # scans × slices with the box × methods
     assert {row["slice_index"] for row in scored} == {"1", "2", "3"}
     for row in scored:
         assert float(row["mask_fraction"]) == pytest.approx(7 * 8 / (30 * 34))
@@ -166,14 +166,14 @@ def test_maps_are_scored_against_masks_beside_simple_maps(slice_model, tmp_path)
              for row in rows_of(tmp_path / "out" / "saliency.csv")}  # fmt: skip
     assert {method for method, *_ in means} == {*CHEAP.split(","), "centre", "intensity"}
     for method in CHEAP.split(","):
-        own, other, difference = (
+        score, other, difference = (
             float(means[key]["value"])
             for key in ((method, "auprc", ""), ("centre", "auprc", ""), (method, "auprc", "centre"))
         )
-        assert difference == pytest.approx(own - other)
+        assert difference == pytest.approx(score - other)
         of_method = [float(row["auprc"]) for row in scored if row["method"] == method]
-        assert own == pytest.approx(np.mean(of_method))
-        assert means[method, "auprc", ""]["n_patients"] == "6"
+        assert score == pytest.approx(np.mean(of_method))
+        assert means[method, "auprc", ""]["n_patients"] == "5"
     assert set(report.scores) == {*CHEAP.split(","), "centre", "intensity"}
     # The bright box is what an intensity map shows perfectly, so no method can be above it.
     assert any("intensity" in text for text in report.warnings)

@@ -14,7 +14,6 @@ from volseg.commands.batch import failure_reason
 from volseg.commands.image_sources import LESION, FileSource
 from volseg.commands.placing import place_mask
 from volseg.errors import UnexpectedError, VolsegError
-from volseg.evaluation.bootstrap import Estimate, Statistics, bootstrap, bootstrap_difference
 from volseg.evaluation.saliency import (
     SIMPLE_MAPS,
     average_precision,
@@ -32,6 +31,7 @@ from volseg.evaluation.saliency_rows import (
     SaliencyRow,
     doubts_of,
 )
+from volseg.evaluation.saliency_scores import METRICS, saliency_rows
 from volseg.image import Image2D
 from volseg.inputs import read_json
 from volseg.io.files import json_text
@@ -57,7 +57,6 @@ if TYPE_CHECKING:  # torch takes seconds to import; only a command that needs it
 
 MAPPING, CHECKING = "Mapping", "Checking the maps"
 RUN, PAGE, MAPS = "run.json", "explain.html", "maps"
-METRICS = ("auprc", "pointing")
 HEIGHT = 96  # pixels of a picture on the page
 
 
@@ -454,9 +453,7 @@ def _layer_rows(name: str, method: str, check: MapChecks) -> list[RandomisationR
 # ---- scores against masks
 
 
-def _mask_scores(
-    picture: Image2D, saliency: np.ndarray, mask: np.ndarray | None
-) -> dict[str, float | None]:
+def _mask_scores(picture: Image2D, saliency: np.ndarray, mask: np.ndarray | None) -> dict[str, Any]:
     """Return the scores of a map, and of the simple maps beside it; none without a mask."""
     if mask is None or not mask.any():
         return {}
@@ -472,67 +469,12 @@ def _mask_scores(
     return scores
 
 
-def saliency_rows(rows: Iterable[ExplainRow], methods: Sequence[str]) -> list[SaliencyRow]:
-    """Return the mean scores of the methods and of the simple maps, and their differences.
-
-    The intervals are over patients; an image without a known patient counts as one.
-    """
-    scored = [row for row in rows if row.auprc is not None]
-    if not scored:
-        return []
-    lines = list[SaliencyRow]()
-    for method in methods:
-        of_method = [row for row in scored if row.method == method]
-        patients = [row.patient or row.case_id for row in of_method]
-        numbers = {"n": len(of_method), "n_patients": len(set(patients))}
-        own = _mean_of(of_method)
-        bounds = dict.fromkeys(METRICS, (0.0, 1.0))
-        estimates = bootstrap(own, patients, bounds=bounds)
-        lines += [_score_row(method, name, estimates[name], numbers) for name in METRICS]
-        for simple in SIMPLE_MAPS:
-            other = _mean_of(of_method, f"_{simple}")
-            differences = bootstrap_difference(own, other, patients)
-            lines += [
-                _score_row(method, name, differences[name], numbers, simple) for name in METRICS
-            ]
-            if method == methods[0]:
-                estimates = bootstrap(other, patients, bounds=bounds)
-                lines += [_score_row(simple, name, estimates[name], numbers) for name in METRICS]
-    return lines
-
-
-def _mean_of(rows: Sequence[ExplainRow], end: str = "") -> Statistics:
-    """Return the weighted means of the scores, or of those of a simple map: `end` names it."""
-    values = {name: np.array([getattr(row, name + end) for row in rows], float) for name in METRICS}
-
-    def statistics(weights: np.ndarray) -> dict[str, np.ndarray]:
-        totals = weights.sum(axis=1)
-        return {name: weights @ of_rows / totals for name, of_rows in values.items()}
-
-    return statistics
-
-
-def _score_row(
-    method: str, metric: str, estimate: Estimate, numbers: Mapping[str, int], against: str = ""
-) -> SaliencyRow:
-    ends = estimate.interval.ends or (None, None)
-    return SaliencyRow(
-        method=method,
-        metric=metric,
-        against=against or None,
-        value=estimate.value,
-        low=ends[0],
-        high=ends[1],
-        reason=estimate.interval.reason or None,
-        **numbers,
-    )
-
-
 def _no_better(scores: Sequence[SaliencyRow]) -> list[str]:
-    """Return a warning for each method that is not above a simple map with its interval."""
+    """Return a warning for each method that is not above a simple map, with its interval if any."""
     warnings = []
     for row in scores:
-        if row.against and row.metric == METRICS[0] and not (row.low or 0) > 0:
+        lowest = row.value if row.low is None else row.low
+        if row.against and row.metric == METRICS[0] and not (lowest or 0) > 0:
             warnings.append(
                 f"W_SALIENCY: {row.method}: its AUPRC is not above that of the simple map "
                 f"{row.against} (difference {row.value:.3f}, {format_count(row.n, 'image')})"

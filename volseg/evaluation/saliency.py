@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from volseg.evaluation.ranking import Ranking, weighted_average_precision
@@ -33,8 +35,8 @@ def map_similarity(one: np.ndarray, other: np.ndarray) -> float | None:
     if not weights.any():
         return None
     window = min(WINDOW, *(n - 1 + n % 2 for n in one.shape))
-    _, similar = structural_similarity(one, other, win_size=window, data_range=1.0, full=True)
-    return float((similar * weights).sum() / weights.sum())
+    result: Any = structural_similarity(one, other, win_size=window, data_range=1.0, full=True)
+    return float((result[1] * weights).sum() / weights.sum())
 
 
 def average_precision(saliency: np.ndarray, mask: np.ndarray) -> float | None:

@@ -42,7 +42,7 @@ class Score(nn.Module):
         self.is_exclusive = data.kind == CLASSES
         for module in self.modules():
             if getattr(module, "inplace", False):
-                module.inplace = False  # it would overwrite maps that a hook has taken
+                vars(module)["inplace"] = False  # it would overwrite maps that a hook has taken
         self.eval().requires_grad_(False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

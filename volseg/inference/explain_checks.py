@@ -40,15 +40,15 @@ def randomised_networks(
             fresh.append(build().state_dict())
     for prefixes in reversed([*changed[0].stage_prefixes, (HEAD,)]):
         for network, weights in zip(changed, fresh, strict=True):
-            own = network.state_dict()  # its tensors are those of the network
-            for name in own:
+            tensors = network.state_dict()  # those of the network, not copies
+            for name in tensors:
                 if name.startswith(prefixes):
-                    own[name].copy_(weights[name])
+                    tensors[name].copy_(weights[name])
         yield prefixes[-1].rstrip("."), changed
 
 
 def with_noise(image: torch.Tensor, seed: int) -> torch.Tensor:
-    """Return an image with noise that nobody sees, drawn from a seed."""
+    """Return an image with noise too faint to see, drawn from a seed."""
     rng = np.random.default_rng(seed)
     noise = rng.standard_normal(image.shape).astype(np.float32)
     return image + NOISE * float(image.std()) * torch.from_numpy(noise).to(image.device)
