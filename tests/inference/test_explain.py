@@ -20,7 +20,7 @@ from volseg.inference.explain import (
     Method,
     Ridge,
     Score,
-    feature_layer,
+    feature_layers,
     load_captum,
     superpixels,
     without_detail,
@@ -179,22 +179,20 @@ def test_grad_cam_takes_maps_through_which_all_evidence_passes(name):
     """With these maps replaced by others, the output does not depend on the image any more."""
     network = build_network(name, in_channels=1, out_channels=2, **NETWORKS[name]).eval()
     one, other = torch.randn(2, 1, 1, 64, 64).unbind()
-    for least in (1, 4, 7):
-        layer = feature_layer(network, one, least)
-        maps = []
-        hook = network.get_submodule(layer).register_forward_hook(
-            lambda _, __, output, maps=maps: maps.append(output.clone())
-        )
-        with torch.no_grad():
+    layers = feature_layers(network, one, least_pixels=1)
+    assert len(layers) == len(set(layers)) == len(network.stage_prefixes)
+    maps = []
+    with torch.no_grad():
+        for layer in layers:
+            module = network.get_submodule(layer)
+            taken = module.register_forward_hook(lambda _, __, output: maps.append(output.clone()))
             expected = network(one)
-            hook.remove()
-            hook = network.get_submodule(layer).register_forward_hook(
-                lambda _, __, output, maps=maps: maps[0].clone()
-            )
+            taken.remove()
+            replacing = module.register_forward_hook(lambda _, __, ___: maps[-1].clone())
             replaced = network(other)
-        hook.remove()
-        assert min(maps[0].shape[-2:]) >= min(least, 64)
-        assert torch.equal(replaced, expected) and not torch.equal(network(other), expected)
+            replacing.remove()
+            assert torch.equal(replaced, expected) and not torch.equal(network(other), expected)
+    assert feature_layers(network, one, least_pixels=10**6) == layers[:1]
 
 
 @pytest.mark.parametrize("name", SOME_NETWORKS)

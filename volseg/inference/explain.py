@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional
 
 from volseg.errors import EnvironmentProblem
+from volseg.evaluation.saliency import evidence
 from volseg.networks.image_network import HEAD, ImageNetwork
 from volseg.recipe.classification import CLASSES, Target
 
@@ -74,32 +75,35 @@ class Method(ABC):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GradCam(Method):
-    """Maps of a deep layer, weighted by their mean gradients; what speaks for the class.
+    """Maps of layers, weighted by their mean gradients; the mean over the stages of the network.
+
+    The last layer alone is the usual choice, but its few pixels miss a small object
+    (docs/benchmarks.md). Only what speaks for the class is in the map.
 
     Source: Selvaraju et al., Grad-CAM, ICCV 2017.
 
     Args:
-        least_pixels: edge of the maps: the last layer with at least as many is taken, because a map
-            of 3 × 3 pixels points nowhere.
+        least_pixels: edge of the maps of the last stage that counts.
     """
 
     least_pixels: int = 6
 
     def __call__(self, score: Score, image: torch.Tensor, seed: int) -> np.ndarray:
         attr = load_captum()
-        batch, total = _leaf(image), torch.zeros(image.shape[-2:])
+        batch, total = _leaf(image), np.zeros(image.shape[-2:])
         for network in score.networks:
             assert isinstance(network, ImageNetwork)
-            layer = network.get_submodule(feature_layer(network, batch, self.least_pixels))
-            maps = attr.LayerGradCam(score, layer).attribute(batch, relu_attributions=True)
-            enlarged = functional.interpolate(maps.detach(), image.shape[-2:], mode="bilinear")
-            total += enlarged[0, 0].cpu()
-        return total.numpy()
+            for name in feature_layers(network, batch, self.least_pixels):
+                layer = attr.LayerGradCam(score, network.get_submodule(name))
+                maps = layer.attribute(batch, relu_attributions=True).detach()
+                enlarged = functional.interpolate(maps, image.shape[-2:], mode="bilinear")
+                total += evidence(enlarged[0, 0].cpu().numpy())
+        return total.astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IntegratedGradients(Method):
-    """Gradients along the way from a blurred copy to the image; they add up to the score's change.
+    """Gradients on the way from an even image to this one; they add up to the change of the score.
 
     Source: Sundararajan et al., Axiomatic attribution for deep networks, ICML 2017.
 
@@ -110,7 +114,7 @@ class IntegratedGradients(Method):
     """
 
     steps: int = 48
-    smoothing: float = 1 / 48
+    smoothing: float = 1 / 24
 
     def __call__(self, score: Score, image: torch.Tensor, seed: int) -> np.ndarray:
         attr = load_captum()
@@ -120,15 +124,15 @@ class IntegratedGradients(Method):
             n_steps=self.steps,
             internal_batch_size=BATCH,
         )
-        evidence = gradients.detach()[0].sum(0).cpu().numpy().astype(np.float64)
+        contributions = gradients.detach()[0].sum(0).cpu().numpy().astype(np.float64)
         # Reflected at the edges, so that nothing is lost there.
-        spread = [self.smoothing * n for n in evidence.shape]
-        return ndimage.gaussian_filter(evidence, spread, mode="reflect").astype(np.float32)
+        spread = [self.smoothing * n for n in contributions.shape]
+        return ndimage.gaussian_filter(contributions, spread, mode="reflect").astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Occlusion(Method):
-    """How much the score falls when a square loses its detail; the mean of overlapping squares.
+    """How much the score falls when a square gets the image's mean; the mean of its positions.
 
     Source: Zeiler & Fergus, Visualizing and understanding convolutional networks, ECCV 2014.
 
@@ -237,13 +241,11 @@ def load_captum() -> Any:
 
 
 def without_detail(image: torch.Tensor) -> torch.Tensor:
-    """Return (C, H, W) blurred until no detail is left: what an image without evidence is.
+    """Return (C, H, W) of each channel's mean: what an image without evidence is.
 
     Black would be no such image: dark evidence would go unseen, and bright tissue count twice.
     """
-    spread = (0, *(n / 8 for n in image.shape[1:]))
-    blurred = ndimage.gaussian_filter(image.detach().cpu().numpy(), spread, mode="nearest")
-    return torch.from_numpy(blurred).to(image.device)
+    return image.mean(dim=(1, 2), keepdim=True).expand_as(image).clone()
 
 
 def superpixels(image: np.ndarray, n: int) -> np.ndarray:
@@ -264,8 +266,10 @@ def seeded(seed: int):
         yield
 
 
-def feature_layer(network: ImageNetwork, batch: torch.Tensor, least_pixels: int) -> str:
-    """Return the name of the last module whose maps end a stage and are not too small.
+def feature_layers(network: ImageNetwork, batch: torch.Tensor, least_pixels: int) -> list[str]:
+    """Return the names of the modules with whose maps the stages end, without too small maps.
+
+    All that the network knows of an image passes through each of them.
 
     Args:
         batch: (1, C, H, W).
@@ -273,7 +277,7 @@ def feature_layer(network: ImageNetwork, batch: torch.Tensor, least_pixels: int)
     """
     ends = _stage_ends(network, batch)
     large = [name for name, edge in ends if edge >= least_pixels]
-    return large[-1] if large else ends[0][0]
+    return large or [ends[0][0]]
 
 
 def _stage_ends(network: ImageNetwork, batch: torch.Tensor) -> list[tuple[str, int]]:
