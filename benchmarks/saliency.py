@@ -87,7 +87,8 @@ def write_tables(dataset: Path, out: Path, split: str, most: int) -> int:
         of_case = [[case["subject"], *names, case["patient"], k] for k in range(len(has_tumour))]
         lines += of_case
         inside = np.flatnonzero(has_tumour)
-        shown = np.linspace(0, len(inside) - 1, min(most, len(inside))).round().astype(int)
+        n = min(most, len(inside))
+        shown = ((np.arange(n) + 0.5) * len(inside) / n).astype(int)  # in the middle of n parts
         tumour += [of_case[k] for k in inside[shown]]
     for name, rows in (("all", lines), ("tumour", tumour)):
         with (out / f"{split}_{name}.csv").open("w", newline="", encoding="utf-8") as file:

@@ -127,6 +127,7 @@ def test_the_simple_maps_are_highest_in_the_middle_and_where_the_image_is_bright
     [
         ([("head", 0.8), ("b", 0.4), ("a", 0.1)], 0.9, []),
         ([("head", 0.2), ("b", 0.25), ("a", 0.1)], 0.9, []),  # a rise within the noise
+        ([("head", 0.0), ("b", 0.2), ("a", 0.1)], 0.9, []),  # neither is alike
         ([("head", 0.2), ("b", 0.45), ("a", 0.1)], 0.9, ["rises from 0.20 to 0.45 when b"]),
         ([("head", 0.9), ("a", 0.7)], 0.9, ["0.70 when all layers are random"]),
         ([("head", 0.9), ("a", 0.1)], 0.3, ["between seeds is 0.30"]),

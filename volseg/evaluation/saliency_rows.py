@@ -12,6 +12,7 @@ from volseg.columns import column, optional
 EXPLAIN, RANDOMISATION, SALIENCY = "explain.csv", "randomisation.csv", "saliency.csv"
 MOST_SIMILAR = 0.5  # SSIM that a map may keep when all layers are random
 MOST_RISE = 0.1  # by which the SSIM may rise from one layer to the next
+UNLIKE = 0.25  # SSIM of maps that have little in common: a rise to less is chance
 LEAST_REPEATABLE = 0.5  # SSIM between seeds
 
 
@@ -111,7 +112,7 @@ def doubts_of(
         return "all maps are empty"
     doubts, lowest = [], np.inf
     for layer, ssim in by_layer:
-        if ssim > lowest + MOST_RISE:
+        if ssim > max(lowest + MOST_RISE, UNLIKE):
             doubts.append(f"SSIM rises from {lowest:.2f} to {ssim:.2f} when {layer} is random")
         lowest = min(lowest, ssim)
     if by_layer and by_layer[-1][1] > MOST_SIMILAR:
