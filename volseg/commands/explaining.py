@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -262,6 +262,7 @@ class _Run:
             self._collected.rows[case.id, name] = ExplainRow(
                 case_id=case.id,
                 patient=case.patient,
+                scan=stem_of(case.path) if _is_slice(case) else None,
                 slice_index=case.index if _is_slice(case) else None,
                 method=name,
                 class_name=recipe.data.names[index] if recipe.data.names else recipe.data.target,
@@ -363,8 +364,6 @@ class _Run:
         )
 
     def _replace(self, name: str, method: str, **values: Any) -> None:
-        from dataclasses import replace
-
         rows = self._collected.rows
         rows[name, method] = replace(rows[name, method], **values)
 

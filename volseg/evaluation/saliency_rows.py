@@ -22,7 +22,8 @@ class ExplainRow:
 
     case_id: str = column("", "name of the image")
     patient: str | None = optional("", "patient of the image; empty if unknown")
-    slice_index: int | None = optional("", "axial slice of its volume, from 0 at the feet")
+    scan: str | None = optional("", "volume of which it is a slice; empty for a picture")
+    slice_index: int | None = optional("", "axial slice of the volume, from 0 at the feet")
     method: str = column("", "gradcam, gradients, occlusion or lime; empty for a failed image", "")
     class_name: str | None = optional("", "class, label or number that the map speaks for")
     probability: float | None = optional(

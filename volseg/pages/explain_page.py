@@ -75,6 +75,28 @@ MAP_TABLE = Layout(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SliceRow:
+    """The slices of a volume that speak for a class."""
+
+    scan: str = optional("", "volume")
+    class_name: str | None = optional("", "class or label")
+    slice_index: int | None = optional("", "slice with the highest probability, from 0 at the feet")
+    probability: float | None = optional("0 to 1", "its probability")
+    slices: str | None = optional("", "all slices with a probability of at least 0.5")
+    n_slices: int | None = optional("", "explained slices in which the class was looked for")
+
+
+SLICE_TABLE = Layout(
+    name="slices",
+    caption="Which slice",
+    row_type=SliceRow,
+    hint="type words",
+    file="explain.csv",
+    shown=column_names(SliceRow),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Maps:
     """What the page shows.
 
@@ -104,7 +126,10 @@ def explain_page(about: About, maps: Maps) -> RunPage:
     left = CONTENT_BYTES - json_size(pictures) - json_size(failed)
     left -= sum(len(plot.svg.encode()) for plot in plots)
     methods = fitting_table(METHOD_TABLE, _methods(maps), max_bytes=left // 2)
-    table = fitting_table(MAP_TABLE, rows, max_bytes=left - json_size(methods.content))
+    slices = slice_rows(done)
+    of_slices = [fitting_table(SLICE_TABLE, slices, max_bytes=left // 4)] if slices else []
+    left -= sum(json_size(part.content) for part in (methods, *of_slices))
+    table = fitting_table(MAP_TABLE, rows, max_bytes=left)
     n_images = len({row.case_id for row in done})
     return RunPage(
         title=f"volseg explain: {format_count(n_images, 'image')}",
@@ -117,10 +142,47 @@ def explain_page(about: About, maps: Maps) -> RunPage:
         remarks=[*_verdict_remarks(maps.verdicts), *maps.remarks, *unpictured_remark(n_unpictured)],
         facts=_facts(n_images, done, maps),
         plots=plots,
-        tables=[methods, with_picture_column(table, "picture", PICTURE_MEANING)],
+        tables=[methods, *of_slices, with_picture_column(table, "picture", PICTURE_MEANING)],
         pictures=pictures,
         picture_height=height,
     )
+
+
+def slice_rows(rows: Sequence[ExplainRow]) -> list[SliceRow]:
+    """Return, for each volume and class, which slices speak for it; none without volumes."""
+    groups: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
+    for row in rows:  # the probability is the same for all methods
+        if row.scan and row.slice_index is not None and row.probability is not None:
+            groups[row.scan, row.class_name or ""][row.slice_index] = row.probability
+    table = []
+    for (scan, class_name), of_slices in groups.items():
+        best = max(of_slices, key=lambda index: of_slices[index])
+        table.append(
+            SliceRow(
+                scan=scan,
+                class_name=class_name,
+                slice_index=best,
+                probability=of_slices[best],
+                slices=_runs([index for index, p in of_slices.items() if p >= 0.5]),
+                n_slices=len(of_slices),
+            )
+        )
+    return table
+
+
+def _runs(numbers: Sequence[int]) -> str:
+    """Return numbers with runs shortened.
+
+    >>> _runs([7, 3, 4, 5])
+    '3-5, 7'
+    """
+    runs = list[list[int]]()
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _name(case_id: str, method: str) -> str:
