@@ -290,3 +290,16 @@ def test_the_command_prints_the_verdicts_and_the_scores_with_their_baselines(sli
 def test_the_help_names_every_method():
     printed = " ".join(run("explain", "--help").stdout.split())
     assert all(name in printed for name in METHODS)
+
+
+def test_slices_of_a_table_in_any_order_make_one_file_per_volume(slice_model, tmp_path):
+    data = dataset(tmp_path / "data", lps((1.0, 1.25, 3.0)), n=2)
+    rows = [("s1", 3), ("s0", 1), ("s1", 0), ("s0", 2)]
+    lines = [f"images/{name}.nii.gz,{index}" for name, index in rows]
+    (data / "slices.csv").write_text("\n".join(["image,slice", *lines]) + "\n")
+    out = tmp_path / "out"
+    volseg.explain(data / "slices.csv", model=slice_model, out=out, method="gradcam", checked=0)
+    for name in ("s0", "s1"):
+        saliency = read_volume(out / "maps" / f"{name}_gradcam.nii.gz", is_finite=False)
+        known = np.isfinite(saliency.canonical().array).all(axis=(0, 1))
+        assert set(np.flatnonzero(known)) == {index for case, index in rows if case == name}

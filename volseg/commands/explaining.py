@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -35,8 +35,9 @@ from volseg.evaluation.saliency_scores import METRICS, saliency_rows
 from volseg.image import Image2D
 from volseg.inputs import read_json
 from volseg.io.files import json_text
-from volseg.io.formats import is_scan, stem_of
+from volseg.io.formats import is_scan
 from volseg.io.image_cases import ImageCase, find_images
+from volseg.io.image_listing import slice_id
 from volseg.io.images import slice_of, stack_slices, through_axis
 from volseg.io.series import split_volume
 from volseg.io.volumes import read_header, read_mask, write_volume
@@ -168,19 +169,35 @@ class _Masks:
         return inside
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
+class _Seen:
+    """An image as a person sees it, and its mask (H, W) if there is one."""
+
+    case: ImageCase
+    picture: Image2D
+    mask: np.ndarray | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Scan:
+    """The maps of a volume so far: method → index of the slice → (H, W)."""
+
+    name: str
+    slices: dict[str, dict[int, np.ndarray]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class _Collected:
     """What a run has made so far.
 
     Args:
-        rows: by case and method. explained: by case.
-        slices: scan and method → index of the slice → map (H, W).
+        rows: by case and method. explained: by case. scans: unfinished ones by path.
         pictures: case and method → JPEG.
     """
 
     rows: dict[tuple[str, str], ExplainRow] = field(default_factory=dict)
     explained: dict[str, Explained] = field(default_factory=dict)
-    slices: dict[tuple[Path, str], dict[int, np.ndarray]] = field(default_factory=dict)
+    scans: dict[Path, _Scan] = field(default_factory=dict)
     pictures: dict[tuple[str, str], bytes] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
@@ -209,6 +226,7 @@ class _Run:
 
     def run(self, cases: Sequence[ImageCase], remarks: Sequence[str]) -> ExplainReport:
         collected, options = self._collected, self._options
+        last = {case.path: number for number, case in enumerate(cases, start=1)}
         with self._outputs.staged() as commit:
             for number, case in enumerate(cases, start=1):
                 try:
@@ -220,7 +238,8 @@ class _Run:
                     options.report_failure(case.id, reason)
                     collected.rows[case.id, ""] = self._failed_row(case, reason)
                 options.progress(MAPPING, number / len(cases), case.id)
-                self._write_scans(commit, {case.path} if number < len(cases) else set())
+                if last[case.path] == number:
+                    self._write_scan(commit, case.path)
             layers, verdicts = self._check()
             scores = saliency_rows(collected.rows.values(), list(self._methods))
             remarks = [*remarks, *_no_better(scores)]
@@ -239,43 +258,62 @@ class _Run:
 
     def _explain(self, case: ImageCase, commit: Commit) -> None:
         """Make the maps of an image, score them, and draw them."""
+        from volseg.inference.explain_checks import Explained
+
+        fit = self._bundle.recipe.images.fit
+        picture = self._source.picture(case)
+        image = self._source.network_input(case, self._bundle.recipe.images)
+        seen = _Seen(case, picture, self._masks.of(case, picture))
+        index, probability = self._predicted(image)
+        maps = self._maps(image, index)
+        height, width = picture.array.shape[1:]
+        shown = {name: to_pixels(saliency, (height, width), fit) for name, saliency in maps.items()}
+        rows = {
+            name: replace(
+                self._row(seen, name, shown[name]),
+                class_name=self._class_name(index),
+                probability=probability,
+                ssim_centre=map_similarity(saliency, centre_map(saliency.shape)),
+            )
+            for name, saliency in maps.items()
+        }
+        drawn = {name: _drawn(seen, saliency) for name, saliency in shown.items()}
+        for name, (png, jpeg) in drawn.items():  # nothing of an image that failed before
+            commit.write(f"{MAPS}/{case.id}_{name}.png", png)
+            self._collected.pictures[case.id, name] = jpeg
+            self._collected.rows[case.id, name] = rows[name]
+            if _is_slice(case) and case.index is not None:
+                of_scan = self._collected.scans.setdefault(case.path, _Scan(_scan_name(case)))
+                of_scan.slices.setdefault(name, {})[case.index] = shown[name]
+        self._collected.explained[case.id] = Explained(image, index, maps)
+
+    def _maps(self, image: np.ndarray, index: int) -> dict[str, np.ndarray]:
+        """Return the map of each method, on the pixels of the network's input."""
         import torch
 
         from volseg.inference.explain import Score
-        from volseg.inference.explain_checks import Explained
 
-        recipe = self._bundle.recipe
-        picture = self._source.picture(case)
-        image = self._source.network_input(case, recipe.images)
-        mask = self._masks.of(case, picture)
-        index, probability = self._predicted(image)
-        score = Score(self._networks, recipe.data, index)
-        tensor = torch.from_numpy(image).to(self._device)
-        maps = {
-            name: method(score, tensor, self._options.seed)
-            for name, method in self._methods.items()
-        }
-        height, width = picture.array.shape[1:]
-        for name, saliency in maps.items():
-            shown = to_pixels(saliency, (height, width), recipe.images.fit)
-            self._draw(case, name, picture, shown, mask, commit)
-            self._collected.rows[case.id, name] = ExplainRow(
-                case_id=case.id,
-                patient=case.patient,
-                scan=stem_of(case.path) if _is_slice(case) else None,
-                slice_index=case.index if _is_slice(case) else None,
-                method=name,
-                class_name=recipe.data.names[index] if recipe.data.names else recipe.data.target,
-                probability=probability,
-                is_empty=not evidence(shown).any(),
-                ssim_centre=map_similarity(saliency, centre_map(saliency.shape)),
-                model=self._bundle.name,
-                **_mask_scores(picture, shown, mask),
-            )
-            if _is_slice(case) and case.index is not None:
-                slices = self._collected.slices.setdefault((case.path, name), {})
-                slices[case.index] = shown
-        self._collected.explained[case.id] = Explained(image, index, maps)
+        score = Score(self._networks, self._bundle.recipe.data, index)
+        tensor, seed = torch.from_numpy(image).to(self._device), self._options.seed
+        return {name: method(score, tensor, seed) for name, method in self._methods.items()}
+
+    def _class_name(self, index: int) -> str:
+        data = self._bundle.recipe.data
+        return data.names[index] if data.names else data.target
+
+    def _row(self, seen: _Seen, method: str, shown: np.ndarray) -> ExplainRow:
+        case = seen.case
+        is_slice = _is_slice(case)
+        return ExplainRow(
+            case_id=case.id,
+            patient=case.patient,
+            scan=_scan_name(case) if is_slice else None,
+            slice_index=case.index if is_slice else None,
+            method=method,
+            is_empty=not evidence(shown).any(),
+            model=self._bundle.name,
+            **_mask_scores(seen.picture, shown, seen.mask),
+        )
 
     def _predicted(self, image: np.ndarray) -> tuple[int, float]:
         """Return the index of the class to explain, and its probability (or the number)."""
@@ -287,23 +325,6 @@ class _Run:
         index = int(predicted.argmax()) if self._index is None else self._index
         return index, float(predicted[index])
 
-    def _draw(
-        self,
-        case: ImageCase,
-        method: str,
-        picture: Image2D,
-        saliency: np.ndarray,
-        mask: np.ndarray | None,
-        commit: Commit,
-    ) -> None:
-        from volseg.pages.montage import smaller_jpeg
-        from volseg.pages.overlays import overlay, pair_jpeg, plain, png_of
-
-        drawn = overlay(picture, evidence(saliency), mask)
-        commit.write(f"{MAPS}/{case.id}_{method}.png", png_of(drawn))
-        pair = pair_jpeg(plain(picture, mask), drawn)
-        self._collected.pictures[case.id, method] = smaller_jpeg(pair, HEIGHT)
-
     def _failed_row(self, case: ImageCase, reason: str) -> ExplainRow:
         return ExplainRow(
             case_id=case.id,
@@ -313,14 +334,13 @@ class _Run:
             error=reason,
         )
 
-    def _write_scans(self, commit: Commit, unfinished: Iterable[Path]) -> None:
-        """Write the maps of volumes whose slices are all done, on the grids of the volumes."""
-        for path, method in list(self._collected.slices):
-            if path not in unfinished:
-                slices = self._collected.slices.pop((path, method))
-                volume = stack_slices(slices, read_header(path).geometry)
-                name = f"{MAPS}/{stem_of(path)}_{method}.nii.gz"
-                write_volume(volume, commit.path(name), like=path)
+    def _write_scan(self, commit: Commit, path: Path) -> None:
+        """Write the maps of a volume, all of whose slices are done, on its grid."""
+        scan = self._collected.scans.pop(path, None)
+        for method, slices in scan.slices.items() if scan is not None else ():
+            volume = stack_slices(slices, read_header(path).geometry)
+            assert scan is not None
+            write_volume(volume, commit.path(f"{MAPS}/{scan.name}_{method}.nii.gz"), like=path)
 
     # ---- checks of the methods
 
@@ -427,6 +447,22 @@ class _Run:
         }
         commit.write(RUN, json_text(content))
         commit.finish(last=RUN, removed=_earlier_maps(self._options.out))
+
+
+def _drawn(seen: _Seen, saliency: np.ndarray) -> tuple[bytes, bytes]:
+    """Return the picture of a map as PNG, and as JPEG beside the image for the page."""
+    from volseg.pages.montage import smaller_jpeg
+    from volseg.pages.overlays import overlay, pair_jpeg, plain, png_of
+
+    picture = overlay(seen.picture, evidence(saliency), seen.mask)
+    pair = pair_jpeg(plain(seen.picture, seen.mask), picture)
+    return png_of(picture), smaller_jpeg(pair, HEIGHT)
+
+
+def _scan_name(case: ImageCase) -> str:
+    """Return the name of the volume of a slice: its id without the number."""
+    assert case.index is not None
+    return case.id.removesuffix(slice_id("", case.index))
 
 
 def _is_slice(case: ImageCase) -> bool:
