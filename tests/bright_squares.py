@@ -60,7 +60,7 @@ def network(settings=None, gain=GAIN):
     state["blocks.0.1.weight"][:] = 1.0
     state["blocks.0.1.running_var"][:] = 1.0 - 1e-5
     state["blocks.0.1.bias"][0] = -(DIM + 30) / 255
-    state["head.weight"][1, 0] = gain
+    state["head.weight"][-1, 0] = gain
     made.load_state_dict(state)
     return made.eval()
 
@@ -71,7 +71,7 @@ def save_model(folder, *networks, **settings):
     made = networks or (network(stated),)
     fingerprint = ImageFingerprint(
         n_images=2, n_patients=2, n_validation=1, sizes=((32, 32),), channels=1, kind="classes",
-        counts=dict.fromkeys(NAMES, 1), low=0, high=255, white=255,
+        counts=dict.fromkeys(NAMES, 1), mean=0, sd=1, low=0, high=255, white=255,
     )  # fmt: skip
     names = ["classifier", *(f"classifier_{n}" for n in range(1, len(made)))]
     weights = {name: net.state_dict() for name, net in zip(names, made, strict=True)}

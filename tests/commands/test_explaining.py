@@ -303,3 +303,17 @@ def test_slices_of_a_table_in_any_order_make_one_file_per_volume(slice_model, tm
         saliency = read_volume(out / "maps" / f"{name}_gradcam.nii.gz", is_finite=False)
         known = np.isfinite(saliency.canonical().array).all(axis=(0, 1))
         assert set(np.flatnonzero(known)) == {index for case, index in rows if case == name}
+
+
+@pytest.mark.parametrize(("kind", "names"), [("labels", ("plain", "bright")), ("number", ())])
+def test_labels_and_numbers_are_explained_too(kind, names, tmp_path):
+    bright_squares.save_model(tmp_path / "m", kind=kind, names=names)
+    pictures = bright_squares.write_pictures(tmp_path / "in", n=1)
+    out = tmp_path / "out"
+    volseg.explain(pictures, model=tmp_path / "m", out=out, method="gradients", checked=0)
+    (row,) = rows_of(out / "explain.csv")
+    assert row["class_name"] == ("bright" if names else "square") and row["is_empty"] == "false"
+    _, inside = bright_squares.picture()
+    value = bright_squares.GAIN * inside.mean() * (bright_squares.BRIGHT - 120) / 255
+    expected = 1.0 if kind == "labels" else value
+    assert float(row["probability"]) == pytest.approx(expected, rel=1e-3)
