@@ -1,7 +1,7 @@
 """Do the maps of a slice classifier point at the tumour, which may lie anywhere in the slice?
 
     python benchmarks/saliency.py LGG_MRI_FLAIR --out FOLDER [--time-budget 15m] [--split test]
-        [--slices 5] [--checked 10] [--method gradcam,gradients]
+        [--slices 5] [--checked 10] [--method gradcam,gradients] [--settings]
 
 A network learns from the masks of the training patients whether a FLAIR slice holds tumour (96²
 pixels, `--time-budget` of training), unless FOLDER/model is there. Then `volseg explain` maps the
@@ -9,7 +9,7 @@ class "with label" in tumour slices of the patients of the split, at most --slic
 distances. The table has the average precision of the map's pixels (AUPRC) and the pointing game,
 with 95 % intervals over patients, beside a Gaussian in the middle of the slice and its intensity,
 and the mean SSIM with ever more random layers. Settings of the methods were chosen on the
-validation patients (--split val).
+validation patients: `--split val --settings` prints what other settings give there.
 """
 
 from __future__ import annotations
@@ -19,12 +19,19 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import volseg
 from volseg.evaluation.roc import auc
+from volseg.evaluation.saliency import average_precision, evidence, pointing
 from volseg.evaluation.saliency_rows import SaliencyRow
+from volseg.image import Image2D
+from volseg.image_bundle import load_image_bundle
+from volseg.inference.explain import GradCam, IntegratedGradients, Method, Score
+from volseg.io.images import ImageReader
 from volseg.options.declare import seconds
 from volseg.pages.explain_page import score_text
+from volseg.preprocessing.images import to_input
 from volseg.recipe import ClassifyRecipe
 
 RECIPE = {
@@ -37,6 +44,16 @@ RECIPE = {
     "train": {"baselines": False},
 }
 TUMOUR = "with label"
+SETTINGS: dict[str, Method] = {
+    "Grad-CAM, maps of 6 × 6 pixels": GradCam(only_last=True),
+    "Grad-CAM, 12 × 12": GradCam(only_last=True, least_pixels=12),
+    "Grad-CAM, 24 × 24": GradCam(only_last=True, least_pixels=24),
+    "Grad-CAM, 48 × 48": GradCam(only_last=True, least_pixels=48),
+    "Grad-CAM, mean of these": GradCam(),
+    "integrated gradients": IntegratedGradients(smoothing=0),
+    "integrated gradients, spread by 1/48 of the edge": IntegratedGradients(smoothing=1 / 48),
+    "integrated gradients, spread by 1/24": IntegratedGradients(),
+}
 
 
 def main() -> None:
@@ -48,6 +65,7 @@ def main() -> None:
     parser.add_argument("--slices", type=int, default=5)
     parser.add_argument("--checked", type=int, default=10)
     parser.add_argument("--method")
+    parser.add_argument("--settings", action="store_true")
     arguments = parser.parse_args()
     out, split = arguments.out, arguments.split
     out.mkdir(parents=True, exist_ok=True)
@@ -58,6 +76,9 @@ def main() -> None:
             arguments.dataset, recipe=recipe, out=out / "model", time_budget_seconds=budget
         )
     slices = write_tables(arguments.dataset.absolute(), out, split, arguments.slices)
+    if arguments.settings:
+        print_settings(out, split)
+        return
     print_judgement(out, split)
     report = volseg.explain(
         out / f"{split}_tumour.csv",
@@ -96,6 +117,29 @@ def write_tables(dataset: Path, out: Path, split: str, most: int) -> int:
             writer.writerow(["subject", "image", "label", "patient", "slice"])
             writer.writerows(rows)
     return len(tumour)
+
+
+def print_settings(out: Path, split: str) -> None:
+    """Print the mean scores of Grad-CAM and integrated gradients with several settings."""
+    bundle = load_image_bundle(out / "model")
+    score = Score(bundle.networks(), bundle.recipe.data, bundle.recipe.data.names.index(TUMOUR))
+    with (out / f"{split}_tumour.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    images, masks = ImageReader(), ImageReader()
+    pairs = []
+    for row in rows:
+        image, mask = (
+            reader.read(Path(row[name]), int(row["slice"])).array
+            for reader, name in ((images, "image"), (masks, "label"))
+        )
+        pixels = to_input(Image2D(image, 255.0), bundle.recipe.images)
+        pairs.append((torch.from_numpy(pixels), mask[0] > 0))
+    print(f"| {len(rows)} slices | AUPRC | pointing |\n|---|---|---|")
+    for name, method in SETTINGS.items():
+        maps = [(method(score, image, 0), mask) for image, mask in pairs]
+        auprc = np.mean([average_precision(saliency, mask) for saliency, mask in maps])
+        points = np.mean([pointing(evidence(saliency), mask) for saliency, mask in maps])
+        print(f"| {name} | {auprc:.3f} | {points:.3f} |", flush=True)
 
 
 def print_judgement(out: Path, split: str) -> None:

@@ -84,16 +84,19 @@ class GradCam(Method):
 
     Args:
         least_pixels: edge of the maps of the last stage that counts.
+        only_last: take that stage alone.
     """
 
     least_pixels: int = 6
+    only_last: bool = False
 
     def __call__(self, score: Score, image: torch.Tensor, seed: int) -> np.ndarray:
         attr = load_captum()
         batch, total = _leaf(image), np.zeros(image.shape[-2:])
         for network in score.networks:
             assert isinstance(network, ImageNetwork)
-            for name in feature_layers(network, batch, self.least_pixels):
+            names = feature_layers(network, batch, self.least_pixels)
+            for name in names[-1:] if self.only_last else names:
                 layer = attr.LayerGradCam(score, network.get_submodule(name))
                 maps = layer.attribute(batch, relu_attributions=True).detach()
                 enlarged = functional.interpolate(maps, image.shape[-2:], mode="bilinear")
