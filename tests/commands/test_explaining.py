@@ -301,8 +301,8 @@ def test_slices_of_a_table_in_any_order_make_one_file_per_volume(slice_model, tm
     volseg.explain(data / "slices.csv", model=slice_model, out=out, method="gradcam", checked=0)
     for name in ("s0", "s1"):
         saliency = read_volume(out / "maps" / f"{name}_gradcam.nii.gz", is_finite=False)
-        known = np.isfinite(saliency.canonical().array).all(axis=(0, 1))
-        assert set(np.flatnonzero(known)) == {index for case, index in rows if case == name}
+        explained = np.isfinite(saliency.canonical().array).all(axis=(0, 1))
+        assert set(np.flatnonzero(explained)) == {index for case, index in rows if case == name}
 
 
 @pytest.mark.parametrize(("kind", "names"), [("labels", ("plain", "bright")), ("number", ())])
