@@ -68,6 +68,12 @@ def explain(options: ExplainOptions) -> ExplainReport:
     Raises:
         VolsegError: the request is wrong. An image that cannot be used becomes a failed row.
         EnvironmentProblem: captum is not installed.
+
+    Example:
+        >>> import volseg
+        >>> result = volseg.explain("images", model="image_model", method="gradcam", most=2)
+        >>> len(result.explained), sorted(result.verdicts)
+        (2, ['gradcam'])
     """
     from volseg.image_bundle import load_image_bundle
     from volseg.inference.explain import load_captum
