@@ -23,7 +23,7 @@ the way in, and by `result.like_input()` on the way out.
 GROUPS = {
     "Scans in memory": ("segment", "measure_mask", "load_model"),
     "Commands": (
-        "infer", "measure", "evaluate", "compare", "report", "methods", "cases", "check",
+        "infer", "explain", "measure", "evaluate", "compare", "report", "methods", "cases", "check",
         "plan", "preprocess", "train", "pretrain", "quantise", "import_nnunet",
     ),
     "Files": ("read_table", "read_volume", "read_mask", "write_volume"),
@@ -31,7 +31,8 @@ GROUPS = {
 TYPES = {
     "Results in memory": (commands.SegmentResult, commands.MaskResult, commands.LoadedModel),
     "Results of commands": (
-        reports.CasesReport, reports.EvaluateReport, reports.CompareReport, reports.TrainReport,
+        reports.CasesReport, reports.ExplainReport, reports.EvaluateReport, reports.CompareReport,
+        reports.TrainReport,
         reports.PlanReport, reports.PreprocessReport, reports.QuantiseReport,
         reports.ImportReport, reports.ListingReport, reports.PagesReport,
         reports.MethodsReport,

@@ -6,6 +6,7 @@ import shutil
 from importlib import import_module
 from pathlib import Path
 
+import bright_squares
 import nnunet_folder
 import pytest
 from conftest import TINY
@@ -74,6 +75,8 @@ def test_examples_in_docstrings_run(module, tmp_path, monkeypatch, request):
     (tmp_path / "recipe.toml").write_text(TINY, encoding="utf-8")
     if '"images"' in source:
         folder_of_classes(tmp_path / "images", n=6)
+    if '"image_model"' in source:
+        bright_squares.save_model(tmp_path / "image_model")
     if nnunet_folder.FOLDER in source:
         nnunet_folder.write_model(tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -303,6 +303,61 @@ class ImagesReport(CasesReport):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class ExplainReport(RunReport):
+    """What `explain` did.
+
+    Args:
+        verdicts: method → the checks that it failed with this model, empty if none; None if it was
+            not checked.
+        scores: method or simple map → its mean scores against masks in words; empty without masks.
+    """
+
+    files: ClassVar[tuple[str, ...]] = (
+        *("explain.csv", "randomisation.csv", "saliency.csv", "run.json", "explain.html"),
+    )
+
+    verdicts: Mapping[str, str | None]
+    scores: Mapping[str, str]
+
+    @property
+    def goal(self) -> Path | None:
+        return self.paths.get("explain", self.out)
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        """Files of the folder: name without suffix → path; `explain` is the page."""
+        paths = [self.out / name for name in self.files]
+        names = {path: "table" if path.name == "explain.csv" else path.stem for path in paths}
+        return {names[path]: path for path in paths if path.is_file()}
+
+    @property
+    def explained(self) -> DataFrame:
+        """explain.csv: a row per image and method, with its checks and scores."""
+        return self._read_table("explain.csv")
+
+    @property
+    def randomisation(self) -> DataFrame:
+        """randomisation.csv: a row per checked image, method and layer."""
+        return self._read_table("randomisation.csv")
+
+    @property
+    def saliency(self) -> DataFrame:
+        """saliency.csv: mean scores against masks, with intervals over patients."""
+        return self._read_table("saliency.csv")
+
+    @property
+    def outcome(self) -> str:
+        if not self.done:
+            return "no image explained"
+        doubted = [name for name, doubt in self.verdicts.items() if doubt]
+        unreliable = f", unreliable: {format_list(doubted, MAX_LINES)}" if doubted else ""
+        return f"maps of {format_count(len(self.done), 'image')}{unreliable}"
+
+    def _shown_table(self) -> DataFrame:
+        return self.explained
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class PreprocessReport(RunReport):
     """What `preprocess` did."""
 

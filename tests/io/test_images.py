@@ -9,13 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from laws import oblique, orientations
+from laws import GRIDS, oblique, orientations
 from PIL import Image
 
 from volseg.errors import ScanError
 from volseg.image import Image2D
 from volseg.io.image_tables import read_image_arrays
-from volseg.io.images import MAX_PIXELS, ImageReader, read_image
+from volseg.io.images import (
+    MAX_PIXELS,
+    ImageReader,
+    read_image,
+    slice_of,
+    stack_slices,
+    through_axis,
+)
 from volseg.io.volumes import write_volume
 from volseg.preprocessing.planes import PLANES
 from volseg.volume import Geometry, Volume
@@ -424,3 +431,38 @@ def test_a_damaged_archive_is_refused_or_read_and_nothing_else(tmp_path):
             codes.add(error.code)
             assert "\n" not in str(error)
     assert "E_DAMAGED" in codes
+
+
+# ---- slices back into a volume
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_slices_that_were_read_make_the_volume_again_in_every_orientation(grid, tmp_path):
+    array = np.random.default_rng(3).normal(size=(5, 6, 4)).astype(np.float32)
+    volume = Volume(array, Geometry(array.shape, GRIDS[grid]((0.8, 0.9, 2.5))))
+    for number, (stored, affine) in enumerate(orientations(volume)):
+        if number % 5 and grid != "oblique":
+            continue  # all 48 on one grid
+        geometry = Geometry(stored.shape, affine)
+        canonical = Volume(stored, geometry).canonical()
+        through = through_axis(canonical.geometry.shape)
+        slices = {k: slice_of(canonical, through, k).array[0] for k in range(array.shape[2])}
+        stacked = stack_slices(slices, geometry)
+        np.testing.assert_array_equal(stacked.array, stored)
+        np.testing.assert_array_equal(stacked.geometry.affine, affine)
+
+
+def test_a_slice_that_is_not_given_is_unknown_and_not_zero():
+    geometry = Geometry((5, 6, 4), oblique((1, 1, 2)))
+    stacked = stack_slices({2: np.ones((6, 5), np.float32)}, geometry)
+    assert np.isnan(stacked.array).sum() == 3 * 30 and np.nansum(stacked.array) == 30
+    canonical = stacked.canonical().array
+    assert np.isfinite(canonical[:, :, 2]).all()
+
+
+def test_a_single_coronal_slice_is_stacked_as_it_was_read(tmp_path):
+    array = np.random.default_rng(3).normal(size=(5, 1, 7)).astype(np.float32)
+    volume = Volume(array, Geometry(array.shape, np.diag([-1.0, 2.0, 1.5, 1.0])))
+    canonical = volume.canonical()
+    image = slice_of(canonical, through_axis(canonical.geometry.shape), 0).array[0]
+    np.testing.assert_array_equal(stack_slices({0: image}, volume.geometry).array, array)

@@ -12,6 +12,7 @@ from volseg.preprocessing.images import (
     resize,
     to_channels,
     to_input,
+    to_pixels,
     with_margins,
 )
 from volseg.recipe.images import IMAGE_NORMALISERS, Images, ScaleImage, WindowImage
@@ -140,3 +141,58 @@ def test_an_equalised_image_is_uniform():
     settings = {"pixels": 64, "channels": 1, "normalise": {"method": "histogram"}}
     levels = np.sort(to_input(Image2D(array, 65535.0), Images.model_validate(settings)).ravel())
     np.testing.assert_allclose(levels, np.linspace(0, 1, levels.size), atol=0.01)
+
+
+FITS = ["pad", "crop", "stretch"]
+
+
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize("pixels", [31, 64, 224])
+@pytest.mark.parametrize("shape", [(64, 64), (40, 60), (121, 80), (90, 200), (501, 300)])
+def test_a_square_of_the_input_comes_back_at_its_place_in_the_image(shape, pixels, fit):
+    """What the input shows of a planted square, mapped back, lies on the square."""
+    height, width = shape
+    edge = min(shape) // 3
+    top, left = height // 2 - edge + 3, width // 2 - 2
+    image = np.zeros((1, *shape), np.float32)
+    image[:, top : top + edge, left : left + edge] = 1
+    settings = Images(pixels=pixels, channels=1, fit=fit, normalise=ScaleImage(divide_by=1))
+    back = to_pixels(to_input(Image2D(image, None), settings)[0], shape, fit)
+    assert back.shape == shape and back.dtype == np.float32
+    centre = np.array([(np.arange(n) * back.sum(axis=1 - axis)).sum() / back.sum()
+                       for axis, n in enumerate(shape)])  # fmt: skip
+    pixel = max(shape) / pixels if fit == "pad" else np.array(shape) / pixels  # of the input
+    expected = np.array([top, left]) + (edge - 1) / 2
+    assert (np.abs(centre - expected) <= 0.15 * np.maximum(pixel, 1)).all()
+    assert back.sum() == pytest.approx(edge**2, rel=0.15)
+    inner = back[top + edge // 2, left + edge // 2]
+    assert inner == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_constant_map_comes_back_constant_but_for_what_the_network_never_saw(shape, fit):
+    back = to_pixels(np.full((32, 32), 0.7, np.float32), shape, fit)
+    unseen = np.ones(shape, bool)
+    side = min(shape)
+    if fit == "crop":
+        top, left = ((n - side) // 2 for n in shape)
+        unseen[top : shape[0] - top, left : shape[1] - left] = False
+    else:
+        unseen[:] = False
+    np.testing.assert_allclose(back[~unseen], 0.7, rtol=1e-5)
+    assert not back[unseen].any()
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_an_image_of_the_size_of_the_input_needs_no_change(fit):
+    saliency = np.random.default_rng(0).normal(size=(24, 24)).astype(np.float32)
+    np.testing.assert_array_equal(to_pixels(saliency, (24, 24), fit), saliency)
+
+
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize("shape", [(33, 50), (50, 33)])
+def test_mirroring_a_map_before_or_after_is_the_same(shape, fit):
+    saliency = np.random.default_rng(0).normal(size=(32, 32)).astype(np.float32)
+    mirrored = to_pixels(saliency[::-1, ::-1], shape, fit)
+    np.testing.assert_allclose(mirrored[::-1, ::-1], to_pixels(saliency, shape, fit), atol=1e-5)

@@ -40,6 +40,9 @@ FILES = {  # name → what it holds
     "agreement.png": "Bland-Altman plot, and predicted against true numbers",
     "froc.png": "sensitivity against false positives per scan",
     "metrics.csv": "every metric with its interval",
+    "explain.csv": "a row per image and method, with its checks and scores",
+    "randomisation.csv": "how alike the maps stay when layers get random weights",
+    "saliency.csv": "mean scores against masks, with intervals",
 }
 
 
@@ -78,6 +81,17 @@ def _(report: reports.ImagesReport) -> None:
     kind = "confidence sets" if "classes" in report.paths else "intervals"
     if report.coverage is not None:
         typer.echo(f"{kind} with {report.coverage:.0%} coverage on validation images")
+
+
+@show_details.register
+def _(report: reports.ExplainReport) -> None:
+    words = {None: "not checked", "": "passed its checks"}
+    for method, doubt in report.verdicts.items():
+        verdict = words.get(doubt, f"UNRELIABLE: {doubt}")
+        scores = report.scores.get(method)
+        typer.echo(one_line(f"{method}: {f'{scores}; ' if scores else ''}{verdict}"))
+    for simple in sorted(report.scores.keys() - report.verdicts.keys()):
+        typer.echo(one_line(f"{simple}: {report.scores[simple]} (simple map, for comparison)"))
 
 
 @show_details.register

@@ -4,6 +4,7 @@ from volseg.commands.checking import check, table_columns
 from volseg.commands.comparing import compare
 from volseg.commands.describing import methods
 from volseg.commands.evaluating import evaluate
+from volseg.commands.explaining import explain
 from volseg.commands.importing import import_nnunet
 from volseg.commands.in_memory import (
     LoadedModel,
@@ -43,6 +44,7 @@ __all__ = [
     "check",
     "compare",
     "evaluate",
+    "explain",
     "import_nnunet",
     "infer",
     "load_model",

@@ -6,7 +6,7 @@ import io
 import os
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from volseg.io.medmnist import SUFFIX as NPZ_SUFFIX
 from volseg.io.medmnist import ImageArrays
 from volseg.io.series import split_volume
 from volseg.io.volumes import read_volume
-from volseg.volume import Volume
+from volseg.volume import AxisOrder, Geometry, Volume
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -154,7 +154,7 @@ class _Slices:
         return self._volume.geometry.shape[self._through]
 
     def image(self, index: int) -> Image2D:
-        return _slice_of(self._volume, self._through, index)
+        return slice_of(self._volume, self._through, index)
 
 
 def through_axis(shape: tuple[int, int, int]) -> int:
@@ -166,7 +166,8 @@ def through_axis(shape: tuple[int, int, int]) -> int:
     return shape.index(1) if 1 in shape and shape[2] != 1 else 2
 
 
-def _slice_of(volume: Volume, through: int, index: int) -> Image2D:
+def slice_of(volume: Volume, through: int, index: int) -> Image2D:
+    """Return a slice of a canonical volume as radiologists draw it; `through` is its axis."""
     plane = volume.array[(slice(None),) * through + (index,)]  # (across, up)
     values = volume.intensities(plane)[::-1, ::-1].T
     if volume.is_scaled:
@@ -174,6 +175,24 @@ def _slice_of(volume: Volume, through: int, index: int) -> Image2D:
     across, up = (mm for axis, mm in enumerate(volume.geometry.spacing_mm) if axis != through)
     white = None if volume.is_scaled else largest_of(values.dtype)
     return Image2D(np.ascontiguousarray(values)[None], white, (up, across))
+
+
+def stack_slices(slices: Mapping[int, np.ndarray], geometry: Geometry) -> Volume:
+    """Return slices as a volume; undoes the reading of the axial slices of a volume.
+
+    Args:
+        slices: index from the feet → (H, W) float32, as `read_image` counts and turns the slices.
+        geometry: of the volume, as stored.
+
+    Returns:
+        float32 on the same grid, NaN in slices that are not given.
+    """
+    order, stored = AxisOrder.of(geometry), np.full(geometry.shape, np.nan, np.float32)
+    canonical = order.apply(stored)  # a view
+    through = through_axis(geometry.canonical().shape)
+    for index, values in slices.items():
+        canonical[(slice(None),) * through + (index,)] = values.T[::-1, ::-1]
+    return Volume(stored, geometry)
 
 
 # ---- files that hold one image

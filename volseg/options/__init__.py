@@ -8,6 +8,7 @@ from volseg.options.declare import (
     ignore_progress,
     ignore_text,
 )
+from volseg.options.explaining import ExplainOptions
 from volseg.options.inference import InferOptions, MethodsOptions, ReportOptions
 from volseg.options.measurement import (
     CompareOptions,
@@ -33,6 +34,7 @@ COMMANDS: dict[str, type[Options]] = {
     "train": TrainOptions,
     "pretrain": PretrainOptions,
     "infer": InferOptions,
+    "explain": ExplainOptions,
     "quantise": QuantiseOptions,
     "measure": MeasureOptions,
     "evaluate": EvaluateOptions,
@@ -48,6 +50,7 @@ __all__ = [
     "CasesOptions",
     "CompareOptions",
     "EvaluateOptions",
+    "ExplainOptions",
     "ImportOptions",
     "InferOptions",
     "LoadModelOptions",

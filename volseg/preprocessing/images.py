@@ -55,11 +55,8 @@ def fit_square(array: np.ndarray, pixels: int, fit: str) -> np.ndarray:
     low, high = array.min(axis=(1, 2), keepdims=True), array.max(axis=(1, 2), keepdims=True)
     if fit == "crop":
         array = _middle_square(array)
-    shape = (pixels, pixels)
-    if fit == "pad":
-        height, width = array.shape[1:]
-        scale = pixels / max(height, width)
-        shape = (_even_rest(height * scale, pixels), _even_rest(width * scale, pixels))
+    height, width = array.shape[1:]
+    shape = fitted_shape((height, width), pixels, fit)
     # Rounding would leave noise in a constant image, and a z-score would enlarge it.
     return np.clip(resize(array, shape), low, high)
 
@@ -77,6 +74,37 @@ def with_margins(array: np.ndarray, pixels: int) -> np.ndarray:
     top, left = (pixels - height) // 2, (pixels - width) // 2
     square[:, top : top + height, left : left + width] = array
     return square
+
+
+def to_pixels(saliency: np.ndarray, shape: tuple[int, int], fit: str) -> np.ndarray:
+    """Return a map of the network's input on the pixels of its image; undoes size and margins.
+
+    Args:
+        saliency: (pixels, pixels) float32, such as evidence for a class.
+        shape: (H, W) of the image.
+        fit: as in `fit_square`.
+
+    Returns:
+        (H, W) float32; 0 where `crop` cut pixels off, which the network never saw.
+    """
+    inner = fitted_shape(shape, len(saliency), fit)
+    top, left = ((len(saliency) - n) // 2 for n in inner)
+    content = saliency[None, top : top + inner[0], left : left + inner[1]]
+    if fit != "crop":
+        return resize(content, shape)[0]
+    full = np.zeros((1, *shape), np.float32)
+    square = _middle_square(full)  # a view
+    square[:] = resize(content, square.shape[1:])
+    return full[0]
+
+
+def fitted_shape(shape: tuple[int, int], pixels: int, fit: str) -> tuple[int, int]:
+    """Return the size (H, W) that an image of (H, W) has within a square of `pixels`."""
+    if fit != "pad":
+        return (pixels, pixels)
+    height, width = shape
+    scale = pixels / max(height, width)
+    return (_even_rest(height * scale, pixels), _even_rest(width * scale, pixels))
 
 
 def _even_rest(size: float, pixels: int) -> int:

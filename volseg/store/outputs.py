@@ -54,6 +54,7 @@ SAME_KIND = {  # command → content of its folder; commands with the same conte
     "measure": "the results of measure",
     "compare": "a comparison",
     "evaluate": "an evaluation",
+    "explain": "explained images",
     "check": "a check of scans",
     "preprocess": "a prepared dataset",
     "train": MODEL,

@@ -41,6 +41,14 @@ from volseg.evaluation.class_rows import (
 )
 from volseg.evaluation.detection import DetectionRow
 from volseg.evaluation.overlap import OverlapRow
+from volseg.evaluation.saliency_rows import (
+    EXPLAIN,
+    RANDOMISATION,
+    SALIENCY,
+    ExplainRow,
+    RandomisationRow,
+    SaliencyRow,
+)
 from volseg.evaluation.validation import ValidationRow
 from volseg.inputs import open_regular
 from volseg.io.csv_text import iterate_csv, stream_rows, write_csv
@@ -66,6 +74,9 @@ TABLES: dict[str, type] = {
     VALUES: ValueRow,
     BASELINES: BaselineRow,
     "metrics.csv": MetricRow,
+    EXPLAIN: ExplainRow,
+    RANDOMISATION: RandomisationRow,
+    SALIENCY: SaliencyRow,
 }
 # Rows that a table has instead if its header has all their columns.
 VARIANTS: dict[str, type] = {"evaluation.csv": JudgedRow}
