@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from string import Formatter
 from typing import Any
@@ -79,16 +79,39 @@ class Sentence:
 
 
 @dataclass(frozen=True, slots=True)
-class Statement:
-    """A sentence with its values filled in, and the keys that they come from."""
+class Part:
+    """A piece of a sentence, or a cell: words, or a value with the keys that it comes from.
+
+    Args:
+        keys: none for words. rule: the format that made the text of the values.
+    """
 
     text: str
+    keys: tuple[str, ...] = ()
+    rule: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """A sentence with its values filled in.
+
+    Args:
+        keys: those of its values, and those that decided what it says.
+    """
+
+    parts: tuple[Part, ...]
     keys: tuple[str, ...]
     items: tuple[int, ...]
     topic: Topic
 
+    @property
+    def text(self) -> str:
+        return "".join(part.text for part in self.parts)
 
-def sentence(*clauses: str | Clause, items: tuple[int, ...], topic: Topic = Topic.NONE) -> Sentence:
+
+def sentence(
+    *clauses: str | Clause, items: tuple[int, ...] = (), topic: Topic = Topic.NONE
+) -> Sentence:
     """Return a sentence of templates and clauses."""
     parts = tuple(Clause(text=part) if isinstance(part, str) else part for part in clauses)
     return Sentence(clauses=parts, items=items, topic=topic)
@@ -116,10 +139,10 @@ def state(facts: Facts, sentences: Iterable[Sentence]) -> Iterator[Statement]:
         clauses = [_filled(facts, part) for part in line.clauses]
         if clauses[0] is None:
             continue
-        parts = [part for part in clauses if part is not None]
-        text = "".join(text for text, _ in parts).rstrip(" .")
-        keys = dict.fromkeys(key for _, names in parts for key in names)
-        yield Statement(f"{text}.", tuple(keys), line.items, line.topic)
+        filled = [part for part in clauses if part is not None]
+        parts = _with_full_stop([part for parts, _ in filled for part in parts])
+        keys = dict.fromkeys(key for _, names in filled for key in names)
+        yield Statement(tuple(parts), tuple(keys), line.items, line.topic)
 
 
 def value_at(facts: Facts, path: Path) -> Any:
@@ -131,22 +154,36 @@ def value_at(facts: Facts, path: Path) -> Any:
     return value
 
 
-def _filled(facts: Facts, part: Clause) -> tuple[str, list[str]] | None:
-    """Return a clause with its values, and their keys; None if one is unknown."""
-    if not _applies(facts, part):
+def value_part(facts: Facts, paths: Sequence[Path], rule: str = "text") -> Part | None:
+    """Return values in a format, as one part; None if one of them is unknown."""
+    shown = FORMATS[rule](*(value_at(facts, path) for path in paths))
+    return Part(shown, tuple(_key(facts, path) for path in paths), rule) if shown else None
+
+
+def _filled(facts: Facts, clause: Clause) -> tuple[list[Part], list[str]] | None:
+    """Return a clause with its values, and its keys; None if a value is unknown."""
+    if not _applies(facts, clause):
         return None
-    texts, paths = [], list(map(_path, (*part.when, *part.needs)))
-    for literal, name, kind, _ in Formatter().parse(part.text):
-        texts.append(literal)
+    parts = list[Part]()
+    for words, name, rule, _ in Formatter().parse(clause.text):
+        if words:
+            parts.append(Part(words))
         if name is None:
             continue
-        sources = _paths(part, name)
-        shown = FORMATS[kind or "text"](*(value_at(facts, path) for path in sources))
-        if not shown:
+        value = value_part(facts, _paths(clause, name), rule or "text")
+        if value is None:
             return None
-        texts.append(shown)
-        paths += sources
-    return "".join(texts), [_key(facts, path) for path in paths]
+        parts.append(value)
+    deciding = [_key(facts, _path(path)) for path in (*clause.when, *clause.needs)]
+    return parts, [*deciding, *(key for part in parts for key in part.keys)]
+
+
+def _with_full_stop(parts: list[Part]) -> list[Part]:
+    """Return a sentence that ends with one full stop, whatever its last value ends with."""
+    while parts and not parts[-1].text.rstrip(" ."):
+        parts = parts[:-1]
+    ended = [*parts[:-1], *(replace(part, text=part.text.rstrip(" .")) for part in parts[-1:])]
+    return [*ended, Part(".")]
 
 
 def _applies(facts: Facts, part: Clause) -> bool:
