@@ -150,31 +150,40 @@ def value_at(facts: Facts, path: Path) -> Any:
     document = facts.get(path[0])
     value: Any = None if document is None else document.content
     for name in path[1:]:
-        value = value.get(name) if isinstance(value, Mapping) else None
+        if isinstance(value, list):
+            value = value[int(name)] if name.isdecimal() and int(name) < len(value) else None
+        else:
+            value = value.get(name) if isinstance(value, Mapping) else None
     return value
 
 
 def value_part(facts: Facts, paths: Sequence[Path], rule: str = "text") -> Part | None:
     """Return values in a format, as one part; None if one of them is unknown."""
     shown = FORMATS[rule](*(value_at(facts, path) for path in paths))
-    return Part(shown, tuple(_key(facts, path) for path in paths), rule) if shown else None
+    return Part(shown, tuple(key_of(facts, path) for path in paths), rule) if shown else None
 
 
-def _filled(facts: Facts, clause: Clause) -> tuple[list[Part], list[str]] | None:
+def key_of(facts: Facts, path: Path) -> str:
+    """Return where a value stands, for readers: `model.json: recipe.train.batch_size`."""
+    names = (name if re.fullmatch(r"[\w-]+", name) else json.dumps(name) for name in path[1:])
+    return f"{facts[path[0]].name}: {'.'.join(names)}"
+
+
+def _filled(facts: Facts, template: Clause) -> tuple[list[Part], list[str]] | None:
     """Return a clause with its values, and its keys; None if a value is unknown."""
-    if not _applies(facts, clause):
+    if not _applies(facts, template):
         return None
     parts = list[Part]()
-    for words, name, rule, _ in Formatter().parse(clause.text):
+    for words, name, rule, _ in Formatter().parse(template.text):
         if words:
             parts.append(Part(words))
         if name is None:
             continue
-        value = value_part(facts, _paths(clause, name), rule or "text")
+        value = value_part(facts, _paths(template, name), rule or "text")
         if value is None:
             return None
         parts.append(value)
-    deciding = [_key(facts, _path(path)) for path in (*clause.when, *clause.needs)]
+    deciding = [key_of(facts, _path(path)) for path in (*template.when, *template.needs)]
     return parts, [*deciding, *(key for part in parts for key in part.keys)]
 
 
@@ -210,9 +219,3 @@ def _path(text: str | Path) -> Path:
         return text
     first, *others = text.split(".")
     return (*SHORT.get(first, (first,)), *others)
-
-
-def _key(facts: Facts, path: Path) -> str:
-    """Return where a value stands, for readers: `model.json: recipe.train.batch_size`."""
-    names = (name if re.fullmatch(r"[\w-]+", name) else json.dumps(name) for name in path[1:])
-    return f"{facts[path[0]].name}: {'.'.join(names)}"
