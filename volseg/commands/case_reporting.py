@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Protocol
 from urllib.parse import quote
 
 from volseg.commands.image_facts import ImageReports
@@ -23,21 +22,6 @@ from volseg.words import format_list
 REPORTS, PICTURES = "reports", "pictures"
 CHANGED = "was changed since volseg wrote it; the report has its present numbers"
 MAX_NAMED = 5
-
-
-class Reports(Protocol):
-    """The reports of a results folder.
-
-    Args:
-        names: ids of all cases. tables: files that the reports are made from.
-        remarks: what the facts lack.
-    """
-
-    names: Sequence[str]
-    tables: Sequence[str]
-    remarks: Sequence[str]
-
-    def report(self, name: str) -> CaseReport: ...
 
 
 def report_cases(options: ReportOptions) -> PagesReport:
@@ -69,7 +53,7 @@ def _folder(out: Path) -> OutputFolder:
     return OutputFolder(out, "infer-images") if is_of_images else ResultsFolder(out, None)
 
 
-def _reports(options: ReportOptions, folder: OutputFolder) -> Reports:
+def _reports(options: ReportOptions, folder: OutputFolder) -> ScanReports | ImageReports:
     if isinstance(folder, ResultsFolder):
         return ScanReports(options, folder)
     return ImageReports(options)

@@ -159,30 +159,44 @@ def _model_folders(run: Mapping[str, Any]) -> Iterator[Path]:
     yield shipped_bundle()
 
 
-def check_evaluation(documents: Mapping[str, Document]) -> None:
-    """Check that results and evaluation are of this model, and the evaluation of these results.
+def check_model(documents: Mapping[str, Document]) -> None:
+    """Check that results and evaluation are of this model, as far as they say which.
 
     Raises:
         VolsegError: one is not.
     """
-    contents = {kind: documents[kind].content for kind in KINDS if kind in documents}
+    contents = _contents(documents)
     run, evaluation = contents.get(RUN), contents.get(EVALUATION)
     if run is not None and MODEL in contents:
         options = run.get("options")
         stated = options.get("model_sha256") if isinstance(options, Mapping) else None
         if stated not in (None, documents["files"].content[FILES[MODEL]]):
             raise _unrelated("the results are not of this model")
-    if run is not None and evaluation is not None:
-        _check_same_cases(run, evaluation)
+    if run is None or evaluation is None:
+        return
+    if evaluation.get("model") not in (None, run.get("model")):
+        raise _unrelated("the evaluation is of another model than the results")
 
 
-def _check_same_cases(run: Mapping[str, Any], evaluation: Mapping[str, Any]) -> None:
+def check_evaluation(documents: Mapping[str, Document]) -> None:
+    """Check like `check_model`, and that the evaluation is of these results.
+
+    Raises:
+        VolsegError: it is not.
+    """
+    check_model(documents)
+    contents = _contents(documents)
+    run, evaluation = contents.get(RUN), contents.get(EVALUATION)
+    if run is None or evaluation is None:
+        return
     names = {name for key in ("done", "kept") for name in _names(run.get(key))}
     masks = evaluation.get("masks")
     if isinstance(masks, Mapping) and masks and names.isdisjoint(masks):
         raise _unrelated("the evaluation has none of the cases of the results")
-    if evaluation.get("model") not in (None, run.get("model")):
-        raise _unrelated("the evaluation is of another model than the results")
+
+
+def _contents(documents: Mapping[str, Document]) -> dict[str, Mapping[str, Any]]:
+    return {kind: documents[kind].content for kind in KINDS if kind in documents}
 
 
 def _names(content: Any) -> list[str]:

@@ -48,6 +48,8 @@ class ImageReports:
         image = row_document(self.tables[0], name, content)
         facts = of_model({**self._documents, "image": image}, row.model or "")
         report = image_report(facts)
+        if row.status != "done":
+            return replace(report, no_pictures="There is no picture of an image without a result.")
         pictures = [*self._images.pictures(name), *self._maps(name)]
         reason = "" if pictures else self._images.problem
         return replace(report, pictures=tuple(pictures), no_pictures=reason)
@@ -69,7 +71,7 @@ class _Images:
     def __init__(self, run: dict[str, Any]) -> None:
         self._cases, self.problem = (
             dict[str, ImageCase](),
-            "There is no picture: the image is gone.",
+            "There is no picture: the image is gone or cannot be read.",
         )
         try:
             scans = [Path(text) for text in run["settings"]["scans"]]

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from volseg.columns import json_values
-from volseg.commands.fact_files import FILES, RUN, add_model, check_evaluation, read_documents
+from volseg.commands.fact_files import FILES, RUN, add_model, check_model, read_documents
 from volseg.comparison.changes import LesionChange
 from volseg.comparison.response import PatientResponse
 from volseg.errors import ScanError, VolsegError
@@ -37,7 +37,7 @@ from volseg.words import lesion_noun
 CASES, LESIONS = "cases.csv", "lesions.csv"
 COMPARISON, RESPONSE = "comparison.csv", "response.csv"
 MOST_PICTURES = 3  # lesions
-PIXELS = 300  # of the edge of a plane
+PIXELS = 240  # of the edge of a plane
 MAX_LESION_IDS = 2**32  # in a file of lesion ids: no limit
 Row = TypeVar("Row")
 
@@ -167,7 +167,7 @@ def run_documents(out: Path, folders: Sequence[Path]) -> tuple[dict[str, Documen
     has_run = (out / FILES[RUN]).is_file()  # an interrupted run leaves none
     documents = read_documents([*([out] if has_run else []), *folders])
     hint = "" if "model" in documents else add_model(documents)
-    check_evaluation(documents)
+    check_model(documents)
     return documents, [hint] if hint else []
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from volseg.manuscript.facts import (
+    Clause,
     Document,
     Facts,
     Part,
@@ -90,6 +91,16 @@ class CaseReport:
     no_pictures: str = ""
 
 
+def joined(statements: Iterable[Statement]) -> Statement:
+    """Return several sentences as one text."""
+    parts = list[Part]()
+    keys = dict[str, None]()
+    for stated in statements:
+        parts += [Part(" "), *stated.parts] if parts else stated.parts
+        keys |= dict.fromkeys(stated.keys)
+    return Statement(tuple(parts), tuple(keys), (), Topic.NONE)
+
+
 def statement(*parts: Part) -> Statement:
     """Return a sentence of parts."""
     keys = dict.fromkeys(key for part in parts for key in part.keys)
@@ -114,7 +125,7 @@ def cell_of(facts: Facts, template: str, *more: str, **paths: Path) -> Cell:
     Args:
         more: templates that follow if their values are known. paths: as those of a clause.
     """
-    clauses = (clause(template, **paths), *(clause(text, **paths) for text in more))
+    clauses = tuple(Clause(text=text, paths=paths) for text in (template, *more))
     stated = next(state(facts, [Sentence(clauses=clauses, items=())]), None)
     return UNKNOWN if stated is None else stated.parts[:-1]  # without the full stop
 
@@ -147,11 +158,10 @@ def made_with(facts: Facts, alias: str) -> tuple[Line, ...]:
     done = value_at(facts, ("run", "done"))
     is_of_run = not isinstance(done, list) or value_at(facts, (alias, "case_id")) in done
     run = "Run of {run.started}" if is_of_run else "Kept from before the run of {run.started}"
-    sentences = (
-        sentence(f"{run}, volseg {{run.volseg}}"),
-        sentence(clause("Model {model}", model=(alias, "model"))),
+    line = sentence(
+        f"{run}, volseg {{run.volseg}}", clause(", model {model}", model=(alias, "model"))
     )
-    return tuple(lines_of(facts, sentences))
+    return tuple(lines_of(facts, [line]))
 
 
 PURPOSE: tuple[Named, ...] = (
@@ -198,24 +208,27 @@ def purpose(facts: Facts, alias: str) -> Section:
         if name not in known:
             lines.append(words("Not stated with these results.", name=name))
     lines += lines_of(facts, TRAINING)
-    lines += _validation(facts)
+    lines.append(_validation(facts))
     return Section(title, tuple(lines))
 
 
-def _validation(facts: Facts) -> Iterator[Line]:
-    """Yield what validation said of the model, or that nothing is known."""
-    lines = [
-        Line(stated, "Validation")
-        for stated in state(facts, sentences_of_model(facts))
-        if stated.topic is Topic.VALIDATION
+def _validation(facts: Facts) -> Line:
+    """Return what validation said of the model, or that nothing is known."""
+    # What the judgement of a classifier says, the findings say of this image.
+    stated = [
+        line
+        for line in state(facts, sentences_of_model(facts))
+        if line.topic is Topic.VALIDATION and not any(": judgement." in key for key in line.keys)
     ]
-    if not lines:
-        lines = [*lines_of(facts, map(_dice_of_box, range(MAX_LABELS)))]
-    yield from lines or [words("How well the model does is not known here.", name="Validation")]
+    if not stated:
+        stated = [*state(facts, map(_dice_of_box, range(MAX_LABELS)))]
+    if not stated:
+        return words("How well the model does is not known here.", name="Validation")
+    return Line(joined(stated), "Validation")
 
 
-def _dice_of_box(index: int) -> Named:
+def _dice_of_box(index: int) -> Sentence:
     """Return the Dice of a label as run.json has it, where model.json cannot be read."""
     at = ("run", "model_box", "dice", str(index))
     text = "Mean Dice of {label} on the validation cases: {mean:score}"
-    return "Validation", sentence(clause(text, label=(*at, "label"), mean=(*at, "mean")))
+    return sentence(clause(text, label=(*at, "label"), mean=(*at, "mean")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from volseg.manuscript.case_report import (
@@ -12,6 +13,7 @@ from volseg.manuscript.case_report import (
     Line,
     Section,
     cell_of,
+    joined,
     lines_of,
     made_with,
     purpose,
@@ -21,6 +23,7 @@ from volseg.manuscript.case_report import (
     words,
 )
 from volseg.manuscript.facts import (
+    Clause,
     Facts,
     Part,
     Path,
@@ -28,6 +31,7 @@ from volseg.manuscript.facts import (
     clause,
     key_of,
     sentence,
+    state,
     value_at,
 )
 from volseg.manuscript.formats import clean
@@ -44,7 +48,11 @@ def image_report(facts: Facts) -> CaseReport:
         facts: `image` is its row of classes.csv or values.csv, with a column per class; `run`,
             `model` and `evaluation` if known.
     """
-    about = [purpose(facts, "image")]
+    model = purpose(facts, "image")
+    evaluated = [*state(facts, EVALUATED)]
+    if evaluated:
+        model = replace(model, lines=(*model.lines, Line(joined(evaluated), "Evaluation")))
+    about = [model]
     is_done = value_at(facts, ("image", "status")) == "done"
     if is_done:
         about.append(Section("Compared with the training data", tuple(_comparison(facts))))
@@ -54,6 +62,23 @@ def image_report(facts: Facts) -> CaseReport:
         found=_found(facts) if is_done else Section("Findings", tuple(_failure(facts))),
         about=tuple(section for section in about if section.lines),
     )
+
+
+def _measured(title: str, average: str, metric: str) -> Sentence:
+    """Return a metric of an evaluation, with its interval."""
+    at = ("evaluation", "metrics", average, metric)
+    return sentence(
+        clause(f"{title}: {{value:score}}", value=(*at, "value")),
+        clause(" (95 % interval {ends:interval})", ends=(*at, "value_95")),
+    )
+
+
+EVALUATED = (
+    sentence("Evaluated on {evaluation.n_cases:count} images"),
+    _measured("AUC", "macro", "auc"),
+    _measured("Balanced accuracy", "overall", "balanced_accuracy"),
+    _measured("Mean absolute error", "overall", "mae"),
+)
 
 
 def _failure(facts: Facts) -> Iterator[Line]:
@@ -98,7 +123,7 @@ def _certainty(facts: Facts) -> Iterator[Line]:
     elif unusual:
         yield words("The image is unlike those of training: do not rely on this prediction.", key)
     else:
-        yield words("The image is not unusual beside those of training.", key)
+        yield words("The image does not stand out from those of training.", key)
 
 
 def _table(facts: Facts) -> FactTable | None:
@@ -150,7 +175,7 @@ def _point(facts: Facts, index: str, point: Mapping[str, Any]) -> Iterator[Sente
         "probability": probability,
         **{name: (*at, name) for name in ("threshold", "sensitivity", "specificity")},
     }
-    yield sentence(clause(text, **paths), clause(measured, **paths))
+    yield sentence(Clause(text=text, paths=paths), Clause(text=measured, paths=paths))
 
 
 def _comparison(facts: Facts) -> Iterator[Line]:

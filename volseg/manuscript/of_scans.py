@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from volseg.manuscript.case_report import (
     UNKNOWN,
@@ -13,6 +13,7 @@ from volseg.manuscript.case_report import (
     Line,
     Section,
     cell_of,
+    joined,
     lines_of,
     made_with,
     purpose,
@@ -30,6 +31,7 @@ from volseg.manuscript.facts import (
     clause,
     key_of,
     sentence,
+    state,
     value_at,
 )
 from volseg.manuscript.formats import clean
@@ -82,7 +84,11 @@ class ScanFacts:
 def scan_report(scan: ScanFacts) -> CaseReport:
     """Return the text of the report of a scan."""
     facts = scan.facts
-    about = [_warnings(facts), _change(scan), purpose(facts, "scan")]
+    model = purpose(facts, "scan")
+    evaluated = [*state(facts, (*EVALUATED, *_sensitivities(facts)))]
+    if evaluated:
+        model = replace(model, lines=(*model.lines, Line(joined(evaluated), "Evaluation")))
+    about = [_warnings(facts), _change(scan), model]
     if value_at(facts, ("scan", "status")) == "done" and value_at(facts, ("scan", "model")):
         about.append(_comparison(scan))
     return CaseReport(
@@ -91,6 +97,21 @@ def scan_report(scan: ScanFacts) -> CaseReport:
         found=_found(scan),
         about=tuple(section for section in about if section.lines),
     )
+
+
+EVALUATED = (
+    sentence(
+        "Mean Dice on {evaluation.n_cases:count} scans: {evaluation.mean_dice:score}",
+        " (95 % interval {evaluation.mean_dice_95:interval})",
+    ),
+    sentence(
+        clause(
+            "An evaluation of masks does not record their model; it is taken to be this one",
+            "evaluation.model",
+            needs=("evaluation.n_cases",),
+        )
+    ),
+)
 
 
 # ---- what was found
@@ -104,9 +125,10 @@ def _found(scan: ScanFacts) -> Section:
     if not n:
         return Section(title, tuple(_nothing(scan)))
     rows = [lesion.within(facts) for lesion in scan.lesions]
-    table = table_of(_columns(rows, scan.noun))
+    table = table_of(_columns(rows))
     lines = tuple(lines_of(facts, _totals(scan.noun, n)))
-    return Section(title, lines, table, (*_left_out(scan, n), *_without_sets(rows)))
+    remarks = [line for facts in rows for line in _remarks(facts, scan.noun)]
+    return Section(title, lines, table, (*_left_out(scan, n), *remarks, *_without_sets(rows)))
 
 
 def _failure(facts: Facts) -> Iterator[Line]:
@@ -162,14 +184,14 @@ def _nothing(scan: ScanFacts) -> Iterator[Line]:
         f"Nothing was found: the mask of this scan holds no {noun}.",
         key_of(facts, ("scan", "n_lesions")),
     )
-    measured = [*lines_of(facts, _sensitivities(facts))]
-    yield from measured
+    measured = [*state(facts, _sensitivities(facts))]
     if measured:
-        yield words("So a scan without a finding is not proof that there is none.")
+        yield Line(joined(measured))
+        yield words("So a scan without a finding is no proof that there is none.")
     else:
         yield words(
             f"How many {noun}s the model misses is not known here, so this is no proof that there "
-            "is none.",
+            "is none."
         )
 
 
@@ -181,7 +203,7 @@ def _sensitivities(facts: Facts) -> Iterator[Sentence]:
         at = (*root, "detection")
         yield sentence(
             clause(
-                "In the evaluation the model found {m:count} of {n:some} lesions of label {name}",
+                "In the evaluation {m:count} of {n:some} lesions of label {name} were found",
                 m=(*at, "n_matched"),
                 n=(*at, "n_reference"),
                 name=(*root, "name"),
@@ -197,13 +219,12 @@ def _sensitivities(facts: Facts) -> Iterator[Sentence]:
 # ---- the table of lesions
 
 
-def _columns(rows: Sequence[Facts], noun: str) -> Iterator[tuple[str, list[Cell]]]:
+def _columns(rows: Sequence[Facts]) -> Iterator[tuple[str, list[Cell]]]:
     """Yield the heading of each column of the table of lesions, and its cells."""
     for heading, template, *more in COLUMNS:
         yield heading, [cell_of(facts, template, *more) for facts in rows]
         if heading == VOLUME:
             yield "Density, mean ± SD", [*map(_density, rows)]
-    yield "Remarks", [_remarks(facts, noun) for facts in rows]
 
 
 VOLUME = "Volume, mL"
@@ -233,23 +254,27 @@ def _density(facts: Facts) -> Cell:
     return (*cell, Part(" (in doubt)", (key_of(facts, ("scan", "warnings")),)))
 
 
-def _remarks(facts: Facts, noun: str) -> Cell:
-    """Return what to know about a lesion: doubts, a reader's verdict, its change."""
+def _remarks(facts: Facts, noun: str) -> Iterator[Line]:
+    """Yield what to know about a lesion: doubts, a reader's verdict, its change."""
     remarks = list[Cell]()
     if value_at(facts, ("lesion", "touches_border")):
         text = "cut by the edge of the scan, so its sizes are lower bounds"
         remarks.append((Part(text, (key_of(facts, ("lesion", "touches_border")),)),))
     confidence = value_at(facts, ("lesion", "confidence_mean"))
     if isinstance(confidence, float) and confidence < LOW_CONFIDENCE:
-        remarks.append((Part("low confidence", (key_of(facts, ("lesion", "confidence_mean")),)),))
+        text = "the model is not sure of its outline"
+        remarks.append((Part(text, (key_of(facts, ("lesion", "confidence_mean")),)),))
     if value_at(facts, ("review", "verdict")) == REJECTED:
         text = f"a reader rejected this {noun}"
         remarks.append((Part(text, (key_of(facts, ("review", "verdict")),)),))
+    remarks += [cell for text in CHANGES if (cell := cell_of(facts, *text)) != UNKNOWN]
     notes = value_at(facts, ("lesion", "notes"))
     if isinstance(notes, str) and notes:
         remarks.append((Part(without_paths(clean(notes)), (key_of(facts, ("lesion", "notes")),)),))
-    remarks += [cell for text in CHANGES if (cell := cell_of(facts, *text)) != UNKNOWN]
-    return _joined(remarks)
+    if remarks:
+        number = cell_of(facts, "{lesion.lesion_id:number}")
+        parts = (*number, Part(": "), *_listed(remarks), Part("."))
+        yield Line(statement(Part(f"{noun.capitalize()} "), *parts))
 
 
 CHANGES = (
@@ -261,7 +286,7 @@ CHANGES = (
 )
 
 
-def _joined(cells: Sequence[Cell]) -> Cell:
+def _listed(cells: Sequence[Cell]) -> Cell:
     """Join cells with semicolons."""
     parts = list[Part]()
     for cell in cells:
@@ -377,8 +402,8 @@ def _intensities(channel: str) -> Iterator[Sentence]:
     root: Path = ("model", "fingerprint", "foreground", channel)
     text = (
         "Density of lesion {lesion.lesion_id:number}: {lesion.intensity_mean:short} "
-        "{lesion.intensity_unit}; the labelled voxels of training have a median of {median:short}, "
-        "and from the 0.5 to the 99.5 percentile {low:short} to {high:short}"
+        "{lesion.intensity_unit}; the labelled voxels of training have a median of {median:short} "
+        "(0.5 to 99.5 percentile: {low:short} to {high:short})"
     )
     paths = {"median": (*root, "median"), "low": (*root, "p00_5"), "high": (*root, "p99_5")}
     for unit in (HU, SUV):  # in other units the scans have no common scale

@@ -14,7 +14,7 @@ from volseg.manuscript.case_report import (
     Section,
 )
 from volseg.manuscript.facts import Part, Statement
-from volseg.manuscript.text import escape_markdown
+from volseg.manuscript.text import escape_markdown, keys_by_file
 from volseg.pages.page import as_base64, render_page
 
 EVIDENCE = "Evidence"
@@ -67,7 +67,7 @@ class _Footnotes:
 
     def text(self) -> str:
         return "\n".join(
-            f"[^{number}]: {escape_markdown(' | '.join(keys))}"
+            f"[^{number}]: {escape_markdown(keys_by_file(keys))}"
             for keys, number in self._numbers.items()
         )
 
