@@ -84,12 +84,8 @@ class ScanFacts:
 def scan_report(scan: ScanFacts) -> CaseReport:
     """Return the text of the report of a scan."""
     facts = scan.facts
-    model = purpose(facts, "scan")
-    evaluated = [*state(facts, (*EVALUATED, *_sensitivities(facts)))]
-    if evaluated:
-        model = replace(model, lines=(*model.lines, Line(joined(evaluated), "Evaluation")))
-    about = [_warnings(facts), _change(scan), model]
-    if value_at(facts, ("scan", "status")) == "done" and value_at(facts, ("scan", "model")):
+    about = [_warnings(facts), _change(scan), _model(facts)]
+    if value_at(facts, ("scan", "status")) == "done" and value_at(facts, MODEL):
         about.append(_comparison(scan))
     return CaseReport(
         title=title_of(facts, "scan", "scan"),
@@ -99,6 +95,19 @@ def scan_report(scan: ScanFacts) -> CaseReport:
     )
 
 
+def _model(facts: Facts) -> Section:
+    """Return what the model is for, and what an evaluation said of it."""
+    section = purpose(facts, "scan")
+    if not value_at(facts, MODEL):
+        return section
+    # Beside an empty mask the findings tell the sensitivity.
+    sensitivities = _sensitivities(facts) if value_at(facts, ("scan", "n_lesions")) else ()
+    evaluated = [*state(facts, (*EVALUATED, *sensitivities))]
+    lines = [Line(joined(evaluated), "Evaluation")] if evaluated else []
+    return replace(section, lines=(*section.lines, *lines))
+
+
+MODEL: Path = ("scan", "model")
 EVALUATED = (
     sentence(
         "Mean Dice on {evaluation.n_cases:count} scans: {evaluation.mean_dice:score}",
@@ -184,6 +193,8 @@ def _nothing(scan: ScanFacts) -> Iterator[Line]:
         f"Nothing was found: the mask of this scan holds no {noun}.",
         key_of(facts, ("scan", "n_lesions")),
     )
+    if not value_at(facts, MODEL):
+        return
     measured = [*state(facts, _sensitivities(facts))]
     if measured:
         yield Line(joined(measured))
