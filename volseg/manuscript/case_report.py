@@ -20,6 +20,7 @@ from volseg.manuscript.facts import (
     Topic,
     clause,
     key_of,
+    parts_of,
     sentence,
     state,
     value_at,
@@ -125,9 +126,8 @@ def cell_of(facts: Facts, template: str, *more: str, **paths: Path) -> Cell:
     Args:
         more: templates that follow if their values are known. paths: as those of a clause.
     """
-    clauses = tuple(Clause(text=text, paths=paths) for text in (template, *more))
-    stated = next(state(facts, [Sentence(clauses=clauses, items=())]), None)
-    return UNKNOWN if stated is None else stated.parts[:-1]  # without the full stop
+    clauses = [Clause(text=text, paths=paths) for text in (template, *more)]
+    return parts_of(facts, clauses) or UNKNOWN
 
 
 def table_of(columns: Iterable[tuple[str, Sequence[Cell]]]) -> FactTable | None:

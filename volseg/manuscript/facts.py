@@ -136,13 +136,28 @@ def literal(name: str) -> str:
 def state(facts: Facts, sentences: Iterable[Sentence]) -> Iterator[Statement]:
     """Yield the sentences whose facts are known."""
     for line in sentences:
-        clauses = [_filled(facts, part) for part in line.clauses]
-        if clauses[0] is None:
-            continue
-        filled = [part for part in clauses if part is not None]
-        parts = _with_full_stop([part for parts, _ in filled for part in parts])
-        keys = dict.fromkeys(key for _, names in filled for key in names)
-        yield Statement(tuple(parts), tuple(keys), line.items, line.topic)
+        filled = _of_clauses(facts, line.clauses)
+        if filled is not None:
+            parts, keys = filled
+            yield Statement(tuple(_with_full_stop(parts)), keys, line.items, line.topic)
+
+
+def parts_of(facts: Facts, clauses: Sequence[Clause]) -> tuple[Part, ...]:
+    """Return the clauses whose facts are known, without a full stop; none if the first is not."""
+    filled = _of_clauses(facts, clauses)
+    return () if filled is None else tuple(filled[0])
+
+
+def _of_clauses(
+    facts: Facts, clauses: Sequence[Clause]
+) -> tuple[list[Part], tuple[str, ...]] | None:
+    """Return the parts and keys of the known clauses; None if the first is unknown."""
+    each = [_filled(facts, part) for part in clauses]
+    if each[0] is None:
+        return None
+    filled = [part for part in each if part is not None]
+    keys = dict.fromkeys(key for _, names in filled for key in names)
+    return [part for parts, _ in filled for part in parts], tuple(keys)
 
 
 def value_at(facts: Facts, path: Path) -> Any:

@@ -37,10 +37,10 @@ from volseg.manuscript.facts import (
 from volseg.manuscript.formats import clean
 from volseg.measurement.review import REJECTED
 from volseg.measurement.units import UNLIKE, unit_doubt_in, warnings_in
-from volseg.recipe import HU, SUV
+from volseg.recipe import ARBITRARY, HU, SUV
 
 MOST_LESIONS = 20  # listed; the largest of more
-LOW_CONFIDENCE = 0.7  # mean probability of a lesion's voxels
+LOW_CONFIDENCE = 0.85  # mean probability of a lesion's voxels
 # What a warning may hold that a report must not: paths, alone or in a command.
 COMMAND = re.compile(r"; run `[^`]*`[^;]*|`[^`]*`")
 PATH = re.compile(r"(?<![\w.])(?:[A-Za-z]:)?[\\/][^\s;,()]*[\\/]([^\s;,()\\/]*)")
@@ -136,8 +136,8 @@ def _found(scan: ScanFacts) -> Section:
     rows = [lesion.within(facts) for lesion in scan.lesions]
     table = table_of(_columns(rows))
     lines = tuple(lines_of(facts, _totals(scan.noun, n)))
-    remarks = [line for facts in rows for line in _remarks(facts, scan.noun)]
-    return Section(title, lines, table, (*_left_out(scan, n), *remarks, *_without_sets(rows)))
+    remarks = (*_left_out(scan, n), *_remarks(rows, scan.noun), *_without_sets(rows))
+    return Section(title, lines, table, remarks)
 
 
 def _failure(facts: Facts) -> Iterator[Line]:
@@ -249,6 +249,12 @@ COLUMNS = (
     ("Class", "{lesion.class_name}"),
     ("Probability", "{lesion.class_probability:score}"),
     ("Mask confidence", "{lesion.confidence_mean:score}"),
+    (
+        "Change",
+        "{change.status}",
+        ", {change.change_volume_percent:signed} % volume",
+        ", {change.change_long_axis_mm:signed} mm long axis",
+    ),
 )
 
 
@@ -260,49 +266,57 @@ def _density(facts: Facts) -> Cell:
         " ± {lesion.intensity_sd:short}",
         " {lesion.intensity_unit}",
     )
-    if cell == UNKNOWN or not unit_doubt_in(str(value_at(facts, ("scan", "warnings")) or "")):
+    is_doubted = unit_doubt_in(str(value_at(facts, ("scan", "warnings")) or ""))
+    if cell == UNKNOWN or not is_doubted or value_at(facts, UNIT) == ARBITRARY:
         return cell
     return (*cell, Part(" (in doubt)", (key_of(facts, ("scan", "warnings")),)))
 
 
-def _remarks(facts: Facts, noun: str) -> Iterator[Line]:
-    """Yield what to know about a lesion: doubts, a reader's verdict, its change."""
-    remarks = list[Cell]()
+UNIT: Path = ("lesion", "intensity_unit")
+
+
+def _remarks(rows: Sequence[Facts], noun: str) -> Iterator[Line]:
+    """Yield what to know about lesions, once for all of which it is true."""
+    groups: dict[str, list[tuple[Facts, Part]]] = {}
+    for facts in rows:
+        for part in _remarks_of(facts, noun):
+            groups.setdefault(part.text, []).append((facts, part))
+    for text, group in groups.items():
+        keys = dict.fromkeys(key for _, part in group for key in part.keys)
+        numbers = [cell_of(facts, "{lesion.lesion_id:number}") for facts, _ in group]
+        name = noun.capitalize() if len(group) == 1 else f"{noun.capitalize()}s"
+        parts = [Part(f"{name} "), *numbers[0]]
+        for number in numbers[1:]:
+            parts += [Part(", "), *number]
+        yield Line(statement(*parts, Part(": "), Part(text, tuple(keys)), Part(".")))
+
+
+def _remarks_of(facts: Facts, noun: str) -> Iterator[Part]:
+    """Yield what to know about a lesion: doubts, a reader's verdict, what is unknown and why."""
     if value_at(facts, ("lesion", "touches_border")):
-        text = "cut by the edge of the scan, so its sizes are lower bounds"
-        remarks.append((Part(text, (key_of(facts, ("lesion", "touches_border")),)),))
+        text = "cut by the edge of the scan, so the sizes are lower bounds"
+        yield Part(text, (key_of(facts, ("lesion", "touches_border")),))
     confidence = value_at(facts, ("lesion", "confidence_mean"))
     if isinstance(confidence, float) and confidence < LOW_CONFIDENCE:
-        text = "the model is not sure of its outline"
-        remarks.append((Part(text, (key_of(facts, ("lesion", "confidence_mean")),)),))
+        text = f"low mask confidence (below {LOW_CONFIDENCE})"
+        yield Part(text, (key_of(facts, ("lesion", "confidence_mean")),))
     if value_at(facts, ("review", "verdict")) == REJECTED:
-        text = f"a reader rejected this {noun}"
-        remarks.append((Part(text, (key_of(facts, ("review", "verdict")),)),))
-    remarks += [cell for text in CHANGES if (cell := cell_of(facts, *text)) != UNKNOWN]
-    notes = value_at(facts, ("lesion", "notes"))
-    if isinstance(notes, str) and notes:
-        remarks.append((Part(without_paths(clean(notes)), (key_of(facts, ("lesion", "notes")),)),))
-    if remarks:
-        number = cell_of(facts, "{lesion.lesion_id:number}")
-        parts = (*number, Part(": "), *_listed(remarks), Part("."))
-        yield Line(statement(Part(f"{noun.capitalize()} "), *parts))
+        yield Part(f"rejected by a reader as {noun}", (key_of(facts, ("review", "verdict")),))
+    notes = str(value_at(facts, ("lesion", "notes")) or "")
+    for note in filter(_is_of_report, notes.split("; ")):
+        yield Part(without_paths(clean(note)), (key_of(facts, ("lesion", "notes")),))
 
 
-CHANGES = (
-    (
-        "{change.status} since {change.baseline_case}",
-        ": volume {change.change_volume_percent:signed} %",
-        ", long axis {change.change_long_axis_mm:signed} mm",
-    ),
-)
+def _is_of_report(note: str) -> bool:
+    """Return whether a note of lesions.csv is about a quantity that the report shows."""
+    head, _, text = note.partition(": ")
+    return bool(note) and not (text and set(head.split(", ")) <= NOT_SHOWN)
 
 
-def _listed(cells: Sequence[Cell]) -> Cell:
-    """Join cells with semicolons."""
-    parts = list[Part]()
-    for cell in cells:
-        parts += [Part("; "), *cell] if parts else cell
-    return tuple(parts)
+NOT_SHOWN = {
+    *("density", "mass", "volume_expected_ml"),
+    *("intensity_skewness and kurtosis", "intensity_mean_eroded1"),
+}
 
 
 # ---- warnings, change, comparison with training
@@ -339,6 +353,7 @@ def _change(scan: ScanFacts) -> Section:
 
 
 RESPONSE = (
+    sentence("Earlier scan: {response.baseline_case}"),
     sentence("Response: {response.response}", ", by the rule: {response.response_rule}"),
     sentence(
         clause("No response is stated: {response.response_rule}", "response.response"),
