@@ -129,7 +129,7 @@ class Page(HTMLParser):
 
 
 def expected(values, rule):
-    """Return the numbers that stand for the values of a span, by rules written anew."""
+    """Return the numbers that stand for the values of a span, by the rules of this test."""
     if rule == "extent":
         low, high = values
         return [high - low]
@@ -297,7 +297,7 @@ def test_every_number_of_a_measured_scan_is_that_of_its_cell(measured):
 
 
 def test_every_number_of_a_models_result_is_that_of_its_cell(segmented, model):
-    page = reported(segmented, "scan_0", segmented, model)
+    page = reported(segmented, "scan_0", model)
     description = json.loads((model / "model.json").read_text(encoding="utf-8"))
     assert f"Intended use: {description['recipe']['intended_use']}" in page.plain
     assert f"Limits: {description['recipe']['limits']}" in page.plain
@@ -391,7 +391,7 @@ def test_reports_of_several_scans_and_of_none(measured):
     assert str(report.headline).startswith("2 reports → ")
     assert volseg.report(measured, scan="*").done == ["bad", "none", "two"]
     with pytest.raises(VolsegError, match="no such case; they have bad, none, two"):
-        volseg.report(measured, scan="nobody")
+        volseg.report(measured, scan="other")
 
 
 def test_the_page_has_no_script_and_forbids_all_requests(measured):

@@ -80,13 +80,13 @@ class CaseReport:
 
     Args:
         title: names the scan or image. made_with: run, model and version.
-        found: the first section. about: the others.
+        findings: the first section. about: the others.
         no_pictures: why there are none; empty if there are.
     """
 
     title: Statement
     made_with: tuple[Line, ...]
-    found: Section
+    findings: Section
     about: tuple[Section, ...]
     pictures: tuple[Picture, ...] = field(default=())
     no_pictures: str = ""
@@ -132,11 +132,13 @@ def cell_of(facts: Facts, template: str, *more: str, **paths: Path) -> Cell:
 
 def table_of(columns: Iterable[tuple[str, Sequence[Cell]]]) -> FactTable | None:
     """Return a table of the columns of which anything is known; None without any."""
-    known = [(name, cells) for name, cells in columns if any(c not in (UNKNOWN, ()) for c in cells)]
-    if not known:
+    filled = [
+        (name, cells) for name, cells in columns if any(c not in (UNKNOWN, ()) for c in cells)
+    ]
+    if not filled:
         return None
-    rows = tuple(zip(*(cells for _, cells in known), strict=True))
-    return FactTable(tuple(name for name, _ in known), rows)
+    rows = tuple(zip(*(cells for _, cells in filled), strict=True))
+    return FactTable(tuple(name for name, _ in filled), rows)
 
 
 def row_document(table: str, case_id: str, content: Mapping[str, Any], which: str = "") -> Document:
@@ -203,9 +205,9 @@ def purpose(facts: Facts, alias: str) -> Section:
         no_model = "No model of volseg made this mask, so its accuracy is not known here."
         return Section(title, (words(no_model, key_of(facts, (alias, "model"))),))
     lines = [*lines_of(facts, PURPOSE)]
-    known = {line.name for line in lines}
+    stated = {line.name for line in lines}
     for name in ("Intended use", "Limits"):
-        if name not in known:
+        if name not in stated:
             lines.append(words("Not stated with these results.", name=name))
     lines += lines_of(facts, TRAINING)
     lines.append(_validation(facts))

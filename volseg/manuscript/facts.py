@@ -152,10 +152,10 @@ def _of_clauses(
     facts: Facts, clauses: Sequence[Clause]
 ) -> tuple[list[Part], tuple[str, ...]] | None:
     """Return the parts and keys of the known clauses; None if the first is unknown."""
-    each = [_filled(facts, part) for part in clauses]
-    if each[0] is None:
+    filled_or_not = [_filled(facts, part) for part in clauses]
+    if filled_or_not[0] is None:
         return None
-    filled = [part for part in each if part is not None]
+    filled = [part for part in filled_or_not if part is not None]
     keys = dict.fromkeys(key for _, names in filled for key in names)
     return [part for parts, _ in filled for part in parts], tuple(keys)
 

@@ -59,7 +59,7 @@ def image_report(facts: Facts) -> CaseReport:
     return CaseReport(
         title=title_of(facts, "image", "image"),
         made_with=made_with(facts, "image"),
-        found=_found(facts) if is_done else Section("Findings", tuple(_failure(facts))),
+        findings=_found(facts) if is_done else Section("Findings", tuple(_failure(facts))),
         about=tuple(section for section in about if section.lines),
     )
 

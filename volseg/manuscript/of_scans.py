@@ -61,8 +61,8 @@ class LesionFacts:
     def within(self, facts: Facts) -> dict[str, Document]:
         """Return the facts of the scan and of this lesion."""
         beside = {"review": self.review, "change": self.change}
-        known = {alias: document for alias, document in beside.items() if document is not None}
-        return {**facts, "lesion": self.row, **known}
+        stated = {alias: document for alias, document in beside.items() if document is not None}
+        return {**facts, "lesion": self.row, **stated}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +90,7 @@ def scan_report(scan: ScanFacts) -> CaseReport:
     return CaseReport(
         title=title_of(facts, "scan", "scan"),
         made_with=made_with(facts, "scan"),
-        found=_found(scan),
+        findings=_found(scan),
         about=tuple(section for section in about if section.lines),
     )
 

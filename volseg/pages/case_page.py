@@ -42,7 +42,7 @@ def case_markdown(report: CaseReport, folder: str) -> str:
         f"# {_text(report.title.parts)}{notes.of(report.title.keys)}",
         f"**{RESEARCH_ONLY}**",
         *(_line(line, notes) for line in report.made_with),
-        *_section(report.found, notes),
+        *_section(report.findings, notes),
         f"## {EVIDENCE}",
         *([escape_markdown(report.no_pictures)] if report.no_pictures else []),
         *(_picture(picture, folder, notes) for picture in report.pictures),
