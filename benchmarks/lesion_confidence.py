@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ def main() -> None:
     arguments = parser.parse_args()
     table = np.array(list(lesions(arguments.results, arguments.labels)))
     print("| mask confidence | lesions | false | poor |\n|---|---|---|---|")
-    for low, high in zip(EDGES, EDGES[1:]):
+    for low, high in pairwise(EDGES):
         is_last = high == EDGES[-1]
         inside = (table[:, 0] >= low) & ((table[:, 0] < high) | is_last)
         dice = table[inside, 1]
