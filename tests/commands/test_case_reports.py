@@ -137,8 +137,9 @@ def expected(values, rule):
         return [sum(values)]
     (value,) = values
     if isinstance(value, list) and value and isinstance(value[0], list):
-        ends = [[min(axis), max(axis)] for axis in zip(*value, strict=True)]
-        return [number for low, high in ends for number in ([low] if low == high else [low, high])]
+        ends = [(min(axis), max(axis)) for axis in zip(*value, strict=True)]
+        # Ends that are equal but for rounding are one number.
+        return [n for low, high in ends for n in ([low] if high - low < 1e-6 else [low, high])]
     return list(value) if isinstance(value, list) else [value]
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from volseg.inputs import shorten
-from volseg.recipe.classification import SEPARATOR
 from volseg.words import format_list, format_number
 
 MAX_TEXT, MAX_NAMES = 800, 20  # characters of a text; names in a list
@@ -67,6 +66,8 @@ def show_names(value: Any) -> str:
     >>> show_names("benign|malignant")
     'benign, malignant'
     """
+    from volseg.recipe.classification import SEPARATOR  # imports numpy; `volseg --help` needs none
+
     return clean(value).replace(SEPARATOR, ", ") if isinstance(value, str) else ""
 
 
