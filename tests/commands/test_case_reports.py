@@ -14,6 +14,7 @@ import pytest
 from image_sets import table_of_images
 from laws import ball, centre_mm, grid_around, oblique, real_data
 from markdown_it import MarkdownIt
+from PIL import Image
 
 import volseg
 from volseg.bundle import shipped_bundle
@@ -60,6 +61,7 @@ class Cells:
         number, time = lesion.removeprefix("lesion "), "baseline" if gone else "followup"
         columns = {"comparison.csv": (f"{time}_case", f"{time}_lesion_id")}
         columns["response.csv"] = ("followup_case", "")
+        columns["explain.csv"] = ("case_id", "method")
         case, lesion_id = columns.get(name, ("case_id", "lesion_id"))
         rows = [row for row in self.tables[name] if row[case] == case_id]
         rows = [row for row in rows if not number or row[lesion_id] == number]
@@ -479,6 +481,26 @@ def test_the_change_since_an_earlier_scan_is_told(scans, tmp_path):
     assert "Jane" not in page.plain
 
 
+def explained(folder, name, results):
+    """Write maps of an image: one whose method failed its checks, an empty one, one of another."""
+    (folder / "maps").mkdir(parents=True)
+    table = next(
+        path for path in (results / "classes.csv", results / "values.csv") if path.exists()
+    )
+    with table.open(newline="", encoding="utf-8") as file:
+        model = next(csv.DictReader(file))["model"]
+    head = "case_id,method,class_name,is_empty,is_reliable,doubt,model,status"
+    rows = [
+        f"{name},lime,disc,false,false,random 2 of 3,{model},done",
+        f"{name},gradcam,disc,true,true,,{model},done",
+        f"{name},occlusion,disc,false,true,,other@0,done",
+    ]
+    (folder / "explain.csv").write_text("\n".join([head, *rows]) + "\n", encoding="utf-8")
+    for method in ("lime", "gradcam", "occlusion"):
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(folder / "maps" / f"{name}_{method}.png")
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["shape", "area", "labels"])
 def test_every_number_of_an_image_is_that_of_its_cell(target, tmp_path):
@@ -487,10 +509,15 @@ def test_every_number_of_an_image_is_that_of_its_cell(target, tmp_path):
     volseg.infer(data / "cases.csv", model=tmp_path / "m", out=tmp_path / "r", device="cpu")
     volseg.evaluate(reference=data, predicted=tmp_path / "r", out=tmp_path / "e", target=target)
     names = sorted(path.stem for path in (data / "images").glob("*.png"))[:3]
+    maps = explained(tmp_path / "x", names[0], tmp_path / "r")
     for name in names:
-        page = reported(tmp_path / "r", name, tmp_path / "m", tmp_path / "e", facts=tmp_path / "e")
+        folders = (tmp_path / "m", tmp_path / "e", maps)
+        page = reported(tmp_path / "r", name, *folders, facts=folders[1:])
         assert "p0" not in page.plain  # its patient
-        assert sum(tag == "img" for tag, _ in page.tags) == 1
+        sources = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
+        kinds = [source.partition(";")[0] for source in sources]
+        assert kinds == ["data:image/jpeg"] + ["data:image/png"] * (name == names[0])
+        assert ("UNRELIABLE with this model: random 2 of 3" in page.plain) == (name == names[0])
         assert "training" in page.plain
 
 

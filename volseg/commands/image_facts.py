@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,19 @@ from volseg.commands.class_reporting import read_class_table, run_of_images
 from volseg.commands.image_sources import LESION, find_lesions, source_of
 from volseg.commands.scan_facts import of_model, run_documents
 from volseg.errors import VolsegError
-from volseg.evaluation.class_rows import CLASSES, PROBABILITY, VALUES, ClassRow
+from volseg.evaluation.class_rows import CLASSES, PROBABILITY, VALUES, ClassRow, ValueRow
 from volseg.image_bundle import load_image_bundle
+from volseg.io.csv_text import iterate_csv
 from volseg.io.image_cases import ImageCase, find_images
 from volseg.manuscript.case_report import CaseReport, Picture, row_document, statement
 from volseg.manuscript.facts import Part
-from volseg.manuscript.of_images import image_report
+from volseg.manuscript.of_images import image_report, map_caption
 from volseg.options import ReportOptions
 from volseg.pages.class_page import thumbnail
 
 HEIGHT = 300  # of the picture, in pixels
-SALIENCY, SUFFIXES = "saliency", ((".jpg", "jpeg"), (".png", "png"))  # maps in the results
+EXPLAIN = "explain.csv"  # of a folder with maps of what speaks for a class
+RELIABLE = {"true": True, "false": False}  # cell → whether the method passed its checks
 
 
 class ImageReports:
@@ -34,7 +37,9 @@ class ImageReports:
         self.tables = (table,)
         self._rows = {row.case_id: row for row in read_class_table(out / table)}
         self.names = sorted(self._rows)
-        self._documents, self.remarks = run_documents(out, options.facts)
+        self._explained = [path for path in options.facts if (path / EXPLAIN).is_file()]
+        others = [path for path in options.facts if path not in self._explained]
+        self._documents, self.remarks = run_documents(out, others)
         self._images = _Images(self._run)
 
     def report(self, name: str) -> CaseReport:
@@ -50,19 +55,44 @@ class ImageReports:
         report = image_report(facts)
         if row.status != "done":
             return replace(report, no_pictures="There is no picture of an image without a result.")
-        pictures = [*self._images.pictures(name), *self._maps(name)]
+        pictures = [*self._images.pictures(name), *self._maps(row)]
         reason = "" if pictures else self._images.problem
         return replace(report, pictures=tuple(pictures), no_pictures=reason)
 
-    def _maps(self, name: str) -> list[Picture]:
-        """Return the map of what the model looked at, if the results hold one."""
-        for suffix, _ in SUFFIXES:
-            path = self._out / SALIENCY / f"{name}{suffix}"
-            if path.is_file():
-                text = "What the model looked at, as the results have it."
-                alt = "Map of what the model looked at"
-                return [Picture(f"map{suffix}", path.read_bytes(), statement(Part(text)), alt)]
-        return []
+    def _maps(self, row: ClassRow | ValueRow) -> Iterator[Picture]:
+        """Yield the maps of what speaks for the class of an image."""
+        for folder in self._explained:
+            for cells in _rows_of(folder / EXPLAIN, row.case_id, row.model or ""):
+                method = cells["method"]
+                path = folder / "maps" / f"{row.case_id}_{method}.png"
+                if not method.isalpha() or not path.is_file():
+                    continue
+                content: dict[str, Any] = {
+                    "is_reliable": RELIABLE.get(cells.get("is_reliable", "")),
+                    **{name: cells.get(name) for name in ("method", "class_name", "doubt")},
+                }
+                facts = {"map": row_document(EXPLAIN, row.case_id, content, method)}
+                alt = f"Map of what speaks for the class, by {method}"
+                yield Picture(f"{method}.png", path.read_bytes(), map_caption(facts), alt)
+
+
+def _rows_of(table: Path, case_id: str, model: str) -> Iterator[dict[str, str]]:
+    """Yield the maps of an image by its model that show anything, as cells of explain.csv.
+
+    Raises:
+        VolsegError: the table cannot be read.
+    """
+    try:
+        for cells in iterate_csv(table):
+            is_done = cells["status"] == "done" and cells["is_empty"] != "true"
+            if is_done and (cells["case_id"], cells["model"]) == (case_id, model):
+                yield cells
+    except (OSError, ValueError, KeyError) as error:
+        raise VolsegError(
+            f"{table}: cannot be read ({getattr(error, 'strerror', None) or error})",
+            fix="run the same `volseg explain` again",
+            code="E_ROW",
+        ) from error
 
 
 class _Images:

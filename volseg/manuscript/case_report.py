@@ -73,6 +73,10 @@ class Picture:
     caption: Statement
     alt: str
 
+    @property
+    def media_type(self) -> str:
+        return "image/png" if self.name.endswith(".png") else "image/jpeg"
+
 
 @dataclass(frozen=True, slots=True)
 class CaseReport:

@@ -28,6 +28,7 @@ from volseg.manuscript.facts import (
     Part,
     Path,
     Sentence,
+    Statement,
     clause,
     key_of,
     sentence,
@@ -176,6 +177,30 @@ def _point(facts: Facts, index: str, point: Mapping[str, Any]) -> Iterator[Sente
         **{name: (*at, name) for name in ("threshold", "sensitivity", "specificity")},
     }
     yield sentence(Clause(text=text, paths=paths), Clause(text=measured, paths=paths))
+
+
+def map_caption(facts: Facts) -> Statement:
+    """Return what a map of evidence shows, and whether its method can be relied on.
+
+    Args:
+        facts: `map` is its row of explain.csv.
+    """
+    reliable: Path = ("map", "is_reliable")
+    verdict = "checked" if value_at(facts, reliable) else "not checked"
+    if value_at(facts, reliable) is False:
+        verdict = "UNRELIABLE with this model"
+    return joined(
+        state(
+            facts,
+            [
+                sentence(
+                    "What speaks for {map.class_name:names}, by the method {map.method}",
+                    clause(f", {verdict}", needs=("map.method",)),
+                    ": {map.doubt}",
+                )
+            ],
+        )
+    )
 
 
 def _comparison(facts: Facts) -> Iterator[Line]:

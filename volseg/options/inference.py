@@ -161,7 +161,8 @@ class ReportOptions(Progressing):
     )
     facts: tuple[Path, ...] = option(
         "Folder with more facts for the reports of --scan: the model if it was moved, an "
-        "evaluation of it, or a comparison with an earlier scan. Repeat for several.",
+        "evaluation of it, a comparison with an earlier scan, or maps of what a classifier looked "
+        "at (explain.csv). Repeat for several.",
         default=(),
         converter=more_input_paths,
     )
