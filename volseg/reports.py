@@ -521,12 +521,20 @@ class ImportReport(RunReport):
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class PagesReport(RunReport):
-    """What `report` made; `page` is the path of report.html."""
+    """What `report` made.
+
+    Args:
+        page: path of report.html, or of the report of a scan, or of the folder of several.
+        cases: whether these are reports of single scans or images.
+    """
 
     page: str
+    cases: bool = False
 
     @property
     def outcome(self) -> str:
+        if self.cases:
+            return format_count(len(self.done), "report")
         return f"{format_count(len(self.done), 'page')} rebuilt"
 
     @property

@@ -205,8 +205,10 @@ def test_a_study_gives_each_series_the_mask_that_refers_to_it(study, tmp_path):
 def test_what_is_planted_in_masks_is_in_no_result(study, tmp_path):
     for name in ("rt", "seg"):
         volseg.measure(image=study / "ct", mask=study / name, out=tmp_path / name, figures=True)
+        for suffix in ("html", "md"):
+            volseg.report(tmp_path / name, scan="*", format=suffix)
         files = [path for path in (tmp_path / name).rglob("*") if path.is_file()]
-        assert {path.suffix for path in files} >= {".csv", ".html", ".png", ".gz", ".json"}
+        assert {path.suffix for path in files} >= {".csv", ".html", ".png", ".gz", ".json", ".md"}
         for path in files:
             content = path.read_bytes()
             if path.suffix == ".gz":

@@ -1,6 +1,8 @@
 """What a reader with a keyboard or a screen reader needs, on every page, size and theme."""
 
+import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,17 +11,22 @@ from browser_visits import Visit
 from hostile_pages import lesion, page_of, report_of_all_states, scene
 from two_scans import changes_of, two_scans
 
+import volseg
 from volseg.evaluation.bootstrap import Resampling
 from volseg.evaluation.class_intervals import Judged, metric_rows
 from volseg.evaluation.class_rows import JudgedRow
 from volseg.evaluation.classes import ClassPredictions
+from volseg.io.volumes import write_volume
 from volseg.measurement.rows import CaseRow
 from volseg.pages.about import About
 from volseg.pages.change_page import change_page_html
 from volseg.pages.classification_figures import confusion_png
 from volseg.pages.judgement_page import Content, judgement_html
 from volseg.pages.montage import montage_jpeg
+from volseg.pages.quality_page import quality_page
+from volseg.pages.quality_sheet import Tile
 from volseg.pages.run_page import run_page
+from volseg.quality.rows import QualityRow
 from volseg.volume import Rigid
 
 SIZES = {"desktop": (1280, 800), "phone": (390, 844)}
@@ -36,6 +43,8 @@ def pages(tmp_path_factory):
         "viewer": page_of(scan, ids, rows),
         "compare": change_page_html(two, changes_of(two), patient="p"),
         "classes": judged_page(),
+        "case": case_page(folder / "case"),
+        "quality": quality_page(About(command="check"), odd_tiles()).html(),
     }
     for name, text in texts.items():
         (folder / f"{name}.html").write_text(text, encoding="utf-8")
@@ -65,10 +74,42 @@ def judged_page():
     return judgement_html(About(command="evaluate"), content)
 
 
+def case_page(folder, n=30):
+    """Return the report of a scan with many lesions and long names."""
+    folder.mkdir()
+    scan, ids, _, _ = scene(n_small=n)
+    write_volume(scan, folder / "scan.nii.gz")
+    write_volume(scan.with_array((ids > 0).astype(np.uint8)), folder / "mask.nii.gz")
+    volseg.measure(image=folder / "scan.nii.gz", mask=folder / "mask.nii.gz", out=folder / "out")
+    volseg.report(folder / "out", scan="scan")
+    return (folder / "out" / "reports" / "scan.html").read_text(encoding="utf-8")
+
+
+def odd_tiles():
+    """Return scans with pictures, one of them with flags and one that cannot be read."""
+    scan, ids, _, _ = scene()
+    picture = montage_jpeg(scan, ids, window=(-100.0, 200.0), point_mm=None, extent_mm=0)
+    rows = [
+        QualityRow(case_id=f"scan_{n}", channel="image", status="done", median=float(n), snr=n + 1)
+        for n in range(6)
+    ]
+    rows[1] = replace(rows[1], flags="W_CUT", warnings="W_CUT: <b>the field of view is cut</b>")
+    rows[2] = replace(rows[2], status="failed", reason="E_READ: <i>cut off</i>")
+    return [Tile(row, picture if row.status == "done" else None) for row in rows]
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "name", ["report", "viewer", pytest.param("compare", marks=pytest.mark.slow), "classes"]
+    "name",
+    [
+        "report",
+        "viewer",
+        pytest.param("compare", marks=pytest.mark.slow),
+        "classes",
+        "case",
+        "quality",
+    ],
 )
 def test_controls_have_names_text_has_contrast_and_nothing_is_wider_than_the_window(
     name, scheme, pages, browser
@@ -86,7 +127,7 @@ def test_controls_have_names_text_has_contrast_and_nothing_is_wider_than_the_win
 
 @pytest.mark.browser
 @pytest.mark.parametrize(
-    "name", ["report", "viewer", pytest.param("compare", marks=pytest.mark.slow)]
+    "name", ["report", "viewer", pytest.param("compare", marks=pytest.mark.slow), "quality"]
 )
 def test_every_control_is_reached_by_tab_and_shows_where_the_focus_is(name, pages, browser):
     visit = Visit(browser, pages / f"{name}.html")
@@ -121,6 +162,28 @@ def test_every_control_is_reached_by_tab_and_shows_where_the_focus_is(name, page
     assert reached >= n_controls
     assert invisible == []
     visit.end()
+
+
+@pytest.mark.browser
+def test_the_report_of_a_scan_prints_on_a4_and_its_table_breaks_between_rows(pages, browser):
+    """The report of a usual scan takes one page; this one, with twenty rows, takes two."""
+    visit = Visit(browser, pages / "case.html", color_scheme="dark")
+    visit.page.emulate_media(media="print")
+    assert visit.page.evaluate("getComputedStyle(document.body).backgroundColor") == (
+        "rgb(255, 255, 255)"
+    )
+    assert visit.page.locator("tbody tr").count() == 20
+    many = n_pages(visit.page.pdf(prefer_css_page_size=True))
+    visit.page.evaluate(
+        "[...document.querySelectorAll('tbody tr')].slice(3).forEach((row) => row.remove())"
+    )
+    usual = n_pages(visit.page.pdf(prefer_css_page_size=True))
+    assert (usual, many) == (1, 2)
+    visit.end()
+
+
+def n_pages(pdf):
+    return len(re.findall(rb"/Type\s*/Page\b(?!s)", pdf))
 
 
 @pytest.mark.browser

@@ -39,7 +39,7 @@ def report_images(options: ReportOptions) -> PagesReport:
             fix="leave --review out",
             code="E_USAGE",
         )
-    run = _run_of(out)
+    run = run_of_images(out)
     tables = (out / CLASSES, out / VALUES)
     rows = read_class_table(next((path for path in tables if path.is_file()), tables[0]))
     names = [row.case_id for row in rows if row.status == "done"]
@@ -70,7 +70,7 @@ def report_images(options: ReportOptions) -> PagesReport:
     )
 
 
-def _run_of(out: Path) -> dict[str, Any]:
+def run_of_images(out: Path) -> dict[str, Any]:
     """Read run.json, which says what was predicted and at which coverage.
 
     Raises:

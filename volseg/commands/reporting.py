@@ -21,13 +21,13 @@ from volseg.words import format_count
 
 @command(ReportOptions)
 def report(options: ReportOptions) -> PagesReport:
-    """Rebuild report.html and the viewer page of every scan of a results folder.
+    """Rebuild report.html and the viewer page of every scan, or report on single scans.
 
     A scan that was moved or deleted keeps its earlier page, and report.html says so.
     The tables do not change.
 
     Raises:
-        VolsegError: `results` is not a results folder.
+        VolsegError: `results` is not a results folder, or has no such scan.
 
     Example:
         >>> import volseg
@@ -37,6 +37,11 @@ def report(options: ReportOptions) -> PagesReport:
         ['phantom_15']
     """
     content = folder_content(options.results)
+    kinds = ("infer", "measure", "infer-images")
+    if options.scan and content in [SAME_KIND[kind] for kind in kinds]:
+        from volseg.commands.case_reporting import report_cases  # torch takes seconds to import
+
+        return report_cases(options)
     if content == SAME_KIND["infer-images"]:
         from volseg.commands.class_reporting import report_images  # torch takes seconds to import
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from string import Formatter
 from typing import Any
@@ -79,16 +79,39 @@ class Sentence:
 
 
 @dataclass(frozen=True, slots=True)
-class Statement:
-    """A sentence with its values filled in, and the keys that they come from."""
+class Part:
+    """A piece of a sentence, or a cell: words, or a value with the keys that it comes from.
+
+    Args:
+        keys: none for words. rule: the format that made the text of the values.
+    """
 
     text: str
+    keys: tuple[str, ...] = ()
+    rule: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """A sentence with its values filled in.
+
+    Args:
+        keys: those of its values, and those that decided what it says.
+    """
+
+    parts: tuple[Part, ...]
     keys: tuple[str, ...]
     items: tuple[int, ...]
     topic: Topic
 
+    @property
+    def text(self) -> str:
+        return "".join(part.text for part in self.parts)
 
-def sentence(*clauses: str | Clause, items: tuple[int, ...], topic: Topic = Topic.NONE) -> Sentence:
+
+def sentence(
+    *clauses: str | Clause, items: tuple[int, ...] = (), topic: Topic = Topic.NONE
+) -> Sentence:
     """Return a sentence of templates and clauses."""
     parts = tuple(Clause(text=part) if isinstance(part, str) else part for part in clauses)
     return Sentence(clauses=parts, items=items, topic=topic)
@@ -113,13 +136,28 @@ def literal(name: str) -> str:
 def state(facts: Facts, sentences: Iterable[Sentence]) -> Iterator[Statement]:
     """Yield the sentences whose facts are known."""
     for line in sentences:
-        clauses = [_filled(facts, part) for part in line.clauses]
-        if clauses[0] is None:
-            continue
-        parts = [part for part in clauses if part is not None]
-        text = "".join(text for text, _ in parts).rstrip(" .")
-        keys = dict.fromkeys(key for _, names in parts for key in names)
-        yield Statement(f"{text}.", tuple(keys), line.items, line.topic)
+        filled = _of_clauses(facts, line.clauses)
+        if filled is not None:
+            parts, keys = filled
+            yield Statement(tuple(_with_full_stop(parts)), keys, line.items, line.topic)
+
+
+def parts_of(facts: Facts, clauses: Sequence[Clause]) -> tuple[Part, ...]:
+    """Return the clauses whose facts are known, without a full stop; none if the first is not."""
+    filled = _of_clauses(facts, clauses)
+    return () if filled is None else tuple(filled[0])
+
+
+def _of_clauses(
+    facts: Facts, clauses: Sequence[Clause]
+) -> tuple[list[Part], tuple[str, ...]] | None:
+    """Return the parts and keys of the known clauses; None if the first is unknown."""
+    filled_or_not = [_filled(facts, part) for part in clauses]
+    if filled_or_not[0] is None:
+        return None
+    filled = [part for part in filled_or_not if part is not None]
+    keys = dict.fromkeys(key for _, names in filled for key in names)
+    return [part for parts, _ in filled for part in parts], tuple(keys)
 
 
 def value_at(facts: Facts, path: Path) -> Any:
@@ -127,26 +165,49 @@ def value_at(facts: Facts, path: Path) -> Any:
     document = facts.get(path[0])
     value: Any = None if document is None else document.content
     for name in path[1:]:
-        value = value.get(name) if isinstance(value, Mapping) else None
+        if isinstance(value, list):
+            value = value[int(name)] if name.isdecimal() and int(name) < len(value) else None
+        else:
+            value = value.get(name) if isinstance(value, Mapping) else None
     return value
 
 
-def _filled(facts: Facts, part: Clause) -> tuple[str, list[str]] | None:
-    """Return a clause with its values, and their keys; None if one is unknown."""
-    if not _applies(facts, part):
+def value_part(facts: Facts, paths: Sequence[Path], rule: str = "text") -> Part | None:
+    """Return values in a format, as one part; None if one of them is unknown."""
+    shown = FORMATS[rule](*(value_at(facts, path) for path in paths))
+    return Part(shown, tuple(key_of(facts, path) for path in paths), rule) if shown else None
+
+
+def key_of(facts: Facts, path: Path) -> str:
+    """Return where a value stands, for readers: `model.json: recipe.train.batch_size`."""
+    names = (name if re.fullmatch(r"[\w-]+", name) else json.dumps(name) for name in path[1:])
+    return f"{facts[path[0]].name}: {'.'.join(names)}"
+
+
+def _filled(facts: Facts, template: Clause) -> tuple[list[Part], list[str]] | None:
+    """Return a clause with its values, and its keys; None if a value is unknown."""
+    if not _applies(facts, template):
         return None
-    texts, paths = [], list(map(_path, (*part.when, *part.needs)))
-    for literal, name, kind, _ in Formatter().parse(part.text):
-        texts.append(literal)
+    parts = list[Part]()
+    for words, name, rule, _ in Formatter().parse(template.text):
+        if words:
+            parts.append(Part(words))
         if name is None:
             continue
-        sources = _paths(part, name)
-        shown = FORMATS[kind or "text"](*(value_at(facts, path) for path in sources))
-        if not shown:
+        value = value_part(facts, _paths(template, name), rule or "text")
+        if value is None:
             return None
-        texts.append(shown)
-        paths += sources
-    return "".join(texts), [_key(facts, path) for path in paths]
+        parts.append(value)
+    deciding = [key_of(facts, _path(path)) for path in (*template.when, *template.needs)]
+    return parts, [*deciding, *(key for part in parts for key in part.keys)]
+
+
+def _with_full_stop(parts: list[Part]) -> list[Part]:
+    """Return a sentence that ends with one full stop, whatever its last value ends with."""
+    while parts and not parts[-1].text.rstrip(" ."):
+        parts = parts[:-1]
+    ended = [*parts[:-1], *(replace(part, text=part.text.rstrip(" .")) for part in parts[-1:])]
+    return [*ended, Part(".")]
 
 
 def _applies(facts: Facts, part: Clause) -> bool:
@@ -173,9 +234,3 @@ def _path(text: str | Path) -> Path:
         return text
     first, *others = text.split(".")
     return (*SHORT.get(first, (first,)), *others)
-
-
-def _key(facts: Facts, path: Path) -> str:
-    """Return where a value stands, for readers: `model.json: recipe.train.batch_size`."""
-    names = (name if re.fullmatch(r"[\w-]+", name) else json.dumps(name) for name in path[1:])
-    return f"{facts[path[0]].name}: {'.'.join(names)}"

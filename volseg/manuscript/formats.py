@@ -41,6 +41,36 @@ def show_number(value: Any) -> str:
     return str(value) if isinstance(value, int) else f"{value:g}"
 
 
+def show_short(value: Any) -> str:
+    """Return a number with three digits, or as a whole number.
+
+    >>> show_short(4.3722), show_short(-367.75), show_short(11281.04)
+    ('4.37', '-368', '11281')
+    """
+    return format_number(value, 3) if _is_number(value) else ""
+
+
+def show_signed(value: Any) -> str:
+    """Return a change with its sign."""
+    return f"{'+' * (value > 0)}{show_short(value)}" if _is_number(value) else ""
+
+
+def show_extent(low: Any, high: Any) -> str:
+    """Return the length between two coordinates."""
+    return show_short(high - low) if _is_number(low) and _is_number(high) else ""
+
+
+def show_names(value: Any) -> str:
+    """Return names that a cell joins.
+
+    >>> show_names("benign|malignant")
+    'benign, malignant'
+    """
+    from volseg.recipe.classification import SEPARATOR  # imports numpy; `volseg --help` needs none
+
+    return clean(value).replace(SEPARATOR, ", ") if isinstance(value, str) else ""
+
+
 def show_positive(value: Any) -> str:
     return show_number(value) if _is_number(value) and value > 0 else ""
 
@@ -235,6 +265,10 @@ def _is_number(value: Any) -> bool:
 FORMATS: dict[str, Callable[..., str]] = {
     "text": show_text,
     "number": show_number,
+    "short": show_short,
+    "signed": show_signed,
+    "extent": show_extent,
+    "names": show_names,
     "positive": show_positive,
     "several": show_several,
     "score": show_score,

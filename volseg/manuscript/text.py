@@ -26,10 +26,10 @@ def rows_of(answers: Sequence[Answer]) -> Iterator[list[str]]:
     for answer in answers:
         item = answer.item
         cells = [str(item.number), item.section, item.asked, answer.text, answer.left]
-        yield [*cells, _by_file(answer.keys)]
+        yield [*cells, keys_by_file(answer.keys)]
 
 
-def _by_file(keys: Sequence[str]) -> str:
+def keys_by_file(keys: Sequence[str]) -> str:
     """Return keys with the name of each file once."""
     files: dict[str, list[str]] = {}
     for key in keys:

@@ -338,12 +338,19 @@ def input_paths(value: PathLike[str] | str | Sequence[PathLike[str] | str]) -> t
     return tuple(map(input_path, paths(value)))
 
 
+def more_input_paths(
+    value: PathLike[str] | str | Sequence[PathLike[str] | str] | None,
+) -> tuple[Path, ...]:
+    """Return any number of such paths as a tuple."""
+    return () if value is None or value == () else input_paths(value)
+
+
 def _exists(given: Path) -> bool:
     """Check whether a path is there, or the file of which it names a part, as in `RS.dcm#GTV`."""
     return os.path.exists(given) or os.path.isfile(str(given).rpartition("#")[0])
 
 
-INPUT_CONVERTERS = (input_path, optional_input_path, input_paths)
+INPUT_CONVERTERS = (input_path, optional_input_path, input_paths, more_input_paths)
 
 
 def names(value: Sequence[str] | str | None) -> tuple[str, ...]:

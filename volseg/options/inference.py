@@ -11,6 +11,8 @@ from volseg.options.declare import (
     argument,
     input_path,
     input_paths,
+    more_input_paths,
+    names,
     option,
     optional_input_path,
     optional_path,
@@ -128,9 +130,13 @@ class InferOptions(LoadOptions, OfSeries, InUnit, Tilted, Limited, Pictured, Ann
 
 @options
 class ReportOptions(Progressing):
-    """Rebuild report.html and the scan pages of a results folder.
+    """Rebuild report.html and the scan pages of a results folder, or report on single scans.
 
     A scan that is no longer at its path keeps its earlier page, and report.html says so.
+
+    With --scan, write reports/CASE.html instead, which prints on a page of A4, or reports/CASE.md:
+    what was found, pictures, what the model is for, how the scan compares with the training data.
+    Every number names the cell that it comes from. For research use only.
     """
 
     results: Path = argument(
@@ -141,6 +147,24 @@ class ReportOptions(Progressing):
         "Default: review.csv in the results folder, if there is one.",
         default=None,
         converter=optional_input_path,
+    )
+    scan: tuple[str, ...] = option(
+        "Write a report of this scan or image, by its case_id; * stands for any characters, so "
+        "'*' reports on all. Repeat for several.",
+        default=(),
+        converter=names,
+    )
+    format: str = option(
+        "Format of the reports of --scan: html, or md with footnotes.",
+        default="html",
+        values=("html", "md"),
+    )
+    facts: tuple[Path, ...] = option(
+        "Folder with more facts for the reports of --scan: the model if it was moved, an "
+        "evaluation of it, a comparison with an earlier scan, or maps of what a classifier looked "
+        "at (explain.csv). Repeat for several.",
+        default=(),
+        converter=more_input_paths,
     )
 
 

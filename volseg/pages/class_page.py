@@ -71,20 +71,20 @@ def class_page(
     )
 
 
-def thumbnail(image: np.ndarray) -> bytes:
+def thumbnail(image: np.ndarray, height: int = PICTURE_HEIGHT) -> bytes:
     """Return a JPEG of one image (C, H, W), from its darkest to its brightest intensity.
 
-    It is `PICTURE_HEIGHT` pixels high. A wider image than the page has room for lies on black.
+    It is `height` pixels high. A wider image than the page has room for lies on black.
     """
     array = image[:3] if len(image) >= 3 else image[:1]
     low, high = float(array.min()), float(array.max())
     grey = ((array - low) / (high - low if high > low else 1) * 255).round().astype(np.uint8)
     picture = Image.fromarray(grey[0] if len(grey) == 1 else np.moveaxis(grey, 0, -1))
-    most = (MOST_WIDTHS * PICTURE_HEIGHT, PICTURE_HEIGHT)
+    most = (MOST_WIDTHS * height, height)
     scale = min(room / pixels for room, pixels in zip(most, picture.size, strict=True))
     picture = picture.resize([max(1, round(pixels * scale)) for pixels in picture.size])
-    canvas = Image.new(picture.mode, (picture.width, PICTURE_HEIGHT))
-    canvas.paste(picture, (0, (PICTURE_HEIGHT - picture.height) // 2))
+    canvas = Image.new(picture.mode, (picture.width, height))
+    canvas.paste(picture, (0, (height - picture.height) // 2))
     file = io.BytesIO()
     canvas.save(file, "JPEG", quality=80)
     return file.getvalue()

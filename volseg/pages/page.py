@@ -31,7 +31,8 @@ def render_page(
     """
     style = asset("templates", "style.css")
     script = "\n".join(asset("templates", name) for name in scripts)
-    values |= {"version": __version__, "policy": _policy((script, *allowed), style)}
+    runs = (script, *allowed) if scripts else allowed
+    values |= {"version": __version__, "policy": _policy(runs, style)}
     values |= {"style": Markup(style), "script": Markup(script)}  # noqa: S704 package files
     return _environment().get_template(template).render(**values)
 
@@ -66,7 +67,7 @@ def as_base64(data: bytes) -> str:
 
 def _policy(scripts: Sequence[str], style: str) -> str:
     """Return a content security policy that allows only these scripts and this style."""
-    hashes = " ".join(_hash(script) for script in scripts)
+    hashes = " ".join(_hash(script) for script in scripts) or "'none'"
     return (
         f"default-src 'none'; script-src {hashes}; style-src {_hash(style)}; "
         "img-src data: blob:; base-uri 'none'; form-action 'none'"
