@@ -43,8 +43,9 @@ class ImageSource(Protocol):
         ...
 
     def network_input(self, case: ImageCase, settings: Images) -> np.ndarray:
-        """Return (C, pixels, pixels) float32, (planes, C, pixels, pixels) of a lesion, or
-        (S, features + 1) of a scan.
+        """Return (C, pixels, pixels) float32.
+
+        Of a lesion it is (planes, C, pixels, pixels), of a scan (S, features + 1).
 
         Raises:
             VolsegError: it cannot be read, or not normalised.

@@ -47,7 +47,7 @@ class ImageBatches(ReadyBatches):
     def at(self, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return one pair per accumulated part, on the device.
 
-        A pair is images (n, C, H, W) float32, or scans (n, S, features + 1) as they are, and targets
+        A pair is images (n, C, H, W) or scans (n, S, features + 1), float32, and targets
         (n, outputs) float32, or (n, 2 × outputs) with those of a teacher.
         """
         started = time.monotonic()

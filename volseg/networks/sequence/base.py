@@ -33,17 +33,6 @@ class SequenceNetwork(nn.Module, ABC):
         return self.pool(self.contextual(slices, is_slice), is_slice)
 
 
-class SingleSlices(SequenceNetwork, ABC):
-    """A network in which no slice says anything of another, so that their order is of no effect."""
-
-    def __init__(self, in_features: int) -> None:
-        super().__init__()
-        self.out_features = in_features
-
-    def contextual(self, slices: torch.Tensor, is_slice: torch.Tensor) -> torch.Tensor:
-        return cleared(slices, is_slice)
-
-
 class InOrder(SequenceNetwork, ABC):
     """A network in which the order counts; its slices are pooled by gated attention."""
 

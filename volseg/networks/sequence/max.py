@@ -23,8 +23,8 @@ class Settings(SequenceSettings):
         dropout: probability with which a feature of a slice is dropped in training.
     """
 
-    features: Count = 64
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    features: Count = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
 
     def build(self, in_features: int) -> SequenceNetwork:
         return Max(in_features, self)

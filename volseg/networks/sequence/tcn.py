@@ -29,9 +29,9 @@ class Settings(SequenceSettings):
         dropout: probability with which a feature of a slice is dropped in training.
     """
 
-    features: Count = 64
+    features: Count = 32
     layers: Annotated[int, Field(ge=1, le=8)] = 3
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
 
     @property
     def reach(self) -> int:

@@ -31,17 +31,17 @@ class Settings(SequenceSettings):
         dropout: probability with which a feature is dropped in training, of a slice and in layers.
     """
 
-    features: Count = 64
+    features: Count = 32
     layers: Annotated[int, Field(ge=1, le=8)] = 1
     heads: Annotated[int, Field(ge=1, le=64)] = 4
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
 
     def __post_init__(self) -> None:
         if self.features % self.heads or self.features % 2:
             raise VolsegError(
                 f"sequence 'transformer': features = {self.features} is no multiple of 2 and of "
                 f"heads = {self.heads}",
-                fix="64 features with 4 heads are usual",
+                fix="32 features with 4 heads are usual",
                 code="E_RECIPE",
             )
 
