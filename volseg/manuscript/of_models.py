@@ -316,14 +316,18 @@ PREPROCESSING: tuple[Sentence, ...] = (
         items=(9,),
         topic=Topic.DATA,
     ),
-    sentence(
-        clause(
-            "Slices were scaled to squares with an edge of {recipe.images.pixels:number} pixels",
-            when={"recipe.data.input": "slice"},
-        ),
-        " ({recipe.images.fit})",
-        items=(9,),
-        topic=Topic.DATA,
+    *(
+        sentence(
+            clause(
+                "Slices were scaled to squares with an edge of {recipe.images.pixels:number} "
+                "pixels",
+                when={"recipe.data.input": kind},
+            ),
+            " ({recipe.images.fit})",
+            items=(9,),
+            topic=Topic.DATA,
+        )
+        for kind in ("slice", "scan")
     ),
     sentence(
         clause(
@@ -377,7 +381,16 @@ ARCHITECTURE: tuple[Sentence, ...] = (
             items=(22,),
             topic=Topic.TRAINING,
         )
-        for kind in ("image", "slice")
+        for kind in ("image", "slice", "scan")
+    ),
+    sentence(
+        clause(
+            "It embedded each slice and was not trained; a network of the type "
+            "{recipe.sequence.name} was trained on all embedded slices of each scan",
+            when={"recipe.data.input": "scan"},
+        ),
+        items=(22,),
+        topic=Topic.TRAINING,
     ),
     sentence(
         clause(
