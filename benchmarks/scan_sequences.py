@@ -5,7 +5,7 @@
 
 The network of the weights, EfficientNet-Lite0, is not trained: it embeds each slice once. Five
 folds keep the slices of a patient together and hold as many scans with a haemorrhage each; each
-seed draws other folds and other first weights. All settings were chosen without the patients of the
+seed draws other folds and other first weights. All settings were numbers without the patients of the
 test split (`--without-test`).
 
 Slice labels: a logistic regression of each slice alone; its probabilities averaged over three
@@ -59,21 +59,23 @@ class Scans:
     names: Sequence[str]
     slices: Sequence[np.ndarray]
     labels: Sequence[np.ndarray]
-    own: np.ndarray
+    scan_labels: np.ndarray
 
     def folds(self, scans: np.ndarray, seed: int) -> np.ndarray:
         """Return the fold of each of some scans."""
         groups = {str(n): str(n) for n in scans}
-        fold_of = fold_of_groups(groups, {str(n): int(self.own[n]) for n in scans}, FOLDS, seed)
+        fold_of = fold_of_groups(
+            groups, {str(n): int(self.scan_labels[n]) for n in scans}, FOLDS, seed
+        )
         return np.array([fold_of[str(n)] for n in scans])
 
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """What a method says of all scans when it has not seen them: of slices, if it does, and own."""
+    """Scores from models that did not see the scans: of all slices, or None, and of the scans."""
 
     slices: list[np.ndarray] | None
-    own: np.ndarray
+    scan_scores: np.ndarray
 
 
 Method = Callable[[Scans, np.ndarray, np.ndarray, int], Any]  # scans, training, tested, seed
@@ -139,7 +141,7 @@ def kept(arguments: Any, name: str, seed: int, compute: Callable[[], Any]) -> An
         scored = result if isinstance(result, dict) else {"": result}
         arrays = {}
         for key, one in scored.items():
-            arrays[f"{key}/own"] = one.own
+            arrays[f"{key}/own"] = one.scan_scores
             if one.slices is not None:
                 arrays[f"{key}/slices"] = np.concatenate(one.slices)
                 arrays[f"{key}/lengths"] = np.array(list(map(len, one.slices)))
@@ -171,18 +173,18 @@ def chain_scores(scans: Scans, seed: int) -> dict[str, Scored]:
         inner, unseen = scans.folds(training, seed), {}
         for part in range(FOLDS):
             model = regression(scans, training[inner != part])
-            for k in training[inner == part]:
+            for k in training[inner == part].tolist():
                 unseen[k] = np.log(probabilities(model, scans.slices[k]))
-        labels = [scans.labels[k] for k in training]
-        crf = fit_crf([unseen[k] for k in training], labels)
+        labels = [scans.labels[k] for k in training.tolist()]
+        crf = fit_crf([unseen[k] for k in training.tolist()], labels)
         hmm, model = fit_hmm(labels, 2), regression(scans, training)
-        for k in tested:
+        for k in tested.tolist():
             alone = probabilities(model, scans.slices[k])
             slices[ALONE][k] = alone[:, 1]
             slices[ROLLING][k] = rolling_mean(alone[:, 1])
             slices["CRF"][k] = crf.chain(np.log(alone)).marginals()[:, 1]
             slices["HMM"][k] = hmm.chain(alone).marginals()[:, 1]
-    return {name: Scored(each, highest(each)) for name, each in slices.items()}
+    return {name: Scored(scores, highest(scores)) for name, scores in slices.items()}
 
 
 def regression(scans: Scans, training: np.ndarray) -> Any:
@@ -202,7 +204,7 @@ def rolling_mean(p: np.ndarray) -> np.ndarray:
 
 
 def highest(slices: Sequence[np.ndarray]) -> np.ndarray:
-    return np.array([each.max() for each in slices])
+    return np.array([scores.max() for scores in slices])
 
 
 # ---- networks of sequences
@@ -210,33 +212,33 @@ def highest(slices: Sequence[np.ndarray]) -> np.ndarray:
 
 def methods() -> dict[str, Method]:
     """Return the networks trained on slice labels, and those trained on scan labels."""
-    found: dict[str, Method] = {"linear layer on each slice": slice_network("mean")}
+    by_name: dict[str, Method] = {"linear layer on each slice": slice_network("mean")}
     for name in sequence_names():
         if isinstance(build_sequence(name, in_features=2), InOrder):
-            found[f"{name}, slice labels"] = slice_network(name)
-    found["logistic regression of the mean embedding"] = mean_regression
+            by_name[f"{name}, slice labels"] = slice_network(name)
+    by_name["logistic regression of the mean embedding"] = mean_regression
     for name in sequence_names():
-        found[f"{name}, scan labels"] = scan_network(name)
-    return found
+        by_name[f"{name}, scan labels"] = scan_network(name)
+    return by_name
 
 
 def crossed(scans: Scans, method: Method, seed: int) -> Scored:
     """Return the scores of all scans, each from a model that did not see it."""
     n = len(scans.names)
-    folds, slices, own = scans.folds(np.arange(n), seed), [None] * n, np.zeros(n)
+    folds, slices, scan_scores = scans.folds(np.arange(n), seed), [None] * n, np.zeros(n)
     for fold in range(FOLDS):
         training, tested = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
         for k, score in zip(tested, method(scans, training, tested, seed), strict=True):
             if np.ndim(score):
                 slices[k] = score
-            own[k] = np.max(score)
-    return Scored(None if slices[0] is None else slices, own)  # type: ignore[arg-type]
+            scan_scores[k] = np.max(score)
+    return Scored(None if slices[0] is None else slices, scan_scores)  # type: ignore[arg-type]
 
 
 def mean_regression(scans: Scans, training: np.ndarray, tested: np.ndarray, seed: int) -> Any:
-    means = np.stack([each.mean(axis=0) for each in scans.slices])
+    means = np.stack([features.mean(axis=0) for features in scans.slices])
     model = make_pipeline(StandardScaler(), LogisticRegression(C=STRENGTH, max_iter=500))
-    model.fit(means[training], scans.own[training])
+    model.fit(means[training], scans.scan_labels[training])
     return model.predict_proba(means[tested])[:, 1]
 
 
@@ -255,7 +257,7 @@ def slice_network(name: str) -> Method:
 
 def scan_network(name: str) -> Method:
     def method(scans: Scans, training: np.ndarray, tested: np.ndarray, seed: int) -> Any:
-        network = trained(name, scans, training, seed, scans.own[training], scan_loss)
+        network = trained(name, scans, training, seed, scans.scan_labels[training], scan_loss)
         with torch.inference_mode():
             return [network(batch_of(scans, [k]))[0, 0].sigmoid().numpy() for k in tested]
 
@@ -289,29 +291,29 @@ def trained(
     return network.eval()
 
 
-def batch_of(scans: Scans, chosen: Sequence[int] | np.ndarray) -> torch.Tensor:
+def batch_of(scans: Scans, numbers: Sequence[int] | np.ndarray) -> torch.Tensor:
     """Return the network input (N, S, F + 1) of some scans."""
-    stacked = stack_scans([scans.slices[k] for k in chosen])
+    stacked = stack_scans([scans.slices[k] for k in numbers])
     is_slice = np.zeros((*stacked.shape[:2], 1), np.float32)
-    for place, k in zip(is_slice, chosen, strict=True):
-        place[: len(scans.slices[k])] = 1
+    for row, k in enumerate(numbers):
+        is_slice[row, : len(scans.slices[k])] = 1
     return torch.from_numpy(np.concatenate([stacked, is_slice], axis=2))
 
 
 def slice_loss(
-    network: ScanNetwork, scans: Scans, chosen: np.ndarray, weight: torch.Tensor
+    network: ScanNetwork, scans: Scans, numbers: np.ndarray, weight: torch.Tensor
 ) -> torch.Tensor:
-    batch = batch_of(scans, chosen)
+    batch = batch_of(scans, numbers)
     logits = network.slice_logits(batch)[..., 0][batch[..., -1] > 0]
-    labels = torch.from_numpy(np.concatenate([scans.labels[k] for k in chosen])).float()
+    labels = torch.from_numpy(np.concatenate([scans.labels[k] for k in numbers])).float()
     return functional.binary_cross_entropy_with_logits(logits, labels, pos_weight=weight)
 
 
 def scan_loss(
-    network: ScanNetwork, scans: Scans, chosen: np.ndarray, weight: torch.Tensor
+    network: ScanNetwork, scans: Scans, numbers: np.ndarray, weight: torch.Tensor
 ) -> torch.Tensor:
-    labels = torch.from_numpy(scans.own[chosen]).float()
-    logits = network(batch_of(scans, chosen))[:, 0]
+    labels = torch.from_numpy(scans.scan_labels[numbers]).float()
+    logits = network(batch_of(scans, numbers))[:, 0]
     return functional.binary_cross_entropy_with_logits(logits, labels, pos_weight=weight)
 
 
@@ -320,7 +322,7 @@ def scan_loss(
 
 def mean_auc(scores: Sequence[np.ndarray], truth: np.ndarray) -> Statistics:
     """Return the function from weights (B, n) of cases to the mean AUC over the seeds."""
-    rankings = [Ranking.of(each) for each in scores]
+    rankings = [Ranking.of(of_seed) for of_seed in scores]
 
     def statistics(weights: np.ndarray) -> dict[str, np.ndarray]:
         areas = [weighted_auc(ranking, truth, weights) for ranking in rankings]
@@ -366,11 +368,12 @@ def print_slices(scans: Scans, methods: dict[str, list[Scored]]) -> None:
 def print_scans(scans: Scans, methods: dict[str, list[Scored]]) -> None:
     print("| label of the scan | AUC of scans | 95 % interval | range over seeds |")
     print("|---|---|---|---|")
-    truth = scans.own > 0
+    truth = scans.scan_labels > 0
     for name, runs in methods.items():
-        scores = [run.own for run in runs]
+        scores = [run.scan_scores for run in runs]
         areas = [
-            float(mean_auc([each], truth)(np.ones((1, truth.size)))["auc"][0]) for each in scores
+            float(mean_auc([of_seed], truth)(np.ones((1, truth.size)))["auc"][0])
+            for of_seed in scores
         ]
         estimate = bootstrap(mean_auc(scores, truth), list(scans.names))["auc"]
         cells = [name, f"{np.mean(areas):.3f}", ends(estimate)]

@@ -210,8 +210,8 @@ def test_where_one_slice_decides_all_but_the_mean_find_it(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_only_networks_in_order_tell_which_of_two_slices_comes_first(name):
-    found = accuracy(name, "which of two comes first")
-    assert found > 0.93 if name in ORDERED else 0.4 < found < 0.6
+    right = accuracy(name, "which of two comes first")
+    assert right > 0.93 if name in ORDERED else 0.4 < right < 0.6
 
 
 @pytest.mark.slow

@@ -469,7 +469,7 @@ class _ImageTraining:
         """Fit the baselines on the training split; return them and their validation scores."""
         recipe, kind = data.recipe, str(data.recipe.data.kind)
         training, validation = (data.images.of_split(split) for split in ("train", "val"))
-        if not recipe.train.baselines or recipe.data.input == SCAN:
+        if not recipe.train.baselines:
             return [], {}
         seconds = self._time.baselines(recipe)
         self._call.progress("Fitting baselines", 0.0, f"at most {seconds:.0f} s")
