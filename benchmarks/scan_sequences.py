@@ -5,7 +5,7 @@
 
 The network of the weights, EfficientNet-Lite0, is not trained: it embeds each slice once. Five
 folds keep the slices of a patient together and hold as many scans with a haemorrhage each; each
-seed draws other folds and other first weights. All settings were numbers without the patients of the
+seed draws other folds and other first weights. All settings were chosen without the patients of the
 test split (`--without-test`).
 
 Slice labels: a logistic regression of each slice alone; its probabilities averaged over three
