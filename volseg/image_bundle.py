@@ -33,7 +33,7 @@ from volseg.networks.image_network import ImageNetwork
 from volseg.planning.close import Reason
 from volseg.planning.images import ImageFingerprint
 from volseg.recipe import ClassifyRecipe, Text, parse_image_recipe
-from volseg.recipe.classification import LABELS, NUMBER
+from volseg.recipe.classification import LABELS, NUMBER, SCAN
 from volseg.words import format_count, format_list
 
 CLASSIFIER = "classifier"  # weights of the network; those of an ensemble are numbered
@@ -189,6 +189,8 @@ def load_image_bundle(folder: Path) -> ImageBundle:
         if recipe.open_keys:
             raise ValueError(f"the recipe of a trained model leaves {recipe.open_keys} open")
         weights = StoredWeights(folder, description.weights_sha256)
+        if recipe.data.input == SCAN and ENCODER not in weights:
+            raise ValueError("a model of scans lacks the network that embeds their slices")
         arrays: Mapping[str, np.ndarray] = {}
         if ARRAYS in weights:
             arrays = {name: tensor.numpy() for name, tensor in weights[ARRAYS].items()}

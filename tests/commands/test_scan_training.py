@@ -228,6 +228,11 @@ def repeated_number(rows):
     rows[1]["slice"] = rows[0]["slice"]
 
 
+def no_patient(rows):
+    for row in rows:
+        row["patient"] = ""
+
+
 def two_findings(rows):
     rows[1]["finding"] = "other"
 
@@ -236,6 +241,7 @@ def two_findings(rows):
     ("edit", "problem"),
     [
         (blank_number, "line 3: scan 's00': the cell of 'slice' is no number"),
+        (no_patient, "line 2: does not say of which scan it is a slice"),
         (repeated_number, "scan 's00' has two slices of one number in 'slice'"),
         (two_findings, r"scan 's00' differ in 'finding' \(none, other\)"),
     ],
@@ -305,3 +311,29 @@ def test_every_network_of_sequences_is_trained_and_run(sequence, dataset, weight
     assert not [problem for problem in volseg.check(out) if problem.code != "W_LABEL"]
     run = json.loads((tmp_path / "r" / "run.json").read_text(encoding="utf-8"))
     assert run["data"]["input"] == "scan"
+
+
+def test_a_model_without_its_network_of_slices_is_refused(model, tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(model, folder)
+    content = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    del content["weights_sha256"]["slices"]
+    (folder / "model.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(VolsegError, match="lacks the network that embeds their slices"):
+        load_image_bundle(folder)
+
+
+@pytest.mark.slow
+def test_scans_can_start_from_a_model_of_their_slices(dataset, tmp_path):
+    """Slices are labelled, too: a network that learned their labels embeds them."""
+    content = recipe().model_dump(exclude={"sequence"}) | {"data": {"target": "disc"}}
+    of_slices = ClassifyRecipe.model_validate(content | {"name": "slices"})
+    volseg.train(dataset, recipe=of_slices, out=tmp_path / "slices")
+    volseg.train(dataset, recipe=recipe(), init=tmp_path / "slices", out=tmp_path / "scans")
+    scans, slices = (load_image_bundle(tmp_path / name) for name in ("scans", "slices"))
+    given, kept = slices.network("classifier").state_dict(), scans.slice_network().state_dict()
+    names = [name for name in given if not name.startswith("head.")]
+    assert names and all(torch.equal(kept[name], given[name]) for name in names)
+    volseg.train(dataset, recipe=recipe("mean"), init=tmp_path / "scans", out=tmp_path / "again")
+    again = load_image_bundle(tmp_path / "again").slice_network().state_dict()
+    assert all(torch.equal(again[name], kept[name]) for name in names)

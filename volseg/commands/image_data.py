@@ -168,7 +168,8 @@ class ImageDataset:
             self._refuse(survey.mistakes)
         cases = [case for case in survey.cases if case.split != "test"]
         remarks = [text for text in survey.remarks if not text.startswith("N_FOLDERS")]
-        recipe = self.recipe.model_copy(update={"data": unlabelled_recipe(self.dataset).data})
+        data = unlabelled_recipe(self.dataset).data
+        recipe = self.recipe.model_copy(update={"data": data, "sequence": None})
         return self._planned(cases, recipe, {case.id: 0 for case in cases}, remarks)
 
     def _planned(

@@ -33,19 +33,27 @@ def scans_of(cases: Sequence[ImageCase], mistakes: list[str]) -> list[ImageCase]
     scan has the cells that all its slices have in common.
 
     Args:
-        mistakes: gets a sentence for each scan whose slices cannot be put in order.
+        mistakes: gets a sentence for each image of no scan, and for each scan whose slices cannot
+            be put in order.
     """
     scans: dict[str, list[ImageCase]] = {}
     for case in cases:
-        scans.setdefault(_scan_name(case), []).append(case)
+        name = _scan_name(case)
+        if name is None:
+            mistakes.append(
+                f"{case.where}: does not say of which scan it is a slice: add a column "
+                f"{SCAN_COLUMNS[0]!r}, or 'patient'"
+            )
+        else:
+            scans.setdefault(name, []).append(case)
     return [scan for slices in scans.values() for scan in _scan(slices, mistakes)]
 
 
-def _scan_name(case: ImageCase) -> str:
+def _scan_name(case: ImageCase) -> str | None:
     if case.index is not None:
         return str(case.path)
     stated = [case.cells[name] for name in SCAN_COLUMNS if case.cells.get(name)]
-    return stated[0] if stated else case.patient or case.id
+    return stated[0] if stated else case.patient
 
 
 def _scan(slices: Sequence[ImageCase], mistakes: list[str]) -> Iterator[ImageCase]:
@@ -74,7 +82,7 @@ def _scan(slices: Sequence[ImageCase], mistakes: list[str]) -> Iterator[ImageCas
 
 def _scan_id(case: ImageCase) -> str:
     if case.index is None:
-        return safe_id(_scan_name(case))
+        return safe_id(_scan_name(case) or case.id)
     return case.id.rpartition("_s")[0] or case.id
 
 
