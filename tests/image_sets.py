@@ -82,3 +82,30 @@ def scans_of_lesions(folder, n=12, seed=0):
         writer.writerow(["image", "label", "split", "kind"])
         writer.writerows(rows)
     return folder
+
+
+def scans_of_slices(folder, n=24, edge=32, seed=0):
+    """Write series of 4 to 9 slices; one slice of every second scan has a bright disc.
+
+    The numbers in `slice` are in another order than the rows, and `disc` is that of each slice.
+    """
+    rng = np.random.default_rng(seed)
+    (folder / "images").mkdir(parents=True)
+    rows = []
+    for number in range(n):
+        n_slices, has_disc = int(rng.integers(4, 10)), number % 2
+        place = int(rng.integers(n_slices)) if has_disc else -1
+        split = ("train", "train", "val", "test")[number // 2 % 4]
+        for index in rng.permutation(n_slices).tolist():
+            pixels = rng.normal(60, 12, (edge, edge)).clip(0, 255).astype(np.uint8)
+            if index == place:
+                pixels = picture(rng, "disc", edge)[0]
+            name = f"images/s{number:02}_{index}.png"
+            Image.fromarray(pixels).save(folder / name)
+            finding = "disc" if has_disc else "none"
+            rows.append([name, f"s{number:02}", index, split, finding, int(index == place)])
+    with open(folder / "cases.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "patient", "slice", "split", "finding", "disc"])
+        writer.writerows(rows)
+    return folder

@@ -28,15 +28,16 @@ from volseg.errors import VolsegError
 from volseg.evaluation.conformal import ConformalRule, OutlierModel
 from volseg.evaluation.operating import OperatingPoint
 from volseg.io.files import make_folder, write_bytes_atomic, write_json_atomic
-from volseg.networks import build_images, copy_weights
+from volseg.networks import build_images, build_slices, copy_weights
 from volseg.networks.image_network import ImageNetwork
 from volseg.planning.close import Reason
 from volseg.planning.images import ImageFingerprint
 from volseg.recipe import ClassifyRecipe, Text, parse_image_recipe
-from volseg.recipe.classification import LABELS, NUMBER
+from volseg.recipe.classification import LABELS, NUMBER, SCAN
 from volseg.words import format_count, format_list
 
 CLASSIFIER = "classifier"  # weights of the network; those of an ensemble are numbered
+ENCODER = "slices"  # weights of the network that embeds the slices of scans, which is not trained
 ARRAYS = "judgement"  # arrays of the judgement and the reference, beside the weights
 REFERENCE_TOLERANCE = 1e-3  # of a probability, or of a number in standard deviations
 
@@ -70,7 +71,11 @@ class Judgement:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reference:
-    """A validation image as network input, (C, H, W), and the model's outputs for it."""
+    """A validation image as network input, and the model's outputs for it.
+
+    Args:
+        image: (C, H, W), (planes, C, H, W) of a lesion, or (S, features + 1) of a scan.
+    """
 
     case_id: str
     image: np.ndarray
@@ -83,7 +88,8 @@ class ImageBundle:
 
     Args:
         recipe: closed: it holds no "auto".
-        weights: `classifier`, `classifier_1`, … → tensors; several are an ensemble.
+        weights: `classifier`, `classifier_1`, … → tensors; several are an ensemble. Of scans,
+            `slices` is the network that embeds their slices.
         metrics: results of training and validation.
     """
 
@@ -104,7 +110,7 @@ class ImageBundle:
 
     @property
     def network_names(self) -> tuple[str, ...]:
-        return tuple(name for name in self.weights if name != ARRAYS)
+        return tuple(name for name in self.weights if name not in (ARRAYS, ENCODER))
 
     def networks(self) -> tuple[ImageNetwork, ...]:
         """Return the networks with their trained weights; the outputs of several are averaged."""
@@ -114,6 +120,12 @@ class ImageBundle:
         """Return one network with its trained weights; `name` is one of `network_names`."""
         network = build_images(self.recipe)
         copy_weights(network, self.weights[name])
+        return network.eval()
+
+    def slice_network(self) -> ImageNetwork:
+        """Return the network that embeds the slices of scans."""
+        network = build_slices(self.recipe)
+        copy_weights(network, self.weights[ENCODER])
         return network.eval()
 
 
@@ -177,6 +189,8 @@ def load_image_bundle(folder: Path) -> ImageBundle:
         if recipe.open_keys:
             raise ValueError(f"the recipe of a trained model leaves {recipe.open_keys} open")
         weights = StoredWeights(folder, description.weights_sha256)
+        if recipe.data.input == SCAN and ENCODER not in weights:
+            raise ValueError("a model of scans lacks the network that embeds their slices")
         arrays: Mapping[str, np.ndarray] = {}
         if ARRAYS in weights:
             arrays = {name: tensor.numpy() for name, tensor in weights[ARRAYS].items()}

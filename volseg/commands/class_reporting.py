@@ -7,12 +7,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from volseg.commands.image_sources import LESION, ImageSource, find_lesions, source_of
+from volseg.commands.image_sources import ImageSource, find_inputs, source_of
 from volseg.errors import VolsegError
 from volseg.evaluation.class_rows import CLASSES, VALUES, ClassRow, ValueRow
 from volseg.image_bundle import load_image_bundle
 from volseg.inputs import read_json
-from volseg.io.image_cases import ImageCase, find_images
+from volseg.io.image_cases import ImageCase
 from volseg.options import ReportOptions
 from volseg.pages.about import About
 from volseg.pages.class_page import class_page, most_doubtful, thumbnail
@@ -128,10 +128,7 @@ def _pictures(run: dict[str, Any], rows: Sequence[Row]) -> tuple[dict[str, bytes
         return {}, f"{RUN} does not name images and model"
     try:
         recipe = load_image_bundle(model).recipe
-        if recipe.data.input == LESION:
-            cases = find_lesions(scans, lambda name, reason: None, remark=lambda text: None)
-        else:
-            cases = find_images(scans)
+        cases = find_inputs(recipe, scans)
         pictures = doubtful_pictures(rows, cases, source_of(recipe))
     except VolsegError as error:
         return {}, error.problem

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from volseg.commands.scan_sources import scan_survey
 from volseg.errors import VolsegError
 from volseg.evaluation.class_intervals import Judged
 from volseg.evaluation.class_rows import CLASSES, PROBABILITY, VALUES, ClassRow, ValueRow
@@ -25,13 +26,20 @@ from volseg.io.image_tables import HEADS, SLICE, is_arrays
 from volseg.io.tables import read_table
 from volseg.io.targets import LARGEST, value_of
 from volseg.recipe.classification import CLASSES as EXCLUSIVE
-from volseg.recipe.classification import LABELS, NUMBER, SEPARATOR, Target, split_names
+from volseg.recipe.classification import (
+    LABELS,
+    LESION,
+    NUMBER,
+    SCAN,
+    SEPARATOR,
+    Target,
+    split_names,
+)
 from volseg.store.tables import read_class_rows, read_value_rows
 from volseg.words import format_count, format_list
 
 Kind = Literal["classes", "numbers"]
 USUAL_TARGETS = ("target", "class", "label", "diagnosis")
-LESION = "lesion"  # what a case of a model is, in its [data]
 MOST_LISTED = 5  # cases that a warning names
 
 
@@ -81,29 +89,31 @@ class Reference:
             VolsegError: there is none, it names no cases, or one of them twice.
         """
         file = path / "cases.csv" if path.is_dir() else path
-        usual = predicted.target
         if not file.is_file() or is_arrays(file):
-            return cls._of_images(path, target, usual)
+            return cls._of_images(path, target, predicted)
         table = read_table(file, HEADS)
         if SLICE in table.columns:
-            return cls._of_images(path, target, usual)
+            return cls._of_images(path, target, predicted)
         rows = [dict(zip(table.columns, texts)) for _, texts in table.lines]
         ids = _case_ids(rows, file)
         if _lists_scans(rows) and not predicted.case_ids & set(ids):
             if predicted.data is None or predicted.data.input != LESION:
-                return cls._of_images(path, target, usual)
+                return cls._of_images(path, target, predicted)
             ids, rows = _rows_of_lesions(dict(zip(ids, rows)), predicted.case_ids)
         remarks = [text for text in table.remarks if "W_COLUMN" not in text]
         return cls(path=file, columns=table.columns, cells=dict(zip(ids, rows)), remarks=remarks)
 
     @classmethod
-    def _of_images(cls, path: Path, target: str | None, usual: str | None) -> Reference:
-        """Read a folder per class, a MedMNIST file or slices of volumes."""
+    def _of_images(cls, path: Path, target: str | None, predicted: Predicted) -> Reference:
+        """Read a folder per class, a MedMNIST file, or slices, which may be judged as scans."""
+        usual = predicted.target
         survey = survey_images(path, target=target)
         if target is None and usual in [column.name for column in survey.target_columns]:
             survey = survey_images(path, target=usual)  # reads masks that say the classes
         if survey.mistakes or not survey.cases:
             raise dataset_error(survey.mistakes or ["no images found"], str(path))
+        if predicted.data is not None and predicted.data.input == SCAN:
+            survey = scan_survey(survey, path, target)
         cells = {
             case.id: {**case.cells, "patient": case.patient or "", "split": case.split or ""}
             for case in survey.cases

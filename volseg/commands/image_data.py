@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from volseg.commands.image_recipes import (
     student_recipe,
     unlabelled_recipe,
 )
-from volseg.commands.image_sources import LESION, source_of, survey_lesions
+from volseg.commands.image_sources import ImageSource, case_key, source_of, survey_lesions
 from volseg.commands.image_splits import (
     assign_image_splits,
     class_warnings,
@@ -28,7 +29,7 @@ from volseg.commands.image_splits import (
 )
 from volseg.commands.image_start import Start, seen_by
 from volseg.commands.loaded_images import listing_digest
-from volseg.commands.seen_images import image_key
+from volseg.commands.scan_sources import scan_survey, stack_scans
 from volseg.errors import ScanError, VolsegError, named
 from volseg.evaluation.duplicates import ImagePrint, print_of
 from volseg.io.cases import dataset_error
@@ -44,11 +45,12 @@ from volseg.io.targets import TargetCells, Value, count_classes
 from volseg.options import Announce, Progress, ignore_progress, ignore_text
 from volseg.options.shared import failure_line
 from volseg.recipe import ClassifyRecipe
-from volseg.recipe.classification import NUMBER
+from volseg.recipe.classification import LESION, NUMBER, SCAN
 from volseg.recipe.section import AUTO, closed
 from volseg.words import format_count, format_list
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a command that needs it pays
+    from volseg.inference.slices import SliceEncoder
     from volseg.planning.images import ClosedImages, ImageFingerprint
 
 READING, PREPARING = "Reading the images", "Preparing the images"
@@ -98,6 +100,8 @@ class ImageDataset:
         if survey.mistakes:
             self._refuse(survey.mistakes)
         recipe = self.recipe
+        if recipe is not None and recipe.data.input == SCAN:
+            return scan_survey(survey, self.dataset, target), recipe
         if recipe is None:
             recipe = automatic_image_recipe(self.dataset, target)
             recipe = recipe if self.start is None else self.start.fitted_to(recipe)
@@ -164,7 +168,8 @@ class ImageDataset:
             self._refuse(survey.mistakes)
         cases = [case for case in survey.cases if case.split != "test"]
         remarks = [text for text in survey.remarks if not text.startswith("N_FOLDERS")]
-        recipe = self.recipe.model_copy(update={"data": unlabelled_recipe(self.dataset).data})
+        data = unlabelled_recipe(self.dataset).data
+        recipe = self.recipe.model_copy(update={"data": data, "sequence": None})
         return self._planned(cases, recipe, {case.id: 0 for case in cases}, remarks)
 
     def _planned(
@@ -212,13 +217,7 @@ class ImageDataset:
         facts, failed, source = dict[str, _Facts](), dict[str, str](), source_of(recipe)
         for count, case in enumerate(cases, start=1):
             try:
-                image = source.picture(case)
-                if recipe.images.normalise != AUTO:
-                    with named(case.path, ScanError):
-                        closed(recipe.images.normalise).check(image.largest)
-                prints = print_of(image.array, image.largest)
-                pixels = image.array.ravel()[:: max(1, image.array.size // INTENSITIES)]
-                facts[case.id] = _Facts(image.array.shape, image.largest, prints, pixels.copy())
+                facts[case.id] = _facts(source, case, recipe)
             except ScanError as error:
                 failed[case.id] = reason_of(error)
                 self.announce(failure_line(case.id, failed[case.id]))
@@ -227,18 +226,27 @@ class ImageDataset:
             self._refuse([f"{name}: {reason}" for name, reason in failed.items()])
         return facts, failed
 
-    def prepare(self, planned: PlannedImages, folder: Path) -> ImageSet:
-        """Write the network inputs of all images into a folder; return them, memory-mapped."""
+    def prepare(
+        self, planned: PlannedImages, folder: Path, encoder: SliceEncoder | None = None
+    ) -> ImageSet:
+        """Write the network inputs of all images into a folder; return them, memory-mapped.
+
+        Args:
+            encoder: embeds the slices of scans.
+        """
         recipe = planned.closed.recipe
-        source = source_of(recipe)
-        digests: dict[Path, str] = {}
+        source = source_of(recipe, None if encoder is None else encoder.embed)
+        shape = recipe.input_shape
+        if encoder is not None:
+            shape = (max(len(case.slices) for case in planned.cases), encoder.n_features + 1)
+        digest_of = cache(sha256_of)
 
         def pairs() -> Iterator[tuple[np.ndarray, PreparedImage]]:
             for count, case in enumerate(planned.cases, start=1):
                 image = source.network_input(case, recipe.images)
-                if case.path not in digests:
-                    digests[case.path] = sha256_of(case.path)
-                yield image, planned.prepared(case, digests[case.path])
+                if encoder is not None:
+                    (image,) = stack_scans([image], shape[0])
+                yield image, planned.prepared(case, case_key(case, digest_of))
                 self.progress(PREPARING, count / len(planned.cases), case.id)
 
         header = {
@@ -248,8 +256,9 @@ class ImageDataset:
             "failed": planned.failed,
             "warnings": planned.remarks,
             "listing": listing_digest(self.dataset, recipe),
+            "encoder": "" if encoder is None else encoder.digest,
         }
-        write_prepared_images(folder, recipe.input_shape, pairs(), header)
+        write_prepared_images(folder, shape, pairs(), header)
         return read_prepared_images(folder)[0]
 
 
@@ -286,16 +295,34 @@ class PlannedImages:
     failed: Mapping[str, str]
     remarks: Sequence[str]
 
-    def prepared(self, case: ImageCase, digest: str) -> PreparedImage:
+    def prepared(self, case: ImageCase, key: str) -> PreparedImage:
         return PreparedImage(
             id=case.id,
             patient=case.patient or case.id,
             group=self.groups[case.id],
             split=self.splits[case.id],
             target=self.values[case.id],
-            sha256=image_key(digest, case.index),
+            sha256=key,
             cells=dict(case.cells),
         )
+
+
+def _facts(source: ImageSource, case: ImageCase, recipe: ClassifyRecipe) -> _Facts:
+    """Read an image, or all slices of a scan.
+
+    Raises:
+        ScanError: one cannot be read, or not be normalised.
+    """
+    pixels = []
+    for one in case.slices or [case]:
+        image = source.picture(one)
+        if recipe.images.normalise != AUTO:
+            with named(one.path, ScanError):
+                closed(recipe.images.normalise).check(image.largest)
+        pixels.append(image.array.ravel()[:: max(1, image.array.size // INTENSITIES)].copy())
+    image = source.picture(case)
+    prints = print_of(image.array, image.largest)
+    return _Facts(image.array.shape, image.largest, prints, np.concatenate(pixels))
 
 
 def _fingerprint(

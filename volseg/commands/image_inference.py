@@ -13,8 +13,9 @@ import numpy as np
 from volseg.commands.baseline_tables import Beside, CaseRows, earlier_rows
 from volseg.commands.batch import failure_reason
 from volseg.commands.class_reporting import PAGE, RUN, Row, doubtful_pictures, read_class_table
-from volseg.commands.image_sources import LESION, find_lesions, source_of
-from volseg.commands.seen_images import image_key, read_seen, seen_warning
+from volseg.commands.image_sources import case_key, find_inputs, source_of
+from volseg.commands.scan_sources import stack_scans
+from volseg.commands.seen_images import read_seen, seen_warning
 from volseg.errors import ScanError, UnexpectedError, VolsegError
 from volseg.evaluation.class_rows import (
     BASELINES,
@@ -31,12 +32,12 @@ from volseg.inference.image_predictor import load_predictor
 from volseg.inference.images import to_predictions
 from volseg.inputs import read_json
 from volseg.io.files import json_text, sha256_of
-from volseg.io.image_cases import ImageCase, find_images
+from volseg.io.image_cases import ImageCase
 from volseg.options import InferOptions
 from volseg.pages.about import About
 from volseg.pages.class_page import class_page
 from volseg.recipe.classification import CLASSES as EXCLUSIVE
-from volseg.recipe.classification import NUMBER, Target
+from volseg.recipe.classification import LESION, NUMBER, Target
 from volseg.reports import ImagesReport
 from volseg.store.outputs import OutputFolder
 from volseg.store.records import STALE
@@ -75,14 +76,14 @@ def infer_images(options: InferOptions) -> ImagesReport:
     options.refuse_stated(OF_SCANS, f"only for scans, but {options.model} classifies images")
     bundle = _as_requested(load_image_bundle(options.model), options)
     remarks, failed = list[str](), dict[str, str]()
-    if bundle.recipe.data.input == LESION:
-        cases = find_lesions(options.scans, failed.__setitem__, remark=remarks.append)
-    else:
-        cases = find_images(options.scans, remark=remarks.append)
+    cases = find_inputs(
+        bundle.recipe, options.scans, failed=failed.__setitem__, remark=remarks.append
+    )
     # Which folders are classes is of no importance here.
     remarks = [text for text in remarks if not text.startswith("N_FOLDERS")]
     options.warn(*remarks)
-    inputs = [*options.scans, options.model, *{case.path for case in cases}]
+    files = {image.path for case in cases for image in (case, *case.slices)}
+    inputs = [*options.scans, options.model, *files]
     with OutputFolder(options.out, "infer-images", inputs=inputs) as outputs:
         _refuse_other_target(options.out, bundle)
         outputs.check_overwrites([_table_name(bundle), BASELINES, RUN, PAGE])
@@ -137,7 +138,8 @@ class _Run:
         }
         text = json_text(self._key_options)
         self._made_with = hashlib.sha256(text.encode()).hexdigest()
-        self._source, self._digests = source_of(bundle.recipe), dict[Path, str]()
+        self._source = source_of(bundle.recipe, self._predictor.embed_slices)
+        self._digests = dict[Path, str]()
         earlier = _earlier(options.out, bundle, beside)
         self._rows, self._keys = dict(earlier.rows), dict(earlier.keys)
         self._beside_rows = dict(earlier.beside)
@@ -187,7 +189,7 @@ class _Run:
         )
 
     def _key(self, case: ImageCase) -> str:
-        image = image_key(self._digest(case.path), case.index)
+        image = case_key(case, self._digest)
         mask = "" if self._bundle.recipe.data.input != LESION else f"+{self._digest(case.mask)}"
         return f"{image}{mask}{self._end_of_keys}"
 
@@ -249,7 +251,8 @@ class _Run:
         """Add the rows of a batch of images; return their ids."""
         if not batch:
             return []
-        recipe, images = self._bundle.recipe, np.stack([image for _, image in batch])
+        recipe, inputs = self._bundle.recipe, [image for _, image in batch]
+        images = stack_scans(inputs) if recipe.sequence is not None else np.stack(inputs)
         predicted = self._predictor.predict(images)
         temperature = self._bundle.judgement.temperature
         predictions = to_predictions(predicted.outputs, recipe.data, temperature)

@@ -14,6 +14,7 @@ from volseg.io.prepared_images import CASES_FILE, PIXELS_FILE
 from volseg.io.targets import TargetCells
 from volseg.options import PlanOptions, PreprocessOptions
 from volseg.recipe import ClassifyRecipe, as_any_recipe
+from volseg.recipe.classification import SCAN
 from volseg.reports import PlanReport, PreprocessReport
 from volseg.store.outputs import OutputFolder
 
@@ -65,6 +66,13 @@ def preprocess_images(options: PreprocessOptions) -> PreprocessReport:
     dataset = image_dataset(options, progress=options.progress, announce=options.announce)
     planned = dataset.plan()
     check_image_recipe(planned.closed.recipe)
+    if planned.closed.recipe.data.input == SCAN:
+        raise VolsegError(
+            f"recipe {planned.closed.recipe.name!r}: slices of scans are embedded by the network "
+            "that training is given",
+            fix="give the dataset itself to `volseg train`, with --init WEIGHTS",
+            code="E_USAGE",
+        )
     options.warn(*planned.remarks)
     with OutputFolder(options.out, "preprocess", inputs=[options.dataset]) as outputs:
         outputs.check_overwrites([PIXELS_FILE, CASES_FILE])

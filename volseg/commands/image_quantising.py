@@ -35,7 +35,7 @@ from volseg.io.prepared_images import CASES_FILE, PIXELS_FILE, ImageSet, has_pre
 from volseg.options import QuantiseOptions
 from volseg.planning.images import ImageFingerprint
 from volseg.recipe import ClassifyRecipe
-from volseg.recipe.classification import NUMBER
+from volseg.recipe.classification import NUMBER, SCAN
 from volseg.reports import QuantiseReport
 from volseg.store.outputs import OutputFolder, delete_written
 from volseg.training.images import known_targets
@@ -59,6 +59,12 @@ def quantise_images(options: QuantiseOptions) -> QuantiseReport:
     """
     model, dataset = options.model, options.dataset
     bundle = load_image_bundle(model)
+    if bundle.recipe.data.input == SCAN:
+        raise VolsegError(
+            f"{model}: a model of scans cannot be quantised yet",
+            fix="use --precision fp32, or fp16 on a GPU",
+            code="E_PRECISION",
+        )
     work = model / WORK_FOLDER
     with OutputFolder(model, "quantise", inputs=[dataset]) as outputs:
         outputs.check_overwrites(exported_files(bundle.network_names, "int8"))

@@ -1,4 +1,4 @@
-"""Where the input of a classifier comes from: an image as it is, or slices through a lesion."""
+"""Where the input of a classifier comes from: an image, slices through a lesion, or a scan."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from scipy import ndimage
 
 from volseg.commands.batch import reason_of
 from volseg.commands.placing import place_mask
+from volseg.commands.scan_sources import Embed, ScanSource, scan_digest, scans_of
+from volseg.commands.seen_images import image_key
 from volseg.errors import ScanError, VolsegError, named
 from volseg.image import Image2D
 from volseg.io.cases import Case, dataset_error
-from volseg.io.image_cases import ImageCase
+from volseg.io.image_cases import ImageCase, find_images
 from volseg.io.images import ImageReader
 from volseg.io.layouts import find_scans, survey_cases
 from volseg.io.volumes import read_mask, read_volume
@@ -22,10 +24,10 @@ from volseg.postprocessing.lesions import label_lesions
 from volseg.preprocessing.images import to_input
 from volseg.preprocessing.lesion_images import LesionView, cut_lesion, lesion_input, white_of
 from volseg.recipe import ClassifyRecipe
+from volseg.recipe.classification import LESION, SCAN
 from volseg.recipe.images import Images
 from volseg.volume import BoundingBox, Volume
 
-LESION = "lesion"  # the `input` of a recipe
 GLANCE = LesionView(field_of_view_mm=48.0, pixels=48)  # by which lesions are compared and shown
 
 
@@ -41,7 +43,9 @@ class ImageSource(Protocol):
         ...
 
     def network_input(self, case: ImageCase, settings: Images) -> np.ndarray:
-        """Return (C, pixels, pixels) float32, or (planes, C, pixels, pixels) of a lesion.
+        """Return (C, pixels, pixels) float32.
+
+        Of a lesion it is (planes, C, pixels, pixels), of a scan (S, features + 1).
 
         Raises:
             VolsegError: it cannot be read, or not normalised.
@@ -49,8 +53,54 @@ class ImageSource(Protocol):
         ...
 
 
-def source_of(recipe: ClassifyRecipe) -> ImageSource:
+def source_of(recipe: ClassifyRecipe, embed: Embed | None = None) -> ImageSource:
+    """Return what reads the cases of a recipe.
+
+    Args:
+        embed: the network of slices of a recipe of scans; without it there are only pictures.
+    """
+    if recipe.data.input == SCAN:
+        return ScanSource(embed)
     return LesionSource() if recipe.data.input == LESION else FileSource()
+
+
+def case_key(case: ImageCase, digest_of: Callable[[Path], str]) -> str:
+    """Return what tells the image, lesion or scan of a case from all others.
+
+    Args:
+        digest_of: hash of a file.
+    """
+    if case.slices:
+        return scan_digest(case, digest_of)
+    return image_key(digest_of(case.path), case.index)
+
+
+def find_inputs(
+    recipe: ClassifyRecipe,
+    inputs: Sequence[Path],
+    *,
+    failed: Callable[[str, str], None] = lambda name, reason: None,
+    remark: Callable[[str], None] = lambda text: None,
+) -> list[ImageCase]:
+    """Return the images, lesions or scans to classify with the model of a recipe.
+
+    Args:
+        failed: called with the id of a scan whose lesions cannot be read, and the reason.
+        remark: called with each choice that was made in reading the inputs.
+
+    Raises:
+        VolsegError: as `find_images` and `find_lesions`, or slices cannot be put in order.
+    """
+    if recipe.data.input == LESION:
+        return find_lesions(inputs, failed, remark=remark)
+    images = find_images(inputs, remark=remark)
+    if recipe.data.input != SCAN:
+        return images
+    mistakes = list[str]()
+    scans = scans_of(images, mistakes)
+    if mistakes:
+        raise dataset_error(mistakes, ", ".join(map(str, inputs)))
+    return scans
 
 
 class FileSource:

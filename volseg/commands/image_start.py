@@ -11,6 +11,7 @@ from volseg.errors import VolsegError, named
 from volseg.inputs import read_json
 from volseg.planning.images import SeenImages
 from volseg.recipe import ClassifyRecipe, parse_image_recipe
+from volseg.recipe.classification import SCAN
 from volseg.recipe.images import Images, ScaleImage
 from volseg.recipe.section import closed
 from volseg.recipe.train import Network
@@ -61,14 +62,15 @@ class Start:
         Raises:
             VolsegError: it is neither.
         """
-        from volseg.image_bundle import CLASSIFIER, is_image_model, load_image_bundle
+        from volseg.image_bundle import CLASSIFIER, ENCODER, is_image_model, load_image_bundle
         from volseg.networks.adapt import read_weights
 
         if (path / PRETRAINED).is_file():
             return cls._pretrained(path)
         if is_image_model(path):
             bundle = load_image_bundle(path)
-            tensors, recipe = bundle.weights[CLASSIFIER], bundle.recipe
+            recipe = bundle.recipe
+            tensors = bundle.weights[ENCODER if recipe.data.input == SCAN else CLASSIFIER]
             return cls(path, tensors, network=recipe.network, images=recipe.images)
         weights = read_weights(path)
         return cls(path, weights.tensors, weights.scaling)

@@ -33,6 +33,7 @@ from volseg.errors import VolsegError, without_notes
 from volseg.evaluation.classes import SCORES
 from volseg.evaluation.label_errors import doubtful_labels
 from volseg.image_bundle import (
+    ENCODER,
     ImageBundle,
     Judgement,
     Reference,
@@ -41,14 +42,16 @@ from volseg.image_bundle import (
     save_image_bundle,
 )
 from volseg.inference.images import embed_images, predict_outputs, to_predictions
+from volseg.inference.slices import SliceEncoder
 from volseg.io.csv_text import write_csv
 from volseg.io.files import TEMPORARY_PREFIX, make_folder
 from volseg.io.prepared_images import ImageSet, has_prepared_images
+from volseg.networks import build_slices, copy_weights, unique_tensors
 from volseg.networks.image_network import PLANES_NDIM, ImageNetwork
 from volseg.options.training import MAX_FOLDS
 from volseg.pages.training_figures import curves_png, images_png
 from volseg.recipe import ClassifyRecipe, as_any_recipe
-from volseg.recipe.classification import CLASSES, NUMBER
+from volseg.recipe.classification import CLASSES, NUMBER, SCAN
 from volseg.recipe.section import closed
 from volseg.reports import TrainReport
 from volseg.store.outputs import delete_written
@@ -100,6 +103,7 @@ class _ImageTraining:
             self._start = self._start.pruned(call.options.prune)
         self._teacher = None if teacher is None else load_image_bundle(teacher)
         self._answers: dict[str, np.ndarray] = {}  # case id → outputs of the teacher
+        self._encoder: SliceEncoder | None = None  # of the slices of scans
 
     def run(self) -> TrainReport:
         call, options = self._call, self._options
@@ -143,7 +147,8 @@ class _ImageTraining:
             )
         if not unfinished:
             refuse_finished(out)
-        names = [f"{classifier_name(index)}.safetensors" for index in range(MAX_FOLDS)]
+        networks = [*map(classifier_name, range(MAX_FOLDS)), ENCODER]
+        names = [f"{name}.safetensors" for name in networks]
         histories = [history_name(number) for number in range(MAX_FOLDS)]
         self._call.outputs.check_overwrites(
             [
@@ -181,6 +186,9 @@ class _ImageTraining:
                 if is_resumed:
                     raise self._not_resumed("[data] or [images] of the recipe differ") from None
                 raise
+        encoder = self._encoder_of(data.recipe)
+        if encoder is not None and encoder.digest != data.encoder:
+            raise self._not_resumed("the weights of --init, which embedded the slices, differ")
         self._call.warn(*data.warnings)
         return replace(data, recipe=self._pruned(data.recipe))
 
@@ -205,7 +213,32 @@ class _ImageTraining:
             progress=self._time.guarded(),
             announce=options.announce,
         )
-        dataset.prepare(dataset.plan(), folder)
+        planned = dataset.plan()
+        dataset.prepare(planned, folder, self._encoder_of(planned.closed.recipe))
+
+    def _encoder_of(self, recipe: ClassifyRecipe) -> SliceEncoder | None:
+        """Return the network that embeds the slices of scans; None for images.
+
+        Raises:
+            VolsegError: there are no weights for it, or they do not fit.
+        """
+        if recipe.data.input != SCAN:
+            return None
+        if self._start is None:
+            raise VolsegError(
+                f'recipe {recipe.name!r}: input = "scan" embeds slices with a network that is not '
+                "trained, and no weights are given for it",
+                fix="add --init WEIGHTS, or a model of slices that `volseg train` made",
+                code="E_USAGE",
+            )
+        if self._encoder is None:
+            network = build_slices(recipe)
+            weights, lines = self._start.adapted_to(network)
+            for line in lines:
+                self._options.announce(line)
+            copy_weights(network, unique_tensors(network) | dict(weights))
+            self._encoder = SliceEncoder(network, recipe.infer, self._call.team.fabric.device)
+        return self._encoder
 
     def _pruned(self, recipe: ClassifyRecipe) -> ClassifyRecipe:
         """Return the recipe with the smaller network that --prune leaves."""
@@ -245,6 +278,12 @@ class _ImageTraining:
     def _preview(self, data: LoadedImages) -> TrainReport:
         """Draw augmented training images with their targets; train nothing."""
         training, recipe = data.images.of_split("train"), data.recipe
+        if recipe.data.input == SCAN:
+            raise VolsegError(
+                "--preview draws training images, and a recipe of scans trains on embeddings",
+                fix="leave out --preview",
+                code="E_USAGE",
+            )
         objective = ImageObjective(training, training, recipe)
         batches = objective.batches(self._options.seed, torch.device("cpu"))
         with batches:
@@ -320,7 +359,8 @@ class _ImageTraining:
         if self._teacher is not None:
             outputs = np.stack([self._answers[case.id] for case in training.cases])
             taught = Taught(outputs, self._teacher.sha256)
-        return ImageObjective(training, validation, recipe, self._start is not None, taught)
+        starts_trained = self._start is not None and recipe.data.input != SCAN
+        return ImageObjective(training, validation, recipe, starts_trained, taught)
 
     def _ask_teacher(self, images: ImageSet, recipe: ClassifyRecipe) -> None:
         """Have the teacher, which must see and name the same as the student, judge all images."""
@@ -352,7 +392,7 @@ class _ImageTraining:
             self._call.progress("Asking the teacher", done / len(images), f"{done} images")
 
     def _initial(self, objective: ImageObjective) -> Weights:
-        if self._start is None:
+        if self._start is None or not objective.starts_trained:
             return {}
         weights, lines = self._start.adapted_to(objective.network())
         for line in lines:
@@ -380,7 +420,11 @@ class _ImageTraining:
     def _write(self, data: LoadedImages, folds: Sequence[_Fold]) -> ImageBundle:
         """Judge the networks on the images that they were not trained on; write the model."""
         recipe, device = data.recipe, self._call.team.fabric.device
-        weights = {classifier_name(index): fold.trained.weights for index, fold in enumerate(folds)}
+        weights: dict[str, Weights] = {
+            classifier_name(index): fold.trained.weights for index, fold in enumerate(folds)
+        }
+        if self._encoder is not None:
+            weights[ENCODER] = self._encoder.weights
         bundle = ImageBundle(recipe, data.fingerprint, weights, reasons=data.reasons)
         networks = bundle.networks()
         judgement, metrics = _judged(folds, networks[0].to(device), data, device)

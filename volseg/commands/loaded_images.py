@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from volseg.commands.image_sources import LESION
 from volseg.errors import VolsegError
 from volseg.io.files import json_text
 from volseg.io.image_cases import survey_images
 from volseg.io.layouts import survey_cases
 from volseg.io.prepared_images import CASES_FILE, ImageSet, read_prepared_images
 from volseg.recipe import ClassifyRecipe, parse_image_recipe
+from volseg.recipe.classification import LESION
 from volseg.recipe.section import AUTO
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a command that needs it pays
@@ -32,6 +32,7 @@ class LoadedImages:
     fingerprint: ImageFingerprint
     warnings: Sequence[str]
     listing: str = ""  # `listing_digest` of the dataset
+    encoder: str = ""  # hash of the network that embedded the slices of scans
 
     def with_training_of(
         self, recipe: ClassifyRecipe, folder: Path, *, seen: SeenImages | None
@@ -83,6 +84,7 @@ def load_images(folder: Path) -> LoadedImages:
             ImageFingerprint.model_validate(content["fingerprint"]),
             list(map(str, content["warnings"])),
             str(content.get("listing", "")),
+            str(content.get("encoder", "")),
         )
     except (KeyError, ValueError, TypeError) as error:
         raise VolsegError(

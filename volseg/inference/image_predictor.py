@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from volseg.image_bundle import ImageBundle
+from volseg.image_bundle import ENCODER, ImageBundle
 from volseg.inference.backend import Backend, device_of, mean_of, run_on_device
 from volseg.inference.choose import BackendChoice, NetworkSource
 from volseg.inference.export import convert
@@ -21,7 +21,7 @@ from volseg.inference.torch_backend import TorchBackend
 from volseg.networks.image_network import PLANES_NDIM, ImageNetwork
 from volseg.preprocessing.resample import send
 from volseg.recipe import ClassifyRecipe
-from volseg.recipe.classification import ImageInfer
+from volseg.recipe.classification import SCAN, ImageInfer
 
 if TYPE_CHECKING:
     import openvino
@@ -71,18 +71,36 @@ class Member:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImagePredictor:
-    """The networks of a model, ready to run; their outputs are averaged."""
+    """The networks of a model, ready to run; their outputs are averaged.
+
+    Args:
+        encoder: embeds the slices of scans; None for other models.
+    """
 
     members: Sequence[Member]
     infer: ImageInfer
+    encoder: Backend | None = None
 
     @property
     def identity(self) -> Mapping[str, str]:
         """Settings that affect the numbers besides the weights; part of the key of a result."""
+        if self.encoder is not None:
+            return self.encoder.identity
         return mean_of([member.backend for member in self.members]).identity
+
+    def embed_slices(self, images: np.ndarray) -> np.ndarray:
+        """Return (S, features) float32 of the slices (S, C, H, W) of a scan."""
+        assert self.encoder is not None, "only models of scans embed slices"
+        size = self.infer.batch_size
+        starts = range(0, len(images), size)
+        device = device_of(self.encoder)
+        parts = [send(torch.from_numpy(images[start : start + size]), device) for start in starts]
+        return torch.cat([run_on_device(self.encoder, part).cpu() for part in parts]).numpy()
 
     def predict(self, images: np.ndarray) -> Predicted:
         """Return what the networks compute of images (N, C, H, W) or (N, planes, C, H, W).
+
+        Of scans it takes the embedded slices, (N, S, features + 1).
 
         Outputs are averaged over flipped copies (TTA); embeddings are those of the images as they
         are.
@@ -106,8 +124,9 @@ class ImagePredictor:
         return torch.stack(outputs).mean(0).cpu(), embedded[0][0].cpu()
 
     def release(self) -> None:
-        for member in self.members:
-            member.backend.release()
+        for backend in (*(member.backend for member in self.members), self.encoder):
+            if backend is not None:
+                backend.release()
 
 
 def load_predictor(
@@ -127,23 +146,49 @@ def load_predictor(
         VolsegError: the folder has no quantised network for int8, or OpenVINO does not support the
             network.
     """
-    shape = embedding_shape(bundle.recipe, n_images)
+    if bundle.recipe.data.input == SCAN:
+        return _scan_predictor(bundle, choice, folder)
     members = []
     for name in bundle.network_names:
         network = bundle.network(name)
-        if choice.backend == "torch":
-            embedding = Embedding(network)
-            backend: Backend = TorchBackend(embedding, choice.device, precision=choice.precision)
-        else:
-            source = NetworkSource(
-                folder=folder,
-                name=name,
-                model_sha256=bundle.sha256,
-                convert=lambda network=network: convert_embedding(bundle, network),
-            )
-            backend = source.backend(shape, choice.precision)
+        backend = _backend(bundle, name, network, choice, folder=folder, n_images=n_images)
         members.append(Member(backend, network.head.to(choice.device)))
     return ImagePredictor(members, bundle.recipe.infer)
+
+
+def _scan_predictor(
+    bundle: ImageBundle, choice: BackendChoice, folder: Path | None
+) -> ImagePredictor:
+    """Return the network of slices on the chosen backend, and those of scans with torch in fp32."""
+    encoder = _backend(bundle, ENCODER, bundle.slice_network(), choice, folder=folder)
+    members = []
+    for network in bundle.networks():
+        backend = TorchBackend(
+            Embedding(network), choice.device, precision="fp32", channels_last=False
+        )
+        members.append(Member(backend, network.head.to(choice.device)))
+    return ImagePredictor(members, bundle.recipe.infer, encoder)
+
+
+def _backend(
+    bundle: ImageBundle,
+    name: str,
+    network: ImageNetwork,
+    choice: BackendChoice,
+    *,
+    folder: Path | None,
+    n_images: int | None = None,
+) -> Backend:
+    """Return a network without its head on the chosen backend."""
+    if choice.backend == "torch":
+        return TorchBackend(Embedding(network), choice.device, precision=choice.precision)
+    source = NetworkSource(
+        folder=folder,
+        name=name,
+        model_sha256=bundle.sha256,
+        convert=lambda: convert_embedding(bundle, network),
+    )
+    return source.backend(embedding_shape(bundle.recipe, n_images), choice.precision)
 
 
 def openvino_predictor(
@@ -167,7 +212,7 @@ def convert_embedding(bundle: ImageBundle, network: ImageNetwork) -> openvino.Mo
         VolsegError: as `convert`.
     """
     shape = embedding_shape(bundle.recipe, 1)
-    if bundle.reference is None:
+    if bundle.reference is None or bundle.recipe.data.input == SCAN:
         image = np.random.default_rng(0).normal(size=shape[1:])
     else:
         image = bundle.reference.image.reshape(-1, *shape[1:])[0]

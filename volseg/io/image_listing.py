@@ -28,6 +28,7 @@ class ImageCase:
         cells: the other columns of the table as text; folders give `class`.
         mask: its mask, on the grid of its volume or picture; None if unknown.
         where: its place in the data set, for messages.
+        slices: of a scan, its slices in order, of which `path` is the first; else empty.
     """
 
     id: str
@@ -38,6 +39,7 @@ class ImageCase:
     cells: Mapping[str, str] = field(default_factory=dict)
     mask: Path | None = None
     where: str = ""
+    slices: tuple[ImageCase, ...] = ()
 
 
 @dataclass(slots=True)

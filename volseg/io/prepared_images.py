@@ -41,8 +41,8 @@ class ImageSet:
     """Images as a network takes them, with their cases.
 
     Args:
-        pixels: (N, channels, H, W) float32, or (N, planes, channels, H, W) of lesions;
-            memory-mapped or in memory.
+        pixels: (N, channels, H, W) float32, (N, planes, channels, H, W) of lesions, or of scans
+            (N, S, features + 1), whose last number is 0 in the padding; memory-mapped or in memory.
     """
 
     pixels: np.ndarray
@@ -105,7 +105,7 @@ def read_prepared_images(folder: Path) -> tuple[ImageSet, dict[str, Any]]:
         content = read_json(folder / CASES_FILE)
         cases = [_case(entry) for entry in content["cases"]]
         pixels = map_array(folder / PIXELS_FILE)
-        if pixels.ndim not in (4, 5) or pixels.dtype != np.float32 or len(pixels) != len(cases):
+        if pixels.ndim not in (3, 4, 5) or pixels.dtype != np.float32 or len(pixels) != len(cases):
             raise ValueError(f"{PIXELS_FILE} is {pixels.dtype} of shape {pixels.shape}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
         raise VolsegError(

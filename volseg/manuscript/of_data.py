@@ -244,14 +244,18 @@ PREPROCESSING: tuple[Sentence, ...] = (
         items=(9,),
         topic=Topic.DATA,
     ),
-    sentence(
-        clause(
-            "Slices were scaled to squares with an edge of {recipe.images.pixels:number} pixels",
-            when={"recipe.data.input": "slice"},
-        ),
-        " ({recipe.images.fit})",
-        items=(9,),
-        topic=Topic.DATA,
+    *(
+        sentence(
+            clause(
+                "Slices were scaled to squares with an edge of {recipe.images.pixels:number} "
+                "pixels",
+                when={"recipe.data.input": kind},
+            ),
+            " ({recipe.images.fit})",
+            items=(9,),
+            topic=Topic.DATA,
+        )
+        for kind in ("slice", "scan")
     ),
     sentence(
         clause(

@@ -107,7 +107,16 @@ ARCHITECTURE: tuple[Sentence, ...] = (
             items=(22,),
             topic=Topic.TRAINING,
         )
-        for kind in ("image", "slice")
+        for kind in ("image", "slice", "scan")
+    ),
+    sentence(
+        clause(
+            "It embedded each slice and was not trained; a network of the type "
+            "{recipe.sequence.name} was trained on all embedded slices of each scan",
+            when={"recipe.data.input": "scan"},
+        ),
+        items=(22,),
+        topic=Topic.TRAINING,
     ),
     sentence(
         clause(

@@ -19,6 +19,7 @@ from volseg.errors import VolsegError
 from volseg.execution.cpu import total_memory
 from volseg.recipe import AUTO, Classify, ClassifyRecipe, Recipe
 from volseg.recipe import Network as NetworkSection
+from volseg.recipe.classification import SCAN
 from volseg.registry import check_keys, check_name, keys_of, make_row
 from volseg.sizing import Size
 from volseg.words import format_sizes
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 Count = Annotated[int, Field(ge=1, le=4096)]  # channels of a level
 Step = Annotated[int, Field(ge=1, le=64)]  # of a stride or kernel along one axis
 Triple = tuple[Step, Step, Step]
-# Files of this folder that are no architecture.
-OTHER_FILES = frozenset({"adapt", "image_network"})
+# Files and folders of this folder that are no architecture.
+OTHER_FILES = frozenset({"adapt", "image_network", "scan_network", "sequence"})
 
 
 class Architecture(ABC):
@@ -207,7 +208,38 @@ def build_segmentation(recipe: Recipe) -> nn.Module:
 
 
 def build_images(recipe: ClassifyRecipe) -> ImageNetwork:
-    """Return the network of a closed recipe: (N, channels, H, W) → logits (N, outputs).
+    """Return what a closed recipe trains: (N, channels, H, W) → logits (N, outputs).
+
+    Of scans it is (N, slices, features + 1) → logits (N, outputs), a `ScanNetwork`.
+
+    Raises:
+        VolsegError: as `build_network` and `build_sequence`, or it is no network of images.
+    """
+    if recipe.data.input == SCAN:
+        return _build_scans(recipe)
+    return build_slices(recipe)
+
+
+def _build_scans(recipe: ClassifyRecipe) -> ImageNetwork:
+    from volseg.networks.scan_network import ScanNetwork
+    from volseg.networks.sequence import build_sequence
+
+    assert recipe.sequence is not None, "the recipe was checked"
+    n = slice_features(recipe)
+    network = build_sequence(recipe.sequence.name, in_features=n, **recipe.sequence.settings)
+    return ScanNetwork(network, n, recipe.data.n_outputs)
+
+
+def slice_features(recipe: ClassifyRecipe) -> int:
+    """Return how many features the network of a closed recipe makes of a slice."""
+    import torch
+
+    with torch.device("meta"):
+        return build_slices(recipe).head.in_features
+
+
+def build_slices(recipe: ClassifyRecipe) -> ImageNetwork:
+    """Return the 2D network of a closed recipe: (N, channels, H, W) → logits (N, outputs).
 
     Raises:
         VolsegError: as `build_network`, or it is no network of images.

@@ -14,6 +14,7 @@ from torch.nn import functional
 from volseg.networks import Architecture
 
 PLANES_NDIM = 5  # of several images of one case
+SCANS_NDIM = 3  # of the embedded slices of scans
 HEAD = "head."  # start of the names of the last layer's tensors, in every architecture
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from volseg.planning.close import Reason
-from volseg.recipe.classification import CLASSES, LABELS, NUMBER, ClassifyRecipe
+from volseg.recipe.classification import CLASSES, LABELS, NUMBER, SCAN, ClassifyRecipe
 from volseg.recipe.images import PercentileImage, ScaleImage, UnitNormaliser, WindowImage
 from volseg.recipe.section import AUTO
 from volseg.words import format_list
@@ -22,6 +23,7 @@ PIXEL_STEP = 16  # of edges above 32 pixels
 ENLARGED_PIXELS = 56  # public weights saw larger images, and their networks halve them 5 times
 USUAL_BATCH, LEAST_BATCHES = 32, 8  # images; batches per epoch below which batches get smaller
 USUAL_STEPS = 3000  # of a training from random weights
+SCAN_STEPS, SCAN_RATE = 600, 1e-3  # of a network of embedded slices
 FINE_TUNING_STEPS = 1000
 LEAST_EPOCHS, MOST_EPOCHS = 15, 200
 LEARNING_RATE, FINE_TUNING_RATE = 2e-3, 3e-4
@@ -120,7 +122,7 @@ def _decisions(
     if recipe.train.batch_size != AUTO:
         batch = recipe.train.batch_size
     steps = math.ceil(facts.n_images / batch)
-    epochs, why_epochs = _epochs(steps, seen is not None)
+    epochs, why_epochs = _epochs(steps, _start_of(recipe, seen))
     pixels = _pixels(facts, recipe.data.input, seen)
     decisions: dict[str, tuple[Any, str]] = {
         "images.pixels": pixels,
@@ -128,7 +130,7 @@ def _decisions(
         "train.batch_size": (batch, why_batch),
         "train.steps_per_epoch": (steps, f"each of {facts.n_images} training images once"),
         "train.epochs": (epochs, why_epochs),
-        "train.learning_rate": _learning_rate(seen is not None),
+        "train.learning_rate": _learning_rate(_start_of(recipe, seen)),
         "train.balance": _balance(facts),
         "train.monitor": _monitor(facts),
         "train.loss.name": _loss(facts),
@@ -222,18 +224,39 @@ def _batch(facts: ImageFingerprint) -> tuple[int, str]:
     )
 
 
-def _epochs(steps: int, starts_trained: bool) -> tuple[int, str]:
-    total = FINE_TUNING_STEPS if starts_trained else USUAL_STEPS
+class _Start(Enum):
+    """What training starts from: how many steps it takes, in words, and the learning rate."""
+
+    RANDOM = (
+        USUAL_STEPS,
+        "from random weights",
+        LEARNING_RATE,
+        "usual for AdamW from random weights",
+    )
+    TRAINED = (
+        FINE_TUNING_STEPS,
+        "to fine-tune",
+        FINE_TUNING_RATE,
+        "small, because the network starts from trained weights",
+    )
+    EMBEDDED = (SCAN_STEPS, "on embedded slices", SCAN_RATE, "usual for AdamW on embedded slices")
+
+
+def _start_of(recipe: ClassifyRecipe, seen: SeenImages | None) -> _Start:
+    if recipe.data.input == SCAN:
+        return _Start.EMBEDDED
+    return _Start.RANDOM if seen is None else _Start.TRAINED
+
+
+def _epochs(steps: int, start: _Start) -> tuple[int, str]:
+    total, how, _, _ = start.value
     epochs = min(MOST_EPOCHS, max(LEAST_EPOCHS, round(total / steps)))
-    how = "to fine-tune" if starts_trained else "from random weights"
     bounds = f"but at least {LEAST_EPOCHS} and at most {MOST_EPOCHS} epochs"
     return epochs, f"about {total} steps {how}, {bounds}"
 
 
-def _learning_rate(starts_trained: bool) -> tuple[float, str]:
-    if starts_trained:
-        return FINE_TUNING_RATE, "small, because the network starts from trained weights"
-    return LEARNING_RATE, "usual for AdamW from random weights"
+def _learning_rate(start: _Start) -> tuple[float, str]:
+    return start.value[2:]
 
 
 def _balance(facts: ImageFingerprint) -> tuple[str, str]:

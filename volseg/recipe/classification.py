@@ -33,6 +33,7 @@ from volseg.recipe.section import (
 from volseg.recipe.train import Network
 
 CLASSES, LABELS, NUMBER = "classes", "labels", "number"
+SCAN, LESION = "scan", "lesion"  # inputs of several images each
 SEPARATOR = "|"  # between the names of several labels in a cell
 Kind = Literal["classes", "labels", "number"]
 MAX_CLASSES = 1000
@@ -51,8 +52,8 @@ def split_names(cell: str) -> list[str]:
 class Target(Section):
     """What an image is, and what is predicted from it."""
 
-    # A 2D file, an axial slice of a volume, or the slices through a lesion.
-    input: Literal["image", "slice", "lesion"] = "image"
+    # A 2D file, an axial slice of a volume, the slices through a lesion, or all slices of a scan.
+    input: Literal["image", "slice", "lesion", "scan"] = "image"
     target: Name  # column of the table of cases
     # One class of several; several labels at once, separated by |, which alone is none of them;
     # or a number.
@@ -100,6 +101,16 @@ class Target(Section):
     @property
     def n_outputs(self) -> int:
         return 1 if self.kind == NUMBER else len(self.names)
+
+
+class Sequence(NamedSection):
+    """What makes a scan of its slices: a file in networks/sequence/, with its `Settings`.
+
+    The slices themselves go through [network], whose weights are given and not trained.
+    """
+
+    largest = 4096
+    name: Name = "attention"
 
 
 class ImageAugment(Section):
@@ -183,21 +194,38 @@ class ClassifyRecipe(Section):
     data: Target
     images: Images = Images()
     network: Network
+    sequence: Sequence | None = None  # of scans, and of nothing else
     train: ImageTrain = ImageTrain()
     infer: ImageInfer = ImageInfer()
 
+    @model_validator(mode="after")
+    def _scans_have_a_sequence(self) -> ClassifyRecipe:
+        refuse(self._mistakes())
+        return self
+
+    def _mistakes(self) -> Iterator[str]:
+        is_scan = self.data.input == SCAN
+        if is_scan and self.sequence is None:
+            yield 'input = "scan" needs a section [sequence], such as name = "attention"'
+        if self.sequence is not None and not is_scan:
+            yield f'[sequence] is of scans, and input is "{self.data.input}"'
+        if is_scan and self.train.augment.mixup:
+            yield "train.augment.mixup mixes images, and scans have different numbers of slices"
+        if is_scan and self.infer.tta_axes:
+            yield "infer.tta_axes flips images, and the slices of a scan are embedded once"
+
     @property
     def in_channels(self) -> int:
-        """Channels of the input of a closed recipe."""
-        if self.data.input == "lesion":
+        """Channels of an image, slice or plane as input of the network of a closed recipe."""
+        if self.data.input == LESION:
             return self.images.lesion_channels
         return closed(self.images.channels)
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one image as network input: (C, H, W), or (planes, C, H, W) of a lesion."""
+        """Shape of an image or slice as network input: (C, H, W); (planes, C, H, W) of a lesion."""
         edge = closed(self.images.pixels)
-        planes = (len(self.images.planes),) if self.data.input == "lesion" else ()
+        planes = (len(self.images.planes),) if self.data.input == LESION else ()
         return (*planes, self.in_channels, edge, edge)
 
     @property

@@ -37,7 +37,7 @@ from volseg.training.baseline_models import (
     model_of,
     unit_range,
 )
-from volseg.training.image_features import image_features, n_features, n_pixels
+from volseg.training.image_features import SCANS_NDIM, image_features, n_features, n_pixels
 
 Kind = Literal["classes", "labels", "number"]
 MISSING = "not run: install volseg[classic]"
@@ -97,7 +97,7 @@ def fit_baselines(
     """Fit all baselines of this kind of target; the first predicts what is most frequent or mean.
 
     Args:
-        images: (n, C, H, W) training images, n ≥ 1.
+        images: (n, C, H, W) training images, n ≥ 1, or scans, as for `image_features`.
         targets: (n,) class indices, (n, k) zeros and ones for labels, or (n,) numbers.
         seconds: about how long it may take; what there is no time for has a reason instead.
         n_classes: number of classes; None: those that occur.
@@ -116,7 +116,8 @@ def fit_baselines(
     fits = REGRESSORS if kind == "number" else CLASSIFIERS
     reason = _reason_not_to_fit(problem)
     features = np.empty((0, 0)) if reason else image_features(images[rows[problem.rows]])
-    n_pixel_features = n_pixels(images.shape[1])
+    is_of_scans = images.ndim == SCANS_NDIM
+    n_pixel_features = features.shape[1] if is_of_scans else n_pixels(images.shape[1])
     for name, fit in fits.items():
         now = reason or ("" if time.monotonic() < end else "not run: no time was left")
         data = FitData(features, problem.targets, n_pixel_features, seed, seconds / len(fits))

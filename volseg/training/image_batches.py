@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from volseg.io.prepared_images import ImageSet
-from volseg.networks.image_network import PLANES_NDIM
+from volseg.networks.image_network import PLANES_NDIM, SCANS_NDIM
 from volseg.preprocessing.resample import send
 from volseg.recipe.classification import ClassifyRecipe
 from volseg.recipe.section import closed
@@ -47,8 +47,8 @@ class ImageBatches(ReadyBatches):
     def at(self, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return one pair per accumulated part, on the device.
 
-        A pair is images (n, C, H, W) float32 and targets (n, outputs) float32, or (n, 2 × outputs)
-        with those of a teacher.
+        A pair is images (n, C, H, W) or scans (n, S, features + 1), float32, and targets
+        (n, outputs) float32, or (n, 2 × outputs) with those of a teacher.
         """
         started = time.monotonic()
         parts = self._train.accumulate
@@ -63,6 +63,8 @@ class ImageBatches(ReadyBatches):
         )
         targets = send(torch.from_numpy(self._rows[indices]), self._device)
         seeds = [(self._seed, number, index) for index in range(len(indices))]
+        if images.ndim == SCANS_NDIM:
+            return images, targets
         images = self._augmented(images, seeds)
         images, targets = mix_up(images, targets, self._train.augment.mixup, (self._seed, number))
         if images.ndim == PLANES_NDIM:

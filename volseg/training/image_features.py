@@ -10,6 +10,7 @@ GRID = 16  # rows and columns of the downsampled image
 PERCENTILES = np.linspace(0, 100, 21)
 CELLS = 4  # rows and columns of the histograms of gradients
 PLANES_NDIM = 5  # of images with several planes each
+SCANS_NDIM = 3  # of the embedded slices of scans
 ORIENTATIONS = 8  # bins of 22.5°; opposite directions count as the same
 
 
@@ -21,15 +22,26 @@ def image_features(images: np.ndarray, *, pixels_at_once: int = 2**20) -> np.nda
     histograms of 8 gradient orientations in 4 × 4 cells, weighted by the gradient's length and
     divided by the norm of them all (Dalal & Triggs, CVPR 2005, with one block).
 
+    Of scans it is the mean embedding of the slices.
+
     Args:
-        images: (n, C, H, W), at least 2 × 2 pixels.
+        images: (n, C, H, W), at least 2 × 2 pixels; or scans (n, S, features + 1), whose last
+            number is 0 in the padding.
         pixels_at_once: of images that are converted to double precision together.
 
     Returns:
-        (n, 405 C) float64.
+        (n, 405 C) float64, or (n, features).
     """
+    if images.ndim == SCANS_NDIM:
+        return _mean_embedding(images)
     parts = list(_chunks(images, max(1, pixels_at_once // int(np.prod(images.shape[1:])))))
     return np.concatenate(parts) if parts else np.empty((0, n_features(images.shape[1])))
+
+
+def _mean_embedding(scans: np.ndarray) -> np.ndarray:
+    """Return (n, features) of scans (n, S, features + 1)."""
+    is_slice = scans[..., -1:] > 0
+    return np.where(is_slice, scans[..., :-1], 0).sum(1, dtype=np.float64) / is_slice.sum(1)
 
 
 def first_planes(images: np.ndarray) -> np.ndarray:
