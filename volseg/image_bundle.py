@@ -38,6 +38,7 @@ from volseg.words import format_count, format_list
 
 CLASSIFIER = "classifier"  # weights of the network; those of an ensemble are numbered
 ARRAYS = "judgement"  # arrays of the judgement and the reference, beside the weights
+SENSITIVITY_TO_KEEP = 0.99  # of the operating point from which a gate or a filter keeps
 REFERENCE_TOLERANCE = 1e-3  # of a probability, or of a number in standard deviations
 
 

@@ -465,6 +465,33 @@ class ImportReport(RunReport):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class AttachReport(RunReport):
+    """What `attach` made; `roles` says in words what each classifier does."""
+
+    roles: Mapping[str, str]
+    sha256: str
+
+    @property
+    def outcome(self) -> str:
+        return f"model {self.done[0]} with {format_list(list(self.roles), 3)}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class CandidatesReport(RunReport):
+    """What `candidates` found: how many predicted lesions are matched, and how many false."""
+
+    n_matched: int
+    n_false: int
+
+    @property
+    def outcome(self) -> str:
+        return (
+            f"{format_count(self.n_matched + self.n_false, 'predicted lesion')}: "
+            f"{self.n_matched} matched, {self.n_false} false"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class PagesReport(RunReport):
     """What `report` made; `page` is the path of report.html."""
 

@@ -154,6 +154,12 @@ def _(report: reports.ImportReport) -> None:
 
 
 @show_details.register
+def _(report: reports.AttachReport) -> None:
+    for name, value in report.roles.items():
+        typer.echo(one_line(f"{name}: {value}"))
+
+
+@show_details.register
 def _(report: reports.EvaluateReport) -> None:
     if "task" in report.summary:
         _show_judgement(report.summary)

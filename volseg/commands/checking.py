@@ -174,6 +174,7 @@ def _check_recipe(path: Path) -> Iterator[Problem]:
 
 
 def _check_model(path: Path) -> Iterable[Problem]:
+    from volseg.attached import load_attached, role_folder
     from volseg.bundle import load_bundle
     from volseg.image_bundle import is_image_model
     from volseg.inference.memory import check_patch
@@ -186,7 +187,8 @@ def _check_model(path: Path) -> Iterable[Problem]:
             check_patch(part)
             part.segmentation_networks()
     bundle.classifier_network()
-    return ()
+    attached = load_attached(bundle, path)
+    return chain.from_iterable(check_image_model(path / role_folder(role)) for role in attached)
 
 
 def _check_scan(path: Path, quality: ScanQuality) -> Iterator[Problem]:

@@ -17,6 +17,8 @@ from volseg.options.measurement import (
 )
 from volseg.options.memory import LoadModelOptions, MeasureMaskOptions, SegmentOptions
 from volseg.options.training import (
+    AttachOptions,
+    CandidatesOptions,
     CasesOptions,
     ImportOptions,
     PlanOptions,
@@ -34,6 +36,8 @@ COMMANDS: dict[str, type[Options]] = {
     "pretrain": PretrainOptions,
     "infer": InferOptions,
     "quantise": QuantiseOptions,
+    "candidates": CandidatesOptions,
+    "attach": AttachOptions,
     "measure": MeasureOptions,
     "evaluate": EvaluateOptions,
     "compare": CompareOptions,
@@ -45,6 +49,8 @@ COMMANDS: dict[str, type[Options]] = {
 __all__ = [
     "COMMANDS",
     "Announce",
+    "AttachOptions",
+    "CandidatesOptions",
     "CasesOptions",
     "CompareOptions",
     "EvaluateOptions",

@@ -58,6 +58,8 @@ SAME_KIND = {  # command → content of its folder; commands with the same conte
     "train": "a model",
     "import-nnunet": "a model",
     "quantise": "a model",
+    "attach": "a model",
+    "candidates": "a dataset of predicted lesions",
 }
 BUFFER_BYTES = 2**20
 MAX_LINE_BYTES = 2**16  # in the ledger

@@ -1,0 +1,323 @@
+import csv
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from bundles import random_classifier
+from laws import CountingBackend, oblique, orientations
+
+import volseg
+from volseg.attached import closed_role, load_attached
+from volseg.bundle import load_bundle
+from volseg.errors import VolsegError
+from volseg.evaluation.operating import OperatingPoint
+from volseg.image_bundle import load_image_bundle
+from volseg.inference.choose import choose_backend
+from volseg.inference.head import BACKGROUND
+from volseg.inference.roles import (
+    GateReport,
+    RunningClassifier,
+    WantedSlices,
+    lesion_probabilities,
+)
+from volseg.inference.stream import ArrayPlanes, Tiling, WantedPlanes, predict_slabs
+from volseg.inference.tiles import tile_starts
+from volseg.io.images import read_image
+from volseg.io.volumes import read_mask, read_volume
+from volseg.preprocessing.images import to_input
+from volseg.preprocessing.prepare import Preparation
+from volseg.recipe import RoleOfClassifier
+from volseg.segmentation import load_model, segment_case
+from volseg.volume import BoundingBox, Geometry, Volume
+
+KEPT_SLICE, KEPT_LESION = "with label", "matched"
+
+
+@pytest.fixture(scope="module")
+def plain(model, tmp_path_factory):
+    """The trained model without its own [classify] and post-processing, to attach others to."""
+    folder = tmp_path_factory.mktemp("plain") / "model"
+    shutil.copytree(model, folder)
+    content = json.loads((folder / "model.json").read_text())
+    content["recipe"] |= {"classify": None, "postprocess": [], "infer": {"overlap": 0.0}}
+    (folder / "model.json").write_text(json.dumps(content))
+    shutil.rmtree(folder / "openvino", ignore_errors=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gate(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gate") / "gate"
+    random_classifier(folder, "slice", ["without label", KEPT_SLICE])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lesions(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lesions") / "lesions"
+    random_classifier(folder, "lesion", ["false", KEPT_LESION])
+    return folder
+
+
+def speckled(seed=0):
+    """A scan on an oblique grid with six balls of several sizes in tissue."""
+    rng = np.random.default_rng(seed)
+    array = rng.normal(20, 10, (36, 30, 40))
+    for number, centre in enumerate([(7, 7, 7), (27, 8, 8), (8, 22, 19), (27, 22, 20), (17, 15, 33)]):
+        index = np.moveaxis(np.indices(array.shape), 0, -1)
+        array[np.linalg.norm(index - centre, axis=-1) <= 2.5 + 0.5 * number] = 150
+    return Volume(array.astype(np.int16), Geometry(array.shape, oblique((2, 2, 2))))
+
+
+@pytest.fixture(scope="module")
+def loaded(plain):
+    return load_model(load_bundle(plain), "cpu", backend="torch")
+
+
+def attached(loaded, **roles):
+    """Return a loaded model with classifiers: role → (folder, threshold)."""
+    choice = choose_backend("torch", "cpu", "fp32")
+    running = {}
+    for role, (folder, threshold) in roles.items():
+        bundle = load_image_bundle(folder)
+        stated = RoleOfClassifier(role=role, model=str(folder), threshold=threshold)
+        item = closed_role(stated, bundle, folder)
+        running[role] = RunningClassifier.load(item, bundle, choice)
+    return replace(loaded, attached=running)
+
+
+def segmented(model, scan):
+    return segment_case({"ct": scan}, model, case_id="a")
+
+
+def between(p):
+    """Return a threshold in the middle between two of the probabilities."""
+    ranked = np.sort(p)
+    return float(ranked[len(p) // 2 - 1 : len(p) // 2 + 1].mean())
+
+
+def test_thresholds_of_zero_change_no_byte(loaded, gate, lesions):
+    scan = speckled()
+    both = attached(loaded, gate=(gate, 0.0), filter=(lesions, 0.0))
+    before, after = segmented(loaded, scan), segmented(both, scan)
+    assert before.mask.array.tobytes() == after.mask.array.tobytes()
+    assert before.confidence.tobytes() == after.confidence.tobytes()
+    assert len(before.lesions) > 2
+    assert list(after.lesions) == list(before.lesions)
+    assert (after.n_dropped, after.gate.n_tiles_skipped, after.gate.n_skipped) == (0, 0, 0)
+    assert (before.n_dropped, before.gate) == (None, None)
+
+
+def test_a_gate_that_skips_all_gives_an_empty_mask_and_runs_no_tile(loaded, gate):
+    counting = CountingBackend(loaded.segmentation)
+    gated = replace(attached(loaded, gate=(gate, 1.0)), segmentation=counting)
+    result = segmented(gated, speckled())
+    assert not result.mask.array.any()
+    assert result.gate.n_skipped == result.gate.n_slices
+    assert result.gate.n_tiles_skipped == result.gate.n_tiles > 0
+    assert counting.tiles == 0
+    assert result.gate.seconds_saved is None
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_slices_are_skipped_by_what_the_gate_says_of_their_files(loaded, gate, turned, tmp_path):
+    """Witness: the slices as `read_image` reads them, and the network as a torch module."""
+    scan = speckled()
+    if turned:  # the same scan, stored upside down with its axes in another order
+        array, affine = list(orientations(scan))[29]
+        scan = Volume(np.ascontiguousarray(array), Geometry(array.shape, affine))
+    volseg.write_volume(scan, tmp_path / "scan.nii.gz")
+    bundle, n_slices = load_image_bundle(gate), scan.canonical().array.shape[2]
+    pictures = [read_image(tmp_path / "scan.nii.gz", k) for k in range(n_slices)]
+    images = np.stack([to_input(picture, bundle.recipe.images) for picture in pictures])
+    with torch.inference_mode():
+        p = bundle.networks()[0](torch.from_numpy(images)).softmax(dim=1)[:, 1].double().numpy()
+    threshold = between(p)
+    counting = CountingBackend(loaded.segmentation)
+    gated = replace(attached(loaded, gate=(gate, threshold)), segmentation=counting)
+    result = segmented(gated, scan)
+    np.testing.assert_array_equal(result.gate.skipped, np.flatnonzero(p < threshold))
+    assert result.gate.n_skipped == n_slices // 2
+    assert counting.tiles == result.gate.n_tiles - result.gate.n_tiles_skipped
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_planes_of_another_spacing_show_the_slices_that_they_overlap(loaded, flip):
+    """Witness: in mm, along the axis of the slices."""
+    settings = loaded.bundle.recipe.preprocess.model_copy(update={"crop": "none"})
+    affine = np.diag([2.0, 2.0, -3.1 if flip else 3.1, 1])
+    scan = Volume(np.zeros((20, 20, 13), np.int16), Geometry((20, 20, 13), affine))
+    wanted = np.zeros(13, bool)
+    wanted[[4, 11]] = True
+    trail = Preparation({"ct": scan}, settings).trail
+    whole = BoundingBox.whole(trail.shape)
+    planes = WantedSlices(wanted, 2, 0.0).planes(trail, whole)
+    n, mm = trail.shape[2], 13 * 3.1 / trail.shape[2]
+    expected = [
+        any(
+            wanted[k] and k * 3.1 < (j + 1) * mm - 1e-6 and (k + 1) * 3.1 > j * mm + 1e-6
+            for k in range(13)
+        )
+        for j in range(n)
+    ]
+    assert planes.axis == 2
+    assert planes.wanted.tolist() == expected
+    part = BoundingBox((0, 0, 5), (trail.shape[0], trail.shape[1], n - 2))
+    assert WantedSlices(wanted, 2, 0.0).planes(trail, part).wanted.tolist() == expected[5:-2]
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_unwanted_tiles_are_counted_as_they_are_skipped(axis):
+    shape, patch = (17, 21, 19), 6
+    wanted = np.zeros(shape[axis], bool)
+    wanted[[4, 5]] = True
+    tiling = Tiling(patch_shape=(patch,) * 3, overlap=0.5, wanted=WantedPlanes(axis, wanted))
+    counting = CountingBackend(Twice())
+    array = np.random.default_rng(0).normal(size=(1, *shape)).astype(np.float32)
+    slabs = predict_slabs(ArrayPlanes(array), counting, tiling, n_classes=2)
+    logits = np.concatenate([slab.numpy().copy() for slab in slabs], axis=3)
+    starts = [tile_starts(n, patch, 0.5) for n in shape]
+    touching = [start for start in starts[axis] if wanted[start : start + patch].any()]
+    others = [len(along) for n, along in enumerate(starts) if n != axis]
+    assert counting.tiles == len(touching) * others[0] * others[1]
+    assert tiling.count_unwanted(shape) == tiling.count(shape) - counting.tiles
+    run = np.zeros(shape[axis], bool)
+    for start in touching:
+        run[start : start + patch] = True
+    foreground = np.moveaxis(logits[1], axis, 0)
+    np.testing.assert_allclose(foreground[run], np.moveaxis(-array[0], axis, 0)[run], atol=1e-4)
+    assert (foreground[~run] == -BACKGROUND).all()
+
+
+class Twice:
+    """A network that returns its input and its negative."""
+
+    head = None
+
+    def logits(self, batch):
+        return np.concatenate([batch, -batch], axis=1)
+
+    def release(self):
+        pass
+
+
+def test_dropped_lesions_leave_mask_and_table_alike(loaded, lesions):
+    scan = speckled()
+    before = segmented(loaded, scan)
+    ids = before.lesion_ids.array
+    running = attached(loaded, filter=(lesions, 0.5)).attached["filter"]
+    p = lesion_probabilities(scan, ids, running, most=1000)[:, 1]
+    threshold = between(p)
+    after = segmented(attached(loaded, filter=(lesions, threshold)), scan)
+    kept = np.flatnonzero(p > threshold) + 1
+    assert 0 < len(kept) < len(p)
+    expected = np.where(np.isin(ids, kept), before.mask.array, 0)
+    np.testing.assert_array_equal(after.mask.array, expected)
+    assert after.n_dropped == len(p) - len(kept)
+    assert [row.lesion_id for row in after.lesions] == list(range(1, len(kept) + 1))
+    volumes = [row.volume_mm3 for row in before.lesions if row.lesion_id in kept]
+    assert [row.volume_mm3 for row in after.lesions] == volumes
+    np.testing.assert_array_equal(after.lesion_ids.array > 0, expected > 0)
+
+
+def test_a_type_gives_every_lesion_its_class(loaded, tmp_path):
+    names = ["cyst", "solid", "fat"]
+    random_classifier(tmp_path / "type", "lesion", names, seed=3)
+    result = segmented(attached(loaded, type=(tmp_path / "type", "auto")), speckled())
+    assert len(result.lesions) > 2
+    for row in result.lesions:
+        parts = dict(part.split("=") for part in row.class_probabilities.split(";"))
+        assert list(parts) == names
+        assert sum(map(float, parts.values())) == pytest.approx(1, abs=2e-4)
+        assert row.class_name == max(names, key=lambda name: float(parts[name]))
+
+
+def test_thresholds_come_from_the_point_of_sensitivity_99(plain, tmp_path):
+    point = OperatingPoint("sensitivity_0.99", KEPT_LESION, 0.125, 0.99, 0.6)
+    random_classifier(tmp_path / "c", "lesion", ["false", KEPT_LESION], points=[point])
+    report = volseg.attach(plain, filter=tmp_path / "c", out=tmp_path / "m")
+    (item,) = load_bundle(tmp_path / "m").recipe.classifiers
+    assert (item.threshold, item.keeps) == (0.125, KEPT_LESION)
+    assert "p = 0.125" in report.roles["filter"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "classes", "role", "message"),
+    [
+        ("slice", ["false", KEPT_LESION], "filter", "needs a classifier with input = 'lesion'"),
+        ("lesion", ["a", "b"], "filter", "has no class 'matched'"),
+        ("lesion", ["false", KEPT_LESION], "filter", "has no operating point sensitivity_0.99"),
+        ("lesion", ["without label", KEPT_SLICE], "gate", "input = 'slice'"),
+    ],
+)
+def test_a_classifier_that_cannot_have_the_role_is_refused(
+    kind, classes, role, message, plain, tmp_path
+):
+    random_classifier(tmp_path / "c", kind, classes)
+    with pytest.raises(VolsegError, match=message):
+        volseg.attach(plain, **{role: tmp_path / "c"}, out=tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_classifier_that_was_changed_after_it_was_attached_is_refused(plain, lesions, tmp_path):
+    volseg.attach(plain, filter=lesions, filter_threshold=0.2, out=tmp_path / "m")
+    random_classifier(
+        tmp_path / "m" / "classifiers" / "filter", "lesion", ["false", "matched"], seed=9
+    )
+    with pytest.raises(VolsegError, match="not the classifier that was attached"):
+        load_attached(load_bundle(tmp_path / "m"), tmp_path / "m")
+    shutil.rmtree(tmp_path / "m" / "classifiers")
+    with pytest.raises(VolsegError, match="not a model folder"):
+        load_attached(load_bundle(tmp_path / "m"), tmp_path / "m")
+
+
+def test_infer_writes_what_was_dropped_and_skipped(plain, gate, lesions, dataset, tmp_path):
+    options = {"gate": gate, "filter": lesions, "gate_threshold": 1.0, "filter_threshold": 1.0}
+    volseg.attach(plain, **options, out=tmp_path / "m")
+    said = []
+    scan = dataset / "images" / "scan_7.nii.gz"
+    result = volseg.infer(
+        scan, model=tmp_path / "m", out=tmp_path / "r", pages=False, announce=said.append
+    )
+    row = result.cases.iloc[0]
+    n = read_volume(scan).canonical().array.shape[2]
+    assert (row["n_dropped"], row["slices_skipped"]) == (0, f"0-{n - 1}")
+    assert any(f"gate: {n} of {n} slices skipped" in text for text in said)
+    assert any("filter: 0 predicted lesions dropped in 1 scan" in text for text in said)
+
+
+def test_ranges_of_skipped_slices():
+    report = GateReport(
+        n_slices=9, n_skipped=5, n_tiles=1, n_tiles_skipped=0, seconds=0, seconds_saved=None,
+        skipped=np.array([0, 1, 2, 5, 8]),
+    )  # fmt: skip
+    assert report.ranges == "0-2;5;8"
+
+
+def test_candidates_are_the_predicted_lesions_with_their_status(plain, dataset, tmp_path):
+    """Witness: `evaluate`, whose detections.csv lists the same predicted lesions."""
+    results = volseg.infer(dataset, model=plain, out=tmp_path / "r", pages=False)
+    assert not results.failed
+    report = volseg.candidates(dataset, tmp_path / "r", out=tmp_path / "c")
+    volseg.evaluate(reference=dataset, predicted=tmp_path / "r", out=tmp_path / "e")
+    with (tmp_path / "e" / "detections.csv").open() as file:
+        expected = {
+            f"{row['case_id']}_{row['lesion_id']}": (row["status"], int(row["n_voxels"]))
+            for row in csv.DictReader(file)
+            if row["side"] == "predicted"
+        }
+    with (tmp_path / "c" / "cases.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    found = {
+        row["subject"]: (row["status"], int(read_mask(tmp_path / "c" / row["label"]).array.sum()))
+        for row in rows
+    }
+    assert found == expected
+    assert report.n_matched == sum(status == "matched" for status, _ in expected.values()) > 0
+    assert {row["split"] for row in rows} <= {"train", "val", "test"}
+    assert all((tmp_path / "c" / row["image"]).is_file() for row in rows)
+    with pytest.raises(VolsegError, match="was predicted in"):
+        volseg.candidates(dataset, [tmp_path / "r", tmp_path / "r"], out=tmp_path / "twice")
