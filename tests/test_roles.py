@@ -66,7 +66,9 @@ def speckled(seed=0):
     """A scan on an oblique grid with six balls of several sizes in tissue."""
     rng = np.random.default_rng(seed)
     array = rng.normal(20, 10, (36, 30, 40))
-    for number, centre in enumerate([(7, 7, 7), (27, 8, 8), (8, 22, 19), (27, 22, 20), (17, 15, 33)]):
+    for number, centre in enumerate(
+        [(7, 7, 7), (27, 8, 8), (8, 22, 19), (27, 22, 20), (17, 15, 33)]
+    ):
         index = np.moveaxis(np.indices(array.shape), 0, -1)
         array[np.linalg.norm(index - centre, axis=-1) <= 2.5 + 0.5 * number] = 150
     return Volume(array.astype(np.int16), Geometry(array.shape, oblique((2, 2, 2))))
@@ -209,7 +211,7 @@ def test_dropped_lesions_leave_mask_and_table_alike(loaded, lesions):
     before = segmented(loaded, scan)
     ids = before.lesion_ids.array
     running = attached(loaded, filter=(lesions, 0.5)).attached["filter"]
-    p = lesion_probabilities(scan, ids, running, most=1000)[:, 1]
+    p = lesion_probabilities(scan, before.measured.scan.lesions, running, most=1000)[:, 1]
     threshold = between(p)
     after = segmented(attached(loaded, filter=(lesions, threshold)), scan)
     kept = np.flatnonzero(p > threshold) + 1

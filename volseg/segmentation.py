@@ -404,11 +404,11 @@ def _classes(
         return None
     if is_doubted:
         return [None] * min(MANY, len(lesions.labels))
-    scan, ids = _upright(scan, lesions, straight)
+    scan, lesions = _upright(scan, lesions, straight)
     if typing is not None:
-        return classes_of_lesions(scan, ids, typing, most=MANY)
+        return classes_of_lesions(scan, lesions, typing, most=MANY)
     assert model.classifier is not None and settings is not None
-    return classify_lesions(scan, ids, model.classifier, settings, most=MANY)
+    return classify_lesions(scan, lesions.ids, model.classifier, settings, most=MANY)
 
 
 def _false_lesions(
@@ -421,13 +421,11 @@ def _false_lesions(
     return is_false
 
 
-def _upright(
-    scan: Volume, lesions: Lesions, straight: Straight | None
-) -> tuple[Volume, np.ndarray]:
-    """Return a scan and its lesion ids as classifiers see them: at right angles."""
+def _upright(scan: Volume, lesions: Lesions, straight: Straight | None) -> tuple[Volume, Lesions]:
+    """Return a scan and its lesions as classifiers see them: at right angles."""
     if straight is None:
-        return scan, lesions.ids
-    return straight.scan(scan), straight.stack(lesions.ids, 0)
+        return scan, lesions
+    return straight.scan(scan), replace(lesions, ids=straight.stack(lesions.ids, 0))
 
 
 def _present(images: Mapping[str, Volume], data: Data, case_id: str) -> Mapping[str, Volume]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -238,7 +239,13 @@ class ImageDataset:
                 image = source.network_input(case, recipe.images)
                 if case.path not in digests:
                     digests[case.path] = sha256_of(case.path)
-                yield image, planned.prepared(case, digests[case.path])
+                names = () if recipe.fusion is None else recipe.fusion.measurements
+                measured = source.measurements(case, names).tolist()
+                measurements = {
+                    name: value if math.isfinite(value) else None
+                    for name, value in zip(names, measured, strict=True)
+                }
+                yield image, planned.prepared(case, digests[case.path], measurements)
                 self.progress(PREPARING, count / len(planned.cases), case.id)
 
         header = {
@@ -286,7 +293,9 @@ class PlannedImages:
     failed: Mapping[str, str]
     remarks: Sequence[str]
 
-    def prepared(self, case: ImageCase, digest: str) -> PreparedImage:
+    def prepared(
+        self, case: ImageCase, digest: str, measurements: Mapping[str, float | None]
+    ) -> PreparedImage:
         return PreparedImage(
             id=case.id,
             patient=case.patient or case.id,
@@ -295,6 +304,7 @@ class PlannedImages:
             target=self.values[case.id],
             sha256=image_key(digest, case.index),
             cells=dict(case.cells),
+            measurements=dict(measurements),
         )
 
 

@@ -28,7 +28,7 @@ from volseg.evaluation.class_rows import (
 from volseg.image_bundle import ImageBundle, load_image_bundle
 from volseg.inference.choose import choose_backend
 from volseg.inference.image_predictor import load_predictor
-from volseg.inference.images import to_predictions
+from volseg.inference.images import judged_predictions
 from volseg.inputs import read_json
 from volseg.io.files import json_text, sha256_of
 from volseg.io.image_cases import ImageCase, find_images
@@ -251,8 +251,13 @@ class _Run:
             return []
         recipe, images = self._bundle.recipe, np.stack([image for _, image in batch])
         predicted = self._predictor.predict(images)
-        temperature = self._bundle.judgement.temperature
-        predictions = to_predictions(predicted.outputs, recipe.data, temperature)
+        judgement, fusion = self._bundle.judgement, self._bundle.judgement.fusion
+        measured = None
+        if fusion is not None:
+            measured = np.stack(
+                [self._source.measurements(case, fusion.names) for case, _ in batch]
+            )
+        predictions = judged_predictions(predicted.outputs, recipe.data, judgement, measured)
         unusual = self._unusual(predicted.embeddings)
         self._beside_rows |= self._beside.rows([case.id for case, _ in batch], images)
         for (case, _), prediction, is_unusual in zip(batch, predictions, unusual, strict=True):

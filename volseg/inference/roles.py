@@ -14,9 +14,11 @@ from scipy import ndimage
 from volseg.image_bundle import ImageBundle
 from volseg.inference.choose import BackendChoice
 from volseg.inference.image_predictor import ImagePredictor, load_predictor
-from volseg.inference.images import to_predictions
+from volseg.inference.images import judged_predictions
 from volseg.inference.stream import WantedPlanes
 from volseg.io.images import slice_image, through_axis
+from volseg.measurement.fusible import fusible_measurements
+from volseg.postprocessing.lesions import Lesions
 from volseg.preprocessing.images import to_input
 from volseg.preprocessing.lesion_images import LesionView, lesion_input
 from volseg.preprocessing.prepare import Trail
@@ -44,8 +46,14 @@ class RunningClassifier:
     def names(self) -> tuple[str, ...]:
         return self.bundle.recipe.data.names
 
-    def probabilities(self, images: Iterator[np.ndarray]) -> np.ndarray:
-        """Return (n, classes) float64 probabilities of network inputs."""
+    def probabilities(
+        self, images: Iterator[np.ndarray], measurements: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Return (n, classes) float64 probabilities of network inputs.
+
+        Args:
+            measurements: (n, k) that the classifier is fused with.
+        """
         parts, batch = [np.empty((0, len(self.names)))], list[np.ndarray]()
         for image in images:
             batch.append(image)
@@ -54,12 +62,11 @@ class RunningClassifier:
                 batch = []
         if batch:
             parts.append(self._predict(batch))
-        return np.concatenate(parts)
+        outputs, data = np.concatenate(parts), self.bundle.recipe.data
+        return judged_predictions(outputs, data, self.bundle.judgement, measurements)
 
     def _predict(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        outputs = self.predictor.predict(np.stack(images)).outputs
-        data, temperature = self.bundle.recipe.data, self.bundle.judgement.temperature
-        return to_predictions(outputs, data, temperature)
+        return self.predictor.predict(np.stack(images)).outputs
 
     def keeps(self, probabilities: np.ndarray) -> np.ndarray:
         """Return (n,) bool: which slices or lesions stay, from (n, classes) probabilities."""
@@ -68,19 +75,21 @@ class RunningClassifier:
 
 
 def classes_of_lesions(
-    image: Volume, ids: np.ndarray, classifier: RunningClassifier, *, most: int
+    image: Volume, lesions: Lesions, classifier: RunningClassifier, *, most: int
 ) -> list[Mapping[str, float]]:
-    """Return class name → probability for each lesion 1, 2, … of `ids`, the first `most`."""
-    probabilities = lesion_probabilities(image, ids, classifier, most=most)
+    """Return class name → probability for each lesion 1, 2, …, the first `most`."""
+    probabilities = lesion_probabilities(image, lesions, classifier, most=most)
     return [dict(zip(classifier.names, row, strict=True)) for row in probabilities.tolist()]
 
 
 def lesion_probabilities(
-    image: Volume, ids: np.ndarray, classifier: RunningClassifier, *, most: int
+    image: Volume, lesions: Lesions, classifier: RunningClassifier, *, most: int
 ) -> np.ndarray:
-    """Return (n, classes) probabilities of lesions 1, 2, … of `ids`, the first `most`."""
-    settings = classifier.bundle.recipe.images
-    view = LesionView.of(settings)
+    """Return (n, classes) probabilities of lesions 1, 2, …, the first `most`."""
+    settings, ids = classifier.bundle.recipe.images, lesions.ids
+    view, fusion, measured = LesionView.of(settings), classifier.bundle.judgement.fusion, None
+    if fusion is not None:
+        measured = fusible_measurements(image, lesions, fusion.names, most=most)
 
     def inputs() -> Iterator[np.ndarray]:
         boxes = ndimage.find_objects(ids, max_label=min(most, int(ids.max(initial=0))))
@@ -88,7 +97,7 @@ def lesion_probabilities(
             near = view.box(BoundingBox.of(box), image.geometry)
             yield lesion_input(image.crop(near), ids[near.slices] == lesion, settings)
 
-    return classifier.probabilities(inputs())
+    return classifier.probabilities(inputs(), measured)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
