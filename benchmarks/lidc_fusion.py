@@ -48,8 +48,10 @@ kind = "classes"
 classes = {{ low = {list(LOW)}, high = {list(HIGH)} }}
 
 [images]
-pixels = 48
+pixels = 40
 field_of_view_mm = 40.0
+planes = ["axial"]
+neighbours = 1
 
 [images.normalise]
 method = "window"
@@ -58,7 +60,7 @@ high = 400.0
 
 [network]
 name = "cnn_small"
-features = [16, 32, 64]
+features = [8, 16, 32]
 
 [train]
 batch_size = 32

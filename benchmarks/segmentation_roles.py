@@ -81,18 +81,18 @@ kind = "classes"
 classes = ["without label", "with label"]
 
 [images]
-pixels = 64
+pixels = 48
 
 [images.normalise]
 method = "percentile"
 
 [network]
 name = "cnn_small"
-features = [16, 32, 64, 64]
+features = [8, 16, 32, 32]
 
 [train]
 batch_size = 32
-epochs = 12
+epochs = 14
 baselines = false
 """
 FILTER = """
@@ -107,7 +107,7 @@ kind = "classes"
 classes = ["false", "matched"]
 
 [images]
-pixels = 48
+pixels = 40
 field_of_view_mm = 64.0
 
 [images.normalise]
@@ -115,11 +115,11 @@ method = "percentile"
 
 [network]
 name = "cnn_small"
-features = [16, 32, 64]
+features = [8, 16, 32]
 
 [train]
 batch_size = 16
-epochs = 40
+epochs = 30
 baselines = false
 
 [train.augment]

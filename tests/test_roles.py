@@ -108,7 +108,7 @@ def test_thresholds_of_zero_change_no_byte(loaded, gate, lesions):
     assert before.mask.array.tobytes() == after.mask.array.tobytes()
     assert before.confidence.tobytes() == after.confidence.tobytes()
     assert len(before.lesions) > 2
-    assert list(after.lesions) == list(before.lesions)
+    assert repr(after.lesions) == repr(before.lesions)  # NaN is not equal to itself
     assert (after.n_dropped, after.gate.n_tiles_skipped, after.gate.n_skipped) == (0, 0, 0)
     assert (before.n_dropped, before.gate) == (None, None)
 
@@ -235,6 +235,25 @@ def test_a_type_gives_every_lesion_its_class(loaded, tmp_path):
         assert list(parts) == names
         assert sum(map(float, parts.values())) == pytest.approx(1, abs=2e-4)
         assert row.class_name == max(names, key=lambda name: float(parts[name]))
+
+
+def test_every_lesion_of_the_table_has_a_probability_of_each_class(plain, dataset, tmp_path):
+    random_classifier(tmp_path / "type", "lesion", ["a=1;b", "solid"], seed=3)
+    volseg.attach(plain, type=tmp_path / "type", out=tmp_path / "m")
+    result = volseg.infer(
+        [dataset / "images" / f"scan_{n}.nii.gz" for n in (6, 7)],
+        model=tmp_path / "m",
+        out=tmp_path / "r",
+        pages=False,
+    )
+    table = result.lesions
+    assert len(table) > 1
+    columns = ["probability_a=1;b", "probability_solid"]
+    assert list(table.columns[-2:]) == columns
+    np.testing.assert_allclose(table[columns].sum(axis=1), 1, atol=2e-4)
+    best = table[columns].idxmax(axis=1).str.removeprefix("probability_")
+    assert (best == table["class_name"]).all()
+    np.testing.assert_allclose(table[columns].max(axis=1), table["class_probability"], atol=1e-4)
 
 
 def test_thresholds_come_from_the_point_of_sensitivity_99(plain, tmp_path):
