@@ -115,8 +115,8 @@ def nodules(dataset: Path) -> tuple[list[ImageCase], list[float]]:
     return rated, [float(case.cells["diameter_mm"]) for case in rated]
 
 
-def trained(cases: list[ImageCase], chosen: np.ndarray, fold: int, out: Path) -> Path:
-    """Train on the chosen nodules, unless that was done before; return the model."""
+def trained(cases: list[ImageCase], selected: np.ndarray, fold: int, out: Path) -> Path:
+    """Train on the selected nodules, unless that was done before; return the model."""
     model, table, recipe = out / f"model_{fold}", out / f"fold_{fold}.csv", out / "recipe.toml"
     recipe.write_text(RECIPE, encoding="utf-8")
     if (model / "model.json").exists():
@@ -124,7 +124,7 @@ def trained(cases: list[ImageCase], chosen: np.ndarray, fold: int, out: Path) ->
     with table.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["subject", "patient", "image", "label", "malignancy"])
-        for case, is_chosen in zip(cases, chosen, strict=True):
+        for case, is_chosen in zip(cases, selected, strict=True):
             if is_chosen:
                 paths = case.path.resolve(), case.mask.resolve() if case.mask else ""
                 writer.writerow([case.where, case.patient, *paths, case.cells["malignancy"]])
@@ -145,10 +145,12 @@ def judged(
     return outputs[:, 1] - outputs[:, 0], fused[:, 1] - fused[:, 0]
 
 
-def by_measurements(measured: np.ndarray, positive: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """Return (n,) logits of the regression without an image, fitted on the chosen nodules."""
+def by_measurements(measured: np.ndarray, positive: np.ndarray, selected: np.ndarray) -> np.ndarray:
+    """Return (n,) logits of the regression without an image, fitted on the selected nodules."""
     nothing = np.zeros((len(measured), 2))
-    fusion = fit_fusion(nothing[chosen], measured[chosen], positive[chosen], MEASUREMENTS, l2=1.0)
+    fusion = fit_fusion(
+        nothing[selected], measured[selected], positive[selected], MEASUREMENTS, l2=1.0
+    )
     fused = fusion(nothing, measured)
     return fused[:, 1] - fused[:, 0]
 
@@ -162,19 +164,19 @@ def report(
     is_small = (diameters >= SMALL_MM[0]) & (diameters <= SMALL_MM[1])
     print("| nodules | n (high) | image | measurements | fusion | fusion - measurements |")
     print("|---|---|---|---|---|---|")
-    for name, chosen in (("all", np.ones(len(positive), bool)), ("6 to 12 mm", is_small)):
-        cells = [f"{chosen.sum()} ({positive[chosen].sum()})"]
+    for name, selected in (("all", np.ones(len(positive), bool)), ("6 to 12 mm", is_small)):
+        cells = [f"{selected.sum()} ({positive[selected].sum()})"]
         for kind in scores:
-            cells.append(f"{auc(scores[kind][chosen], positive[chosen]):.3f}")
-        low, high, difference = difference_of(scores, positive, patients, chosen)
+            cells.append(f"{auc(scores[kind][selected], positive[selected]):.3f}")
+        low, high, difference = difference_of(scores, positive, patients, selected)
         print(f"| {name} | {' | '.join(cells)} | {difference:+.3f} ({low:+.3f} to {high:+.3f}) |")
 
 
 def difference_of(
-    scores: dict[str, np.ndarray], positive: np.ndarray, patients: np.ndarray, chosen: np.ndarray
+    scores: dict[str, np.ndarray], positive: np.ndarray, patients: np.ndarray, selected: np.ndarray
 ) -> tuple[float, float, float]:
     """Return the 95 % interval and the value of AUC of fusion less that of measurements."""
-    index = np.flatnonzero(chosen)
+    index = np.flatnonzero(selected)
     members: dict[str, list[int]] = {}
     for n in index.tolist():
         members.setdefault(str(patients[n]), []).append(n)

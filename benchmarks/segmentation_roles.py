@@ -239,10 +239,10 @@ def scores(results: Path, evaluation: Path, least_ml: float = 0.0) -> list[str]:
     predicted = detections[detections["side"] == "predicted"]
     predicted = predicted[predicted["volume_ml"] >= least_ml]
     n_true = int((detections["side"] == "reference").sum())
-    found = int((predicted["status"] == "matched").sum())
+    n_matched = int((predicted["status"] == "matched").sum())
     false = int((predicted["status"] == "false").sum())
     dice = pd.read_csv(evaluation / "evaluation.csv")["dice"].mean()
-    text = [f"{found} of {n_true}", f"{false / len(cases):.2f} ({false} in {len(cases)})"]
+    text = [f"{n_matched} of {n_true}", f"{false / len(cases):.2f} ({false} in {len(cases)})"]
     return [*text, "" if least_ml else f"{dice:.3f}", skipped_text(cases)]
 
 

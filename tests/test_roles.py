@@ -12,6 +12,7 @@ from laws import CountingBackend, oblique, orientations
 import volseg
 from volseg.attached import closed_role, load_attached
 from volseg.bundle import load_bundle
+from volseg.commands.gate_judging import gate_summary
 from volseg.errors import VolsegError
 from volseg.evaluation.operating import OperatingPoint
 from volseg.image_bundle import load_image_bundle
@@ -19,11 +20,11 @@ from volseg.inference.choose import choose_backend
 from volseg.inference.head import BACKGROUND
 from volseg.inference.roles import (
     GateReport,
+    KeptSlices,
     RunningClassifier,
-    WantedSlices,
     lesion_probabilities,
 )
-from volseg.inference.stream import ArrayPlanes, Tiling, WantedPlanes, predict_slabs
+from volseg.inference.stream import ArrayPlanes, KeptPlanes, Tiling, predict_slabs
 from volseg.inference.tiles import tile_starts
 from volseg.io.images import read_image
 from volseg.io.volumes import read_mask, read_volume
@@ -152,40 +153,40 @@ def test_planes_of_another_spacing_show_the_slices_that_they_overlap(loaded, fli
     settings = loaded.bundle.recipe.preprocess.model_copy(update={"crop": "none"})
     affine = np.diag([2.0, 2.0, -3.1 if flip else 3.1, 1])
     scan = Volume(np.zeros((20, 20, 13), np.int16), Geometry((20, 20, 13), affine))
-    wanted = np.zeros(13, bool)
-    wanted[[4, 11]] = True
+    is_kept = np.zeros(13, bool)
+    is_kept[[4, 11]] = True
     trail = Preparation({"ct": scan}, settings).trail
     whole = BoundingBox.whole(trail.shape)
-    planes = WantedSlices(wanted, 2, 0.0).planes(trail, whole)
+    planes = KeptSlices(is_kept, 2, 0.0).planes(trail, whole)
     n, mm = trail.shape[2], 13 * 3.1 / trail.shape[2]
     expected = [
         any(
-            wanted[k] and k * 3.1 < (j + 1) * mm - 1e-6 and (k + 1) * 3.1 > j * mm + 1e-6
+            is_kept[k] and k * 3.1 < (j + 1) * mm - 1e-6 and (k + 1) * 3.1 > j * mm + 1e-6
             for k in range(13)
         )
         for j in range(n)
     ]
     assert planes.axis == 2
-    assert planes.wanted.tolist() == expected
+    assert planes.is_kept.tolist() == expected
     part = BoundingBox((0, 0, 5), (trail.shape[0], trail.shape[1], n - 2))
-    assert WantedSlices(wanted, 2, 0.0).planes(trail, part).wanted.tolist() == expected[5:-2]
+    assert KeptSlices(is_kept, 2, 0.0).planes(trail, part).is_kept.tolist() == expected[5:-2]
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_unwanted_tiles_are_counted_as_they_are_skipped(axis):
+def test_tiles_without_kept_planes_are_counted_as_they_are_skipped(axis):
     shape, patch = (17, 21, 19), 6
-    wanted = np.zeros(shape[axis], bool)
-    wanted[[4, 5]] = True
-    tiling = Tiling(patch_shape=(patch,) * 3, overlap=0.5, wanted=WantedPlanes(axis, wanted))
+    is_kept = np.zeros(shape[axis], bool)
+    is_kept[[4, 5]] = True
+    tiling = Tiling(patch_shape=(patch,) * 3, overlap=0.5, kept_planes=KeptPlanes(axis, is_kept))
     counting = CountingBackend(Twice())
     array = np.random.default_rng(0).normal(size=(1, *shape)).astype(np.float32)
     slabs = predict_slabs(ArrayPlanes(array), counting, tiling, n_classes=2)
     logits = np.concatenate([slab.numpy().copy() for slab in slabs], axis=3)
     starts = [tile_starts(n, patch, 0.5) for n in shape]
-    touching = [start for start in starts[axis] if wanted[start : start + patch].any()]
+    touching = [start for start in starts[axis] if is_kept[start : start + patch].any()]
     others = [len(along) for n, along in enumerate(starts) if n != axis]
     assert counting.tiles == len(touching) * others[0] * others[1]
-    assert tiling.count_unwanted(shape) == tiling.count(shape) - counting.tiles
+    assert tiling.count_skipped(shape) == tiling.count(shape) - counting.tiles
     run = np.zeros(shape[axis], bool)
     for start in touching:
         run[start : start + patch] = True
@@ -298,16 +299,47 @@ def test_a_classifier_that_was_changed_after_it_was_attached_is_refused(plain, l
 def test_infer_writes_what_was_dropped_and_skipped(plain, gate, lesions, dataset, tmp_path):
     options = {"gate": gate, "filter": lesions, "gate_threshold": 1.0, "filter_threshold": 1.0}
     volseg.attach(plain, **options, out=tmp_path / "m")
-    said = []
+    lines = []
     scan = dataset / "images" / "scan_7.nii.gz"
     result = volseg.infer(
-        scan, model=tmp_path / "m", out=tmp_path / "r", pages=False, announce=said.append
+        scan, model=tmp_path / "m", out=tmp_path / "r", pages=False, announce=lines.append
     )
     row = result.cases.iloc[0]
     n = read_volume(scan).canonical().array.shape[2]
     assert (row["n_dropped"], row["slices_skipped"]) == (0, f"0-{n - 1}")
-    assert any(f"gate: {n} of {n} slices skipped" in text for text in said)
-    assert any("filter: 0 predicted lesions dropped in 1 scan" in text for text in said)
+    assert any(f"gate: {n} of {n} slices skipped" in text for text in lines)
+    assert any("filter: 0 predicted lesions dropped in 1 scan" in text for text in lines)
+
+
+def test_evaluate_says_how_many_slices_with_a_label_the_gate_kept(dataset, tmp_path):
+    """A stored table says what was skipped; the reference masks say what that costs."""
+    shutil.copytree(dataset / "labels", tmp_path / "r" / "masks")
+    names = [f"scan_{n}" for n in range(3)]
+    skipped = {"scan_0": "0-3;20", "scan_1": "", "scan_2": "0-11"}
+    with (tmp_path / "r" / "cases.csv").open("w") as file:
+        csv.writer(file).writerows([["case_id", "slices_skipped"], *skipped.items()])
+    summary = gate_summary(
+        tmp_path / "r",
+        [
+            (
+                tmp_path / "r" / "masks" / f"{name}.nii.gz",
+                dataset / "labels" / f"{name}.nii.gz",
+                None,
+            )
+            for name in names
+        ],
+    )
+    expected = np.zeros(4, int)
+    for name in names:
+        array = read_mask(dataset / "labels" / f"{name}.nii.gz").canonical().array
+        has = [bool(array[:, :, k].any()) for k in range(array.shape[2])]
+        gone = {"scan_0": {0, 1, 2, 3, 20}, "scan_1": set(), "scan_2": set(range(12))}[name]
+        kept = sum(label for k, label in enumerate(has) if k not in gone)
+        expected += [len(has), len(gone), sum(has), kept]
+    assert list(summary.values())[:4] == expected.tolist()
+    assert summary["sensitivity"] == expected[3] / expected[2] < 1
+    (tmp_path / "r" / "cases.csv").unlink()
+    assert gate_summary(tmp_path / "r", []) is None
 
 
 def test_ranges_of_skipped_slices():
@@ -320,8 +352,8 @@ def test_ranges_of_skipped_slices():
 
 def test_candidates_are_the_predicted_lesions_with_their_status(plain, dataset, tmp_path):
     """Witness: `evaluate`, whose detections.csv lists the same predicted lesions."""
-    results = volseg.infer(dataset, model=plain, out=tmp_path / "r", pages=False)
-    assert not results.failed
+    scans = [dataset / "images" / f"scan_{n}.nii.gz" for n in (5, 6, 7)]
+    volseg.infer(scans, model=plain, out=tmp_path / "r", pages=False)
     report = volseg.candidates(dataset, tmp_path / "r", out=tmp_path / "c")
     volseg.evaluate(reference=dataset, predicted=tmp_path / "r", out=tmp_path / "e")
     with (tmp_path / "e" / "detections.csv").open() as file:
@@ -332,11 +364,11 @@ def test_candidates_are_the_predicted_lesions_with_their_status(plain, dataset, 
         }
     with (tmp_path / "c" / "cases.csv").open() as file:
         rows = list(csv.DictReader(file))
-    found = {
+    summary = {
         row["subject"]: (row["status"], int(read_mask(tmp_path / "c" / row["label"]).array.sum()))
         for row in rows
     }
-    assert found == expected
+    assert summary == expected
     assert report.n_matched == sum(status == "matched" for status, _ in expected.values()) > 0
     assert {row["split"] for row in rows} <= {"train", "val", "test"}
     assert all((tmp_path / "c" / row["image"]).is_file() for row in rows)

@@ -91,12 +91,12 @@ def closed_role(item: RoleOfClassifier, classifier: ImageBundle, folder: Path) -
     if threshold == AUTO:
         name = sensitive_name(SENSITIVITY_TO_KEEP)
         points = classifier.judgement.points
-        chosen = [p for p in points if (p.name, p.class_name) == (name, kept)]
-        if not chosen:
+        matching = [p for p in points if (p.name, p.class_name) == (name, kept)]
+        if not matching:
             raise VolsegError(
                 f"{folder}: has no operating point {name} for {kept!r}",
                 fix=f"train it with {kept!r} as the last of its classes, or give a threshold",
                 code="E_ROLE",
             )
-        threshold = min(chosen[0].threshold, 1.0)
+        threshold = min(matching[0].threshold, 1.0)
     return item.model_copy(update=changes | {"keeps": kept, "threshold": threshold})

@@ -24,8 +24,8 @@ from volseg.inference.openvino_backend import OpenVINOBackend
 from volseg.inference.roi import find_region
 from volseg.inference.roles import (
     GateReport,
+    KeptSlices,
     RunningClassifier,
-    WantedSlices,
     classes_of_lesions,
     lesion_probabilities,
 )
@@ -289,9 +289,9 @@ def _predict_upright(
         dtype=torch.float16 if streaming.half_logits else torch.float32,
     )
     part, gating = _tiled_part(preparation, tiling, model), model.attached.get(GATE)
-    slices = None if gating is None else WantedSlices.of(scans[data.channels[0]], gating)
+    slices = None if gating is None else KeptSlices.of(scans[data.channels[0]], gating)
     if slices is not None and part is not None and slices.skipped.size:
-        tiling = replace(tiling, wanted=slices.planes(trail, part))
+        tiling = replace(tiling, kept_planes=slices.planes(trail, part))
     axis = trail.separate_axis
     if axis is None:
         axis = thinnest_axis(trail.shape if part is None else part.shape, tiling.patch_shape)
@@ -325,14 +325,14 @@ def _predict_upright(
 
 
 def _gate_report(
-    slices: WantedSlices, tiling: Tiling, part: BoundingBox | None, seconds: float
+    slices: KeptSlices, tiling: Tiling, part: BoundingBox | None, seconds: float
 ) -> GateReport:
     """Return what a gate skipped; `seconds` is what the tiles took that were run."""
     n_tiles = 0 if part is None else tiling.count(part.shape)
-    n_skipped = 0 if part is None else tiling.count_unwanted(part.shape)
+    n_skipped = 0 if part is None else tiling.count_skipped(part.shape)
     n_run = n_tiles - n_skipped
     return GateReport(
-        n_slices=len(slices.wanted),
+        n_slices=len(slices.is_kept),
         n_skipped=len(slices.skipped),
         n_tiles=n_tiles,
         n_tiles_skipped=n_skipped,

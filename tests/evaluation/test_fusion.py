@@ -49,8 +49,8 @@ def test_it_is_the_logistic_regression_of_scikit_learn(l2, missing):
         with np.errstate(all="ignore"):
             filled = np.where(np.isnan(new_measurements), scaler.mean_[1:], new_measurements)
         expected = witness.predict_proba(inputs(new_outputs, filled))[:, 1]
-    found = probability(fusion(new_outputs, new_measurements))
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    probabilities = probability(fusion(new_outputs, new_measurements))
+    np.testing.assert_allclose(probabilities, expected, atol=1e-6)
 
 
 def test_scale_and_unit_of_a_measurement_change_nothing():

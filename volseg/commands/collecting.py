@@ -47,7 +47,7 @@ def candidates(options: CandidatesOptions) -> CandidatesReport:
         0
     """
     cases = _cases(options.dataset)
-    predicted = _predicted(options.results, cases)
+    predicted = _predicted(options.folders, cases)
     lines, failed = list[Line](), dict[str, str]()
     with OutputFolder(options.out, "candidates", inputs=_inputs(options)) as outputs:
         names = [f"{LABELS}/{case_id}_1{RESULT_SUFFIX}" for case_id in predicted]
@@ -78,7 +78,7 @@ def candidates(options: CandidatesOptions) -> CandidatesReport:
 
 
 def _inputs(options: CandidatesOptions) -> list[Path]:
-    return [options.dataset, *options.results]
+    return [options.dataset, *options.folders]
 
 
 def _cases(dataset: Path) -> dict[str, Case]:

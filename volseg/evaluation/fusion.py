@@ -89,10 +89,10 @@ def fit_fusion(
             f"a fusion needs {FEWEST_OF_A_CLASS} lesions of each class, got {n_of_class.tolist()}"
         )
     inputs = _inputs(outputs, measurements)
-    known = np.isfinite(inputs)
-    n_known = np.maximum(known.sum(axis=0), 1)
-    means = np.where(known, inputs, 0).sum(axis=0) / n_known
-    squares = np.where(known, (inputs - means) ** 2, 0).sum(axis=0) / n_known
+    is_finite = np.isfinite(inputs)
+    n_known = np.maximum(is_finite.sum(axis=0), 1)
+    means = np.where(is_finite, inputs, 0).sum(axis=0) / n_known
+    squares = np.where(is_finite, (inputs - means) ** 2, 0).sum(axis=0) / n_known
     deviations = np.sqrt(squares)
     deviations = np.where(deviations > ROUNDING * np.abs(means), deviations, 1.0)  # else constant
     weights, intercept = _logistic(_standardised(inputs, means, deviations), positive, l2)

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 
 import numpy as np
 from scipy import ndimage
@@ -15,7 +14,7 @@ from volseg.image_bundle import ImageBundle
 from volseg.inference.choose import BackendChoice
 from volseg.inference.image_predictor import ImagePredictor, load_predictor
 from volseg.inference.images import judged_predictions
-from volseg.inference.stream import WantedPlanes
+from volseg.inference.stream import KeptPlanes
 from volseg.io.images import slice_image, through_axis
 from volseg.measurement.fusible import fusible_measurements
 from volseg.postprocessing.lesions import Lesions
@@ -24,6 +23,7 @@ from volseg.preprocessing.lesion_images import LesionView, lesion_input
 from volseg.preprocessing.prepare import Trail
 from volseg.recipe import RoleOfClassifier
 from volseg.volume import AxisOrder, BoundingBox, Geometry, Volume
+from volseg.words import format_ranges
 
 TOGETHER = 64  # images that are in memory at a time
 
@@ -134,9 +134,7 @@ class GateReport:
     @property
     def ranges(self) -> str:
         """The skipped slices as text: `0-11;30`."""
-        numbers = enumerate(self.skipped.tolist())
-        runs = [[n for _, n in run] for _, run in groupby(numbers, lambda pair: pair[1] - pair[0])]
-        return ";".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+        return format_ranges(self.skipped.tolist())
 
     @property
     def text(self) -> str:
@@ -148,20 +146,20 @@ class GateReport:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class WantedSlices:
+class KeptSlices:
     """The axial slices of a scan that a gate keeps.
 
     Args:
-        wanted: (n,) bool along the canonical axis `through`.
+        is_kept: (n,) bool along the canonical axis `through`.
         seconds: that it took.
     """
 
-    wanted: np.ndarray
+    is_kept: np.ndarray
     through: int
     seconds: float
 
     @classmethod
-    def of(cls, scan: Volume, gate: RunningClassifier) -> WantedSlices:
+    def of(cls, scan: Volume, gate: RunningClassifier) -> KeptSlices:
         """Ask the gate about every slice; the slices are those on which it was trained."""
         started, volume = time.monotonic(), scan.canonical()
         through = through_axis(volume.geometry.shape)
@@ -171,31 +169,31 @@ class WantedSlices:
             for index in range(volume.geometry.shape[through]):
                 yield to_input(slice_image(volume, through, index), settings)
 
-        wanted = gate.keeps(gate.probabilities(inputs()))
-        return cls(wanted, through, time.monotonic() - started)
+        is_kept = gate.keeps(gate.probabilities(inputs()))
+        return cls(is_kept, through, time.monotonic() - started)
 
     @property
     def skipped(self) -> np.ndarray:
-        return np.flatnonzero(~self.wanted)
+        return np.flatnonzero(~self.is_kept)
 
-    def planes(self, trail: Trail, part: BoundingBox) -> WantedPlanes:
+    def planes(self, trail: Trail, part: BoundingBox) -> KeptPlanes:
         """Return the planes of a part of the prepared grid that show any of these slices."""
-        axis, wanted = self._in_prepared_order(trail)
-        n, planes = len(wanted), trail.shape[axis]
+        axis, is_kept = self._in_prepared_order(trail)
+        n, planes = len(is_kept), trail.shape[axis]
         first = np.floor(np.arange(planes) * n / planes + 1e-9).astype(int)
         last = np.ceil((np.arange(planes) + 1) * n / planes - 1e-9).astype(int)
-        sums = np.concatenate([[0], np.cumsum(wanted)])
+        sums = np.concatenate([[0], np.cumsum(is_kept)])
         shows = sums[last] > sums[first]
-        return WantedPlanes(axis, shows[part.start[axis] : part.stop[axis]])
+        return KeptPlanes(axis, shows[part.start[axis] : part.stop[axis]])
 
     def _in_prepared_order(self, trail: Trail) -> tuple[int, np.ndarray]:
         """Return the axis of the prepared grid along which slices follow, and these inside it."""
-        stored = _along_stored_axis(self.wanted, self.through, trail.geometry)
+        stored = _along_stored_axis(self.is_kept, self.through, trail.geometry)
         axis = trail.order.axes.index(AxisOrder.of(trail.geometry).axes[self.through])
-        wanted = stored[::-1] if trail.order.flipped[axis] else stored
-        return axis, wanted[trail.box.slices[axis]]
+        is_kept = stored[::-1] if trail.order.flipped[axis] else stored
+        return axis, is_kept[trail.box.slices[axis]]
 
 
-def _along_stored_axis(wanted: np.ndarray, through: int, geometry: Geometry) -> np.ndarray:
+def _along_stored_axis(is_kept: np.ndarray, through: int, geometry: Geometry) -> np.ndarray:
     """Return values along a canonical axis in the order of the stored array."""
-    return wanted[::-1] if AxisOrder.of(geometry).flipped[through] else wanted
+    return is_kept[::-1] if AxisOrder.of(geometry).flipped[through] else is_kept

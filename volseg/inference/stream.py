@@ -36,15 +36,15 @@ class Planes(Protocol):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class WantedPlanes:
-    """The planes of a volume that are worth a tile: `wanted` (n,) bool along `axis`."""
+class KeptPlanes:
+    """The planes of a volume that are worth a tile: `is_kept` (n,) bool along `axis`."""
 
     axis: int
-    wanted: np.ndarray
+    is_kept: np.ndarray
 
     def is_in(self, inside: Sequence[slice]) -> bool:
         """Tell whether the part of the volume that a tile covers has any of them."""
-        return bool(self.wanted[inside[self.axis]].any())
+        return bool(self.is_kept[inside[self.axis]].any())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +58,7 @@ class Tiling:
         margin: voxels of reflect padding at each face of the scan. A network is least accurate at
             the border of a patch, and at a face no neighbouring patch corrects it.
         empty_level: a tile whose first channel never exceeds it is not run; None runs all.
-        wanted: a tile without any of these planes is not run; None runs all.
+        kept_planes: a tile without any of them is not run; None runs all.
         dtype: of the blended sums; float16 halves the buffer, with a relative error of about 1e-3.
     """
 
@@ -68,7 +68,7 @@ class Tiling:
     batch_size: int = 1
     margin: int = 0
     empty_level: float | None = None
-    wanted: WantedPlanes | None = None
+    kept_planes: KeptPlanes | None = None
     dtype: torch.dtype = torch.float32
 
     @classmethod
@@ -94,20 +94,20 @@ class Tiling:
         """Return the number of tiles over a volume of this shape, including empty ones."""
         return math.prod(len(tiled.starts) for tiled in self.axes(shape))
 
-    def count_unwanted(self, shape: tuple[int, int, int]) -> int:
-        """Return how many of them have none of the wanted planes."""
-        if self.wanted is None:
+    def count_skipped(self, shape: tuple[int, int, int]) -> int:
+        """Return how many of them have none of the kept planes."""
+        if self.kept_planes is None:
             return 0
         axes = self.axes(shape)
-        tiled = axes[self.wanted.axis]
+        tiled = axes[self.kept_planes.axis]
         covered = [tiled.inside(tile)[0] for tile in range(len(tiled.starts))]
-        n_unwanted = sum(not self.wanted.wanted[part].any() for part in covered)
-        return n_unwanted * self.count(shape) // len(tiled.starts)
+        n_skipped = sum(not self.kept_planes.is_kept[part].any() for part in covered)
+        return n_skipped * self.count(shape) // len(tiled.starts)
 
     @property
     def may_skip(self) -> bool:
         """Whether some tiles may not be run."""
-        return self.empty_level is not None or self.wanted is not None
+        return self.empty_level is not None or self.kept_planes is not None
 
 
 def predict_slabs(
@@ -366,9 +366,9 @@ def _run_layer(
         tile[(slice(None), *ring.real(place))] for place, tile in zip(places, tiles, strict=True)
     ]
     are_empty = _are_empty(real, tiling.empty_level)
-    if tiling.wanted is not None:
-        unwanted = [not tiling.wanted.is_in(ring.inside(place)) for place in places]
-        are_empty = [a or b for a, b in zip(are_empty, unwanted, strict=True)]
+    if tiling.kept_planes is not None:
+        skipped = [not tiling.kept_planes.is_in(ring.inside(place)) for place in places]
+        are_empty = [a or b for a, b in zip(are_empty, skipped, strict=True)]
     pending = []
     for place, tile, is_empty in zip(places, tiles, are_empty, strict=True):
         if is_empty:

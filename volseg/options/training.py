@@ -306,7 +306,7 @@ class AttachOptions(Options):
 
 @options
 class CandidatesOptions(Progressing):
-    """Make a dataset of predicted lesions, matched or false, to train a filter on.
+    """Make the dataset of a filter from predicted lesions.
 
     Compares the predicted lesions of results folders with the reference masks of a dataset, and
     writes a mask per predicted lesion and a cases.csv with the column `status`: matched, or false.
@@ -318,7 +318,7 @@ class CandidatesOptions(Progressing):
         "Dataset of scans with reference masks, on which the results were predicted.",
         converter=input_path,
     )
-    results: tuple[Path, ...] = argument(
+    folders: tuple[Path, ...] = argument(
         "Results folders of `volseg infer`, one per fold.", converter=input_paths
     )
     out: Path = option("Folder for the dataset.", converter=path, short="-o")
