@@ -19,14 +19,16 @@ def with_recipe(bundle, **sections):
     return replace(bundle, recipe=bundle.recipe.model_copy(update=changes))
 
 
-def random_classifier(folder, kind, classes, *, seed=0, points=(), gain=20.0):
+def random_classifier(folder, kind, classes, *, seed=0, points=(), fusion=None):
     """Save a classifier of lesions or slices with random weights, whose outputs differ.
 
     Args:
-        kind: `lesion` or `slice`.
+        kind: `lesion` or `slice`. fusion: of two classes of lesions with measurements.
     """
+    section = {} if fusion is None else {"fusion": {"measurements": fusion.names}}
     recipe = ClassifyRecipe.model_validate(
-        {
+        section
+        | {
             "name": f"random_{kind}",
             "description": "Random weights.",
             "data": {"input": kind, "target": "x", "kind": "classes", "classes": classes}
@@ -43,11 +45,12 @@ def random_classifier(folder, kind, classes, *, seed=0, points=(), gain=20.0):
         torch.manual_seed(seed)
         network = build_images(recipe)
     with torch.no_grad():
-        network.head.weight.mul_(gain)
+        network.head.weight.mul_(20)
     counts = dict.fromkeys(classes, 1)
     facts = ImageFingerprint(
         n_images=2, n_patients=2, n_validation=2, sizes=((16, 16),), channels=1, kind="classes",
         counts=counts, low=-200, high=300,
     )  # fmt: skip
     weights = {classifier_name(0): network.state_dict()}
-    return save_image_bundle(ImageBundle(recipe, facts, weights, Judgement(points=points)), folder)
+    judgement = Judgement(points=points, fusion=fusion)
+    return save_image_bundle(ImageBundle(recipe, facts, weights, judgement), folder)

@@ -14,6 +14,7 @@ from volseg.attached import closed_role, load_attached
 from volseg.bundle import load_bundle
 from volseg.commands.gate_judging import gate_summary
 from volseg.errors import VolsegError
+from volseg.evaluation.fusion import Fusion
 from volseg.evaluation.operating import OperatingPoint
 from volseg.image_bundle import load_image_bundle
 from volseg.inference.choose import choose_backend
@@ -29,8 +30,9 @@ from volseg.inference.tiles import tile_starts
 from volseg.io.images import read_image
 from volseg.io.volumes import read_mask, read_volume
 from volseg.preprocessing.images import to_input
+from volseg.preprocessing.lesion_images import lesion_input
 from volseg.preprocessing.prepare import Preparation
-from volseg.recipe import RoleOfClassifier
+from volseg.recipe import RoleOfClassifier, parse_recipe
 from volseg.segmentation import load_model, segment_case
 from volseg.volume import BoundingBox, Geometry, Volume
 
@@ -238,6 +240,38 @@ def test_a_type_gives_every_lesion_its_class(loaded, tmp_path):
         assert row.class_name == max(names, key=lambda name: float(parts[name]))
 
 
+def test_a_fused_type_is_the_classifier_on_its_own_with_the_same_mask(loaded, tmp_path):
+    names = ("volume_ml", "intensity_mean", "sphericity")
+    fusion = Fusion(
+        names, np.array([0, 0.1, 100, 0.8]), np.array([2, 0.2, 50, 0.2]),
+        np.array([1.0, -0.7, 0.4, 0.9]), np.array(0.3),
+    )  # fmt: skip
+    random_classifier(tmp_path / "type", "lesion", ["benign", "malignant"], fusion=fusion)
+    scan = speckled()
+    result = segmented(attached(loaded, type=(tmp_path / "type", "auto")), scan)
+    for name in ("images", "labels"):
+        (tmp_path / name).mkdir()
+    volseg.write_volume(scan, tmp_path / "images" / "a.nii.gz")
+    volseg.write_volume(result.mask, tmp_path / "labels" / "a.nii.gz")
+    volseg.infer(tmp_path, model=tmp_path / "type", out=tmp_path / "r", pages=False)
+    table = volseg.read_table(tmp_path / "r" / "classes.csv").set_index("case_id")
+    assert len(table) == len(result.lesions) > 2
+    for row in result.lesions:
+        p = table.loc[f"a_{row.lesion_id}", f"probability_{row.class_name}"]
+        assert p == pytest.approx(row.class_probability, abs=2e-6)
+    image = load_image_bundle(tmp_path / "type").networks()[0]
+    settings = load_image_bundle(tmp_path / "type").recipe.images
+    for row in result.lesions:  # by hand: outputs of the torch module, and the table's columns
+        inside = result.lesion_ids.array == row.lesion_id
+        with torch.inference_mode():
+            (logits,) = image(torch.from_numpy(lesion_input(scan, inside, settings)[None])).numpy()
+        inputs = [logits[1] - logits[0], *(getattr(row, name) for name in names)]
+        z = (np.array(inputs) - fusion.means) / fusion.deviations @ fusion.weights + 0.3
+        p = 1 / (1 + np.exp(-z))
+        expected = {"malignant": p, "benign": 1 - p}[row.class_name]
+        assert row.class_probability == pytest.approx(expected, abs=1e-5)
+
+
 def test_every_lesion_of_the_table_has_a_probability_of_each_class(plain, dataset, tmp_path):
     random_classifier(tmp_path / "type", "lesion", ["a=1;b", "solid"], seed=3)
     volseg.attach(plain, type=tmp_path / "type", out=tmp_path / "m")
@@ -294,6 +328,48 @@ def test_a_classifier_that_was_changed_after_it_was_attached_is_refused(plain, l
     shutil.rmtree(tmp_path / "m" / "classifiers")
     with pytest.raises(VolsegError, match="not a model folder"):
         load_attached(load_bundle(tmp_path / "m"), tmp_path / "m")
+
+
+def test_what_attach_cannot_do_is_refused(plain, gate, tmp_path):
+    with pytest.raises(VolsegError, match="nothing to attach"):
+        volseg.attach(plain, out=tmp_path / "m")
+    with pytest.raises(VolsegError, match="--filter-threshold is given without --filter"):
+        volseg.attach(plain, gate=gate, filter_threshold=0.5, out=tmp_path / "m")
+    with pytest.raises(VolsegError, match="is a model that classifies images"):
+        volseg.attach(gate, gate=gate, gate_threshold=0.5, out=tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_recipe_names_one_classifier_per_role(tiny_recipe):
+    content = tiny_recipe.model_dump()
+    both = [{"role": "filter", "model": "a"}, {"role": "filter", "model": "b"}]
+    for named, message in (
+        (both, "names 2 with the role 'filter'"),
+        ([{"role": "type", "model": "a"}], r"\[classify\] and a classifier .* exclude each other"),
+        ([{"role": "type", "model": "a", "threshold": 0.5}], "drops nothing"),
+    ):
+        with pytest.raises(VolsegError, match=message):
+            parse_recipe(content | {"classifiers": named}, where="test")
+
+
+@pytest.mark.slow
+def test_a_recipe_that_names_classifiers_trains_a_model_that_holds_them(
+    dataset, tiny_recipe, gate, tmp_path
+):
+    roles = [{"role": "gate", "model": str(gate), "threshold": 1.0}]
+    stated = parse_recipe(tiny_recipe.model_dump() | {"classifiers": roles}, where="test")
+    volseg.train(dataset, recipe=stated, out=tmp_path / "m", epochs=1, device="cpu")
+    (item,) = load_bundle(tmp_path / "m").recipe.classifiers
+    assert item.model == load_image_bundle(gate).name
+    assert volseg.check(tmp_path / "m") == []
+    result = volseg.infer(
+        dataset / "images" / "scan_7.nii.gz", model=tmp_path / "m", out=tmp_path / "r", pages=False
+    )
+    assert not result.mask("scan_7").array.any()
+    absent = [{"role": "gate", "model": str(tmp_path / "absent")}]
+    stated = parse_recipe(tiny_recipe.model_dump() | {"classifiers": absent}, where="test")
+    with pytest.raises(VolsegError, match="absent: not a model folder"):
+        volseg.train(dataset, recipe=stated, out=tmp_path / "n", device="cpu")
 
 
 def test_infer_writes_what_was_dropped_and_skipped(plain, gate, lesions, dataset, tmp_path):
