@@ -426,6 +426,21 @@ def test_ranges_of_skipped_slices():
     assert report.ranges == "0-2;5;8"
 
 
+def test_a_second_prediction_on_one_lesion_is_neither_matched_nor_false(dataset, tmp_path):
+    """The ball of a scan is predicted in two pieces, and a corner is predicted too."""
+    truth = read_mask(dataset / "labels" / "scan_4.nii.gz")
+    array, middle = truth.array.copy(), truth.array.shape[0] // 2
+    array[middle - 1] = 0  # the larger piece on one side of this plane, the smaller on the other
+    array[0, 0, 0] = 3
+    (tmp_path / "r" / "masks").mkdir(parents=True)
+    volseg.write_volume(truth.with_array(array), tmp_path / "r" / "masks" / "scan_4.nii.gz")
+    report = volseg.candidates(dataset, tmp_path / "r", out=tmp_path / "c")
+    with (tmp_path / "c" / "cases.csv").open() as file:
+        assert [row["status"] for row in csv.DictReader(file)] == ["matched", "", "false"]
+    assert (report.n_matched, report.n_false, report.n_partial) == (1, 1, 1)
+    assert report.outcome == "3 predicted lesions: 1 matched, 1 false, 1 partial"
+
+
 def test_candidates_are_the_predicted_lesions_with_their_status(plain, dataset, tmp_path):
     """Witness: `evaluate`, whose detections.csv lists the same predicted lesions."""
     scans = [dataset / "images" / f"scan_{n}.nii.gz" for n in (5, 6, 7)]
@@ -434,7 +449,10 @@ def test_candidates_are_the_predicted_lesions_with_their_status(plain, dataset, 
     volseg.evaluate(reference=dataset, predicted=tmp_path / "r", out=tmp_path / "e")
     with (tmp_path / "e" / "detections.csv").open() as file:
         expected = {
-            f"{row['case_id']}_{row['lesion_id']}": (row["status"], int(row["n_voxels"]))
+            f"{row['case_id']}_{row['lesion_id']}": (
+                "" if row["status"] == "false" and int(row["n_overlapping"]) else row["status"],
+                int(row["n_voxels"]),
+            )
             for row in csv.DictReader(file)
             if row["side"] == "predicted"
         }

@@ -478,17 +478,21 @@ class AttachReport(RunReport):
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class CandidatesReport(RunReport):
-    """What `candidates` found: how many predicted lesions are matched, and how many false."""
+    """What `candidates` found: how many predicted lesions are matched, false, or neither.
+
+    Args:
+        n_partial: those on a reference lesion that another one is matched with.
+    """
 
     n_matched: int
     n_false: int
+    n_partial: int
 
     @property
     def outcome(self) -> str:
-        return (
-            f"{format_count(self.n_matched + self.n_false, 'predicted lesion')}: "
-            f"{self.n_matched} matched, {self.n_false} false"
-        )
+        counts = {"matched": self.n_matched, "false": self.n_false, "partial": self.n_partial}
+        shown = ", ".join(f"{n} {name}" for name, n in counts.items() if n or name != "partial")
+        return f"{format_count(sum(counts.values()), 'predicted lesion')}: {shown}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)

@@ -27,6 +27,9 @@ from volseg.volume import Volume
 
 TABLE, LABELS = "cases.csv", "labels"
 MATCHED, FALSE = "matched", "false"  # as in detections.csv
+# Without a partner, but on a lesion that has another: true tissue, which no filter should learn to
+# drop. Training leaves out a case whose cell is empty.
+PARTIAL = ""
 COLUMNS = ("subject", "patient", "image", "label", "split", "status")
 Line = Mapping[str, str]
 
@@ -34,6 +37,8 @@ Line = Mapping[str, str]
 @command(CandidatesOptions)
 def candidates(options: CandidatesOptions) -> CandidatesReport:
     """Write every predicted lesion as a case of its own, with whether the reference has it.
+
+    A second prediction on one reference lesion is neither: its status stays empty.
 
     Raises:
         VolsegError: no case of the dataset was predicted, or one was predicted twice. A case whose
@@ -67,13 +72,16 @@ def candidates(options: CandidatesOptions) -> CandidatesReport:
             rows = [COLUMNS, *([line[name] for name in COLUMNS] for line in lines)]
             commit.write(TABLE, partial(write_csv, rows=rows))
             commit.finish(last=TABLE)
-    n_matched = sum(line["status"] == MATCHED for line in lines)
+    n_matched, n_false = (
+        sum(line["status"] == status for line in lines) for status in (MATCHED, FALSE)
+    )
     return CandidatesReport(
         out=options.out,
         done=[name for name in predicted if name not in failed],
         failed=failed,
         n_matched=n_matched,
-        n_false=len(lines) - n_matched,
+        n_false=n_false,
+        n_partial=len(lines) - n_matched - n_false,
     )
 
 
@@ -134,7 +142,8 @@ def _write_lesions(
     guess, mask = _lesions(predicted[case.id], path, scan)
     _, partners = match_lesions(truth, guess, min_iou=options.min_iou)
     lines = []
-    for number, partner in enumerate(partners.numbers.tolist(), start=1):
+    pairs = zip(partners.numbers.tolist(), partners.n_over.tolist(), strict=True)
+    for number, (partner, n_over) in enumerate(pairs, start=1):
         name = f"{LABELS}/{case.id}_{number}{RESULT_SUFFIX}"
         lesion = mask.with_array((guess.ids == number).astype("uint8"))
         write_mask(lesion, commit, name, like=path)
@@ -145,7 +154,7 @@ def _write_lesions(
                 "image": Path(os.path.relpath(path, options.out)).as_posix(),
                 "label": name,
                 "split": case.split or "",
-                "status": MATCHED if partner else FALSE,
+                "status": MATCHED if partner else PARTIAL if n_over else FALSE,
             }
         )
     return lines

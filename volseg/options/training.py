@@ -309,7 +309,8 @@ class CandidatesOptions(Progressing):
     """Make the dataset of a filter from predicted lesions.
 
     Compares the predicted lesions of results folders with the reference masks of a dataset, and
-    writes a mask per predicted lesion and a cases.csv with the column `status`: matched, or false.
+    writes a mask per predicted lesion and a cases.csv with the column `status`: matched, false, or
+    empty for a second prediction on one reference lesion, which training leaves out.
     Use predictions for scans that the model was not trained on, such as those of a fold by a model
     of the other folds.
     """
