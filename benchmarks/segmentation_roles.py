@@ -152,6 +152,7 @@ def main() -> None:
     }.items():
         if not (work / name).exists():
             print(volseg.attach(work / f"seg{FINAL}", **roles, out=work / name).roles)
+    cross_validate(work)
     judge(work)
 
 
@@ -214,6 +215,33 @@ def with_one_split(work: Path) -> Path:
 
 
 # ---- judging
+
+
+def cross_validate(work: Path) -> None:
+    """Print what filter and volume drop of the lesions predicted in training and validation scans.
+
+    The probability of each is of the fold that it was held out of, and the threshold of a fold is
+    the one that keeps 99 % of the true lesions of the others.
+    """
+    table = pd.read_csv(work / "filter" / "validation.csv", keep_default_na=False)
+    true, folds = (table["target"] == "matched").to_numpy(), table["fold"].to_numpy()
+    masks = work / "candidates" / "labels"
+    names = table["case_id"].str.replace("_1$", "", regex=True)
+    voxels = [read_mask(masks / f"{name}.nii.gz").array.sum() for name in names]
+    scores = {"filter": table["probability_matched"].to_numpy(float), "volume": np.array(voxels)}
+    print(f"\n{len(table)} lesions predicted in {table['patient'].nunique()} patients")
+    print("| by | true lesions lost | false lesions left |")
+    print("|---|---|---|")
+    for name, score in scores.items():
+        kept = np.zeros(len(table), bool)
+        for fold in np.unique(folds):
+            others = np.sort(score[true & (folds != fold)])
+            kept[folds == fold] = score[folds == fold] >= others[int(0.01 * len(others))]
+        lost, left = int((true & ~kept).sum()), int((~true & kept).sum())
+        print(
+            f"| {name} | {lost} of {true.sum()} ({lost / true.sum():.1%}) | "
+            f"{left} of {(~true).sum()} ({left / (~true).sum():.0%}) |"
+        )
 
 
 def judge(work: Path) -> None:

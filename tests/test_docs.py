@@ -8,6 +8,7 @@ from pathlib import Path
 
 import nnunet_folder
 import pytest
+from bundles import random_classifier
 from conftest import TINY
 from image_sets import folder_of_classes
 
@@ -74,6 +75,8 @@ def test_examples_in_docstrings_run(module, tmp_path, monkeypatch, request):
     (tmp_path / "recipe.toml").write_text(TINY, encoding="utf-8")
     if '"images"' in source:
         folder_of_classes(tmp_path / "images", n=6)
+    if '"lesion_filter"' in source:
+        random_classifier(tmp_path / "lesion_filter", "lesion", ["false", "matched"])
     if nnunet_folder.FOLDER in source:
         nnunet_folder.write_model(tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -30,8 +30,11 @@ def attach(options: AttachOptions) -> AttachReport:
 
     Example:
         >>> import volseg
-        >>> volseg.attach("model", filter="lesion_filter", out="filtered").roles["filter"][:5]
-        'false'
+        >>> result = volseg.attach(
+        ...     "model", filter="lesion_filter", filter_threshold=0.1, out="filtered"
+        ... )
+        >>> result.roles["filter"].partition(",")[0]
+        "lesions are dropped below p = 0.1 of 'matched'"
     """
     from volseg.bundle import load_bundle
 

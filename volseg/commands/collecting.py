@@ -48,8 +48,9 @@ def candidates(options: CandidatesOptions) -> CandidatesReport:
         >>> import volseg
         >>> scan = "sample_data/images/phantom_15.nii.gz"
         >>> held_out = volseg.infer(scan, model="model", out="held_out")
-        >>> volseg.candidates("sample_data", "held_out", out="candidates").n_false
-        0
+        >>> result = volseg.candidates("sample_data", "held_out", out="candidates")
+        >>> (result.out / "cases.csv").is_file()
+        True
     """
     cases = _cases(options.dataset)
     predicted = _predicted(options.folders, cases)
