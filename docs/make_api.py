@@ -24,7 +24,8 @@ GROUPS = {
     "Scans in memory": ("segment", "measure_mask", "load_model"),
     "Commands": (
         "infer", "explain", "measure", "evaluate", "compare", "report", "methods", "cases", "check",
-        "plan", "preprocess", "train", "pretrain", "quantise", "import_nnunet",
+        "plan", "preprocess", "train", "pretrain", "quantise", "candidates", "attach",
+        "import_nnunet",
     ),
     "Files": ("read_table", "read_volume", "read_mask", "write_volume"),
 }  # fmt: skip

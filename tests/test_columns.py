@@ -4,6 +4,7 @@ import csv
 
 import numpy as np
 import pytest
+from bundles import random_classifier
 from laws import ball, centre_mm, oblique
 
 import volseg
@@ -57,6 +58,19 @@ def inferred(dataset, model, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def gated(dataset, model, tmp_path_factory):
+    """Run the tiny model with a gate that skips every slice, and a filter."""
+    folder = tmp_path_factory.mktemp("gated")
+    random_classifier(folder / "gate", "slice", ["without label", "with label"])
+    random_classifier(folder / "filter", "lesion", ["false", "matched"])
+    options = {"gate": folder / "gate", "gate_threshold": 1.0, "filter_threshold": 0.0}
+    volseg.attach(model, filter=folder / "filter", **options, out=folder / "model")
+    scan = dataset / "images" / "scan_7.nii.gz"
+    volseg.infer(scan, model=folder / "model", out=folder / "out", device="cpu", pages=False)
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
 def uptake(measured, tmp_path_factory):
     """Measure the organ and its lesions in a scan that is stated to be in SUV."""
     folder = tmp_path_factory.mktemp("uptake")
@@ -70,10 +84,11 @@ def uptake(measured, tmp_path_factory):
 
 
 @pytest.mark.parametrize("table", ["lesions.csv", "cases.csv"])
-def test_every_column_is_filled_in_some_scan(table, measured, inferred, uptake):
+def test_every_column_is_filled_in_some_scan(table, measured, inferred, gated, uptake):
     rows = []
-    for folder in (measured, inferred, uptake):
+    for folder in (measured, inferred, gated, uptake):
         with (folder / table).open(encoding="utf-8") as file:
             rows += csv.DictReader(file)
-    empty = [name for name in rows[0] if not any(row[name] for row in rows)]
+    names = {name for row in rows for name in row}
+    empty = [name for name in sorted(names) if not any(row.get(name) for row in rows)]
     assert not empty, f"{table}: nothing fills {', '.join(empty)}"

@@ -9,6 +9,7 @@ from pathlib import Path
 import bright_squares
 import nnunet_folder
 import pytest
+from bundles import random_classifier
 from conftest import TINY
 from image_sets import folder_of_classes
 
@@ -77,6 +78,8 @@ def test_examples_in_docstrings_run(module, tmp_path, monkeypatch, request):
         folder_of_classes(tmp_path / "images", n=6)
     if '"image_model"' in source:
         bright_squares.save_model(tmp_path / "image_model")
+    if '"lesion_filter"' in source:
+        random_classifier(tmp_path / "lesion_filter", "lesion", ["false", "matched"])
     if nnunet_folder.FOLDER in source:
         nnunet_folder.write_model(tmp_path)
     monkeypatch.chdir(tmp_path)

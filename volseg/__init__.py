@@ -1,8 +1,8 @@
 """volseg turns 3D CT, MR and PET scans into lesions, and lesions into numbers for a study.
 
 The commands of the command line are functions here: `cases`, `plan`, `preprocess`, `train`,
-`pretrain`, `infer`, `explain`, `measure`, `evaluate`, `compare`, `report`, `methods`, `quantise`,
-`check` and `import_nnunet`.
+`pretrain`, `candidates`, `attach`, `infer`, `explain`, `measure`, `evaluate`, `compare`, `report`,
+`methods`, `quantise`, `check` and `import_nnunet`.
 `segment` and `measure_mask` do the same with a scan in memory and write no file; `load_model` loads
 a model once. `read_table` reads tables as data frames, `read_volume`, `read_mask` and
 `write_volume` scans and masks. A problem that you can fix is a `VolsegError`.
@@ -18,6 +18,8 @@ __all__ = [
     "VolsegError",
     "Volume",
     "__version__",
+    "attach",
+    "candidates",
     "cases",
     "check",
     "compare",
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
         Geometry,
         VolsegError,
         Volume,
+        attach,
+        candidates,
         cases,
         check,
         compare,

@@ -24,7 +24,20 @@ from volseg.mismatch import list_checks
 from volseg.networks import build_classifier, build_segmentation, copy_weights
 from volseg.planning.close import Reason
 from volseg.planning.fingerprint import DatasetFingerprint
-from volseg.recipe import Preprocess, Recipe, Roi, Text, listed, parse_recipe, validation_messages
+from volseg.recipe import (
+    AUTO,
+    GATE,
+    TYPE,
+    Preprocess,
+    Recipe,
+    Roi,
+    Role,
+    RoleOfClassifier,
+    Text,
+    listed,
+    parse_recipe,
+    validation_messages,
+)
 from volseg.words import format_count, format_sizes
 
 FORMAT_VERSION = 2
@@ -57,6 +70,7 @@ class ModelBundle:
         reasons: why the plan chose what the recipe left open.
         metrics: results of training and validation.
         origin: source of an imported model.
+        classifiers_sha256: role of each classifier of the recipe → hash of its model.json.
         first_network: name of the 3D network; those of an ensemble begin with it.
     """
 
@@ -67,6 +81,7 @@ class ModelBundle:
     versions: Mapping[str, str] = field(default_factory=dict)
     origin: Mapping[str, str] = field(default_factory=dict)
     reasons: tuple[Reason, ...] = ()
+    classifiers_sha256: Mapping[Role, str] = field(default_factory=dict)
     sha256: str = ""
     first_network: str = SEGMENTATION
 
@@ -133,6 +148,7 @@ def save_bundle(bundle: ModelBundle, folder: Path) -> ModelBundle:
         "origin": dict(bundle.origin),
         "versions": current_versions(),
         "weights_sha256": hashes,
+        "classifiers_sha256": dict(bundle.classifiers_sha256),
     }
     write_json_atomic(folder / DESCRIPTION, description)
     return load_bundle(folder)
@@ -183,14 +199,17 @@ def load_bundle(folder: Path) -> ModelBundle:
                 code="E_TASK",
             )
         description = _Description.model_validate(content)
+        recipe = _closed_recipe(description.recipe, where=str(folder / DESCRIPTION))
+        _check_classifiers(recipe, description.classifiers_sha256)
         return ModelBundle(
-            recipe=_closed_recipe(description.recipe, where=str(folder / DESCRIPTION)),
+            recipe=recipe,
             fingerprint=description.fingerprint,
             weights=StoredWeights(folder, description.weights_sha256),
             metrics=description.metrics,
             versions=description.versions,
             origin=description.origin,
             reasons=description.reasons,
+            classifiers_sha256=description.classifiers_sha256,
             sha256=digest,
         )
 
@@ -254,6 +273,13 @@ def _closed_recipe(content: dict[str, Any], where: str) -> Recipe:
     return recipe
 
 
+def _check_classifiers(recipe: Recipe, hashes: Mapping[Role, str]) -> None:
+    if {item.role for item in recipe.classifiers} != set(hashes):
+        raise ValueError("classifiers_sha256 does not list the classifiers of the recipe")
+    if any(item.role != TYPE and item.threshold == AUTO for item in recipe.classifiers):
+        raise ValueError("the recipe of a trained model leaves the threshold of a classifier open")
+
+
 class _Description(BaseModel):
     """The content of model.json."""
 
@@ -266,6 +292,7 @@ class _Description(BaseModel):
     versions: dict[str, Text]
     origin: dict[str, Text] = {}
     weights_sha256: Annotated[dict[NetworkName, Sha256], Field(min_length=1, max_length=1000)]
+    classifiers_sha256: dict[Role, Sha256] = {}
 
     @field_validator("metrics")
     @classmethod
@@ -347,6 +374,8 @@ def _making(bundle: ModelBundle) -> Iterator[str]:
     )
     if recipe.roi is not None:
         yield _coarse_pass(recipe.roi)
+    if recipe.classifiers:
+        yield _bullets(map(_role_text, recipe.classifiers))
     if bundle.reasons:
         yield _reason_table(bundle.reasons)
 
@@ -366,6 +395,15 @@ def _coarse_pass(roi: Roi) -> str:
         f"more than {roi.margin_mm:g} mm outside it the mask is background. If it finds nothing, "
         "the whole scan is segmented."
     )
+
+
+def _role_text(item: RoleOfClassifier) -> str:
+    """Describe what a classifier does."""
+    if item.role == TYPE:
+        return f"{item.role}: {item.model} gives every lesion its class"
+    what = "slices are skipped" if item.role == GATE else "lesions are dropped"
+    limit = f"if the probability of {item.kept_class!r} is below {item.threshold}"
+    return f"{item.role}: {item.model}; {what} {limit}"
 
 
 def _axes(preprocess: Preprocess) -> str:

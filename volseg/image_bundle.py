@@ -26,6 +26,7 @@ from volseg.bundle import (
 )
 from volseg.errors import VolsegError
 from volseg.evaluation.conformal import ConformalRule, OutlierModel
+from volseg.evaluation.fusion import Fusion
 from volseg.evaluation.operating import OperatingPoint
 from volseg.io.files import make_folder, write_bytes_atomic, write_json_atomic
 from volseg.networks import build_images, build_slices, copy_weights
@@ -39,6 +40,7 @@ from volseg.words import format_count, format_list
 CLASSIFIER = "classifier"  # weights of the network; those of an ensemble are numbered
 ENCODER = "slices"  # weights of the network that embeds the slices of scans, which is not trained
 ARRAYS = "judgement"  # arrays of the judgement and the reference, beside the weights
+SENSITIVITY_TO_KEEP = 0.99  # of the operating point from which a gate or a filter keeps
 REFERENCE_TOLERANCE = 1e-3  # of a probability, or of a number in standard deviations
 
 
@@ -53,6 +55,7 @@ class Judgement:
         half_width: of the interval around a number; None for classes.
         coverage: of sets and intervals.
         outliers: which images are unlike those of training; None if there were too few.
+        fusion: with measurements of the lesion, applied to the outputs before the temperature.
     """
 
     temperature: float = 1.0
@@ -61,6 +64,7 @@ class Judgement:
     half_width: float | None = None
     coverage: float = 0.9
     outliers: OutlierModel | None = None
+    fusion: Fusion | None = None
 
     @property
     def stated_coverage(self) -> float | None:
@@ -139,6 +143,8 @@ def save_image_bundle(bundle: ImageBundle, folder: Path) -> ImageBundle:
     make_folder(folder)
     judgement = bundle.judgement
     arrays = {} if judgement.outliers is None else dict(judgement.outliers.arrays())
+    if judgement.fusion is not None:
+        arrays |= judgement.fusion.arrays()
     if bundle.reference is not None:
         arrays["reference.image"] = bundle.reference.image
         arrays["reference.outputs"] = bundle.reference.outputs
@@ -229,6 +235,9 @@ def _judgement(
         half_width=stored.half_width,
         coverage=stored.coverage,
         outliers=OutlierModel.of_arrays(arrays) if "outlier.centres" in arrays else None,
+        fusion=None
+        if recipe.fusion is None
+        else Fusion.of_arrays(recipe.fusion.measurements, arrays),
     )
 
 
@@ -306,6 +315,11 @@ def _judged(bundle: ImageBundle) -> Iterator[str]:
         )
     if judgement.sets is not None:
         yield f"sets of classes with {judgement.coverage:.0%} coverage on validation images"
+    if judgement.fusion is not None:
+        names = ("image", *judgement.fusion.names)
+        weights = zip(names, judgement.fusion.weights.tolist(), strict=True)
+        shown = ", ".join(f"{name} {weight:+.3g}" for name, weight in weights)
+        yield f"fusion with measurements; weights of the standardised inputs: {shown}"
     if judgement.temperature != 1:
         yield f"temperature of the logits: {judgement.temperature:.4g}"
     for point in judgement.points:

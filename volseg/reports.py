@@ -520,6 +520,37 @@ class ImportReport(RunReport):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class AttachReport(RunReport):
+    """What `attach` made; `roles` says in words what each classifier does."""
+
+    roles: Mapping[str, str]
+    sha256: str
+
+    @property
+    def outcome(self) -> str:
+        return f"model {self.done[0]} with {format_list(list(self.roles), 3)}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class CandidatesReport(RunReport):
+    """What `candidates` found: how many predicted lesions are matched, false, or neither.
+
+    Args:
+        n_partial: those on a reference lesion that another one is matched with.
+    """
+
+    n_matched: int
+    n_false: int
+    n_partial: int
+
+    @property
+    def outcome(self) -> str:
+        counts = {"matched": self.n_matched, "false": self.n_false, "partial": self.n_partial}
+        shown = ", ".join(f"{n} {name}" for name, n in counts.items() if n or name != "partial")
+        return f"{format_count(sum(counts.values()), 'predicted lesion')}: {shown}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class PagesReport(RunReport):
     """What `report` made.
 

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from volseg.attached import load_attached
 from volseg.bundle import ModelBundle
 from volseg.errors import ScanError
 from volseg.inference.backend import Backend, EnsembleBackend, device_of
-from volseg.inference.choose import choose_backend, load_backend
+from volseg.inference.choose import BackendChoice, choose_backend, load_backend
 from volseg.inference.classify import classify_lesions
 from volseg.inference.duration import Work, seconds_per_tile
 from volseg.inference.export import batch_shape_of
 from volseg.inference.memory import NetworkPass, check_patch, network_bytes
 from volseg.inference.openvino_backend import OpenVINOBackend
 from volseg.inference.roi import find_region
+from volseg.inference.roles import (
+    GateReport,
+    KeptSlices,
+    RunningClassifier,
+    classes_of_lesions,
+    lesion_probabilities,
+)
 from volseg.inference.stream import Tiling, predict_slabs
 from volseg.inference.tiles import thinnest_axis, widest
 from volseg.inference.torch_backend import TorchBackend
@@ -35,7 +44,7 @@ from volseg.preprocessing.prepare import Preparation
 from volseg.preprocessing.probabilities import ProbabilityMaps
 from volseg.preprocessing.restore import MaskRestorer
 from volseg.preprocessing.tilt import Straight
-from volseg.recipe import Data
+from volseg.recipe import FILTER, GATE, TYPE, Data, Role
 from volseg.volume import BoundingBox, Volume
 
 OnTile = Callable[[int, int], None]  # (tiles done, total)
@@ -50,6 +59,7 @@ class Model:
     classifier: Backend | None
     device: str = "cpu"
     coarse: Model | None = None  # the coarse first pass, if the recipe has one
+    attached: Mapping[Role, RunningClassifier] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -74,6 +84,8 @@ class CaseResult:
     confidence: np.ndarray | None
     measured: MeasuredLesions
     resemblance: Resemblance  # to the training scans of the model
+    n_dropped: int | None = None  # lesions that the model's filter dropped; None without a filter
+    gate: GateReport | None = None  # what the model's gate skipped; None without a gate
 
     @property
     def lesions(self) -> Sequence[LesionMeasurement]:
@@ -119,7 +131,21 @@ def load_model(
     segmentation = load_backend(bundle, choice, folder=folder)
     if network is not None:
         classifier = TorchBackend(network, choice.device, precision=choice.precision)
-    return Model(bundle, segmentation, classifier, choice.device.type, coarse)
+    attached = _load_attached(bundle, choice, folder)
+    return Model(bundle, segmentation, classifier, choice.device.type, coarse, attached)
+
+
+def _load_attached(
+    bundle: ModelBundle, choice: BackendChoice, folder: Path | None
+) -> Mapping[Role, RunningClassifier]:
+    """Load the attached classifiers: in torch, and on a CPU in fp32, so that they always agree."""
+    precision = "fp32" if choice.device.type == "cpu" else choice.precision
+    choice = replace(choice, backend="torch", precision=precision)
+    return {
+        item.role: RunningClassifier.load(item, loaded, choice)
+        for role, loaded in load_attached(bundle, folder).items()
+        if (item := bundle.recipe.classifier(role)) is not None
+    }
 
 
 def segment_case(
@@ -152,7 +178,12 @@ def segment_case(
     if resemblance.contradictions and not accept_mismatch:
         raise _other_modality(resemblance, case_id, recipe.name)
     straight = Straight.of(scan.geometry) if scan.geometry.is_tilted else None
-    mask, confidence = _predict(scans, model, straight, streaming or Streaming(), on_tile)
+    is_doubted = bool(resemblance.unit.doubt)
+    if is_doubted:  # a scan unlike those on which the classifiers were trained
+        model = replace(
+            model, attached={TYPE: model.attached[TYPE]} if TYPE in model.attached else {}
+        )
+    mask, confidence, gate = _predict(scans, model, straight, streaming or Streaming(), on_tile)
     for step in make_steps(recipe.postprocess):
         mask = step(mask, scan.geometry)
     organ, organ_voxels, lesion_mask = recipe.measure.organ, None, mask
@@ -160,7 +191,15 @@ def segment_case(
         value = recipe.data.labels[organ]
         lesion_mask, organ_voxels = remove_organ(mask, value)
         confidence[mask == value] = 0  # confidence in the organ says nothing about a lesion
-    lesions = label_lesions(lesion_mask, scan.geometry)
+    lesions, n_dropped = label_lesions(lesion_mask, scan.geometry), None
+    if (filtering := model.attached.get(FILTER)) is not None:
+        is_false = _false_lesions(scan, lesions, filtering, straight)
+        n_dropped = int(np.count_nonzero(is_false))
+        if n_dropped:
+            dropped = is_false[lesions.ids]
+            for array in (mask, lesion_mask, confidence):
+                array[dropped] = 0
+            lesions = label_lesions(lesion_mask, scan.geometry)
     segmented = SegmentedScan(
         case_id=case_id,
         image=scan,
@@ -170,10 +209,11 @@ def segment_case(
         settings=recipe.measure,
         organ_voxels=organ_voxels,
         confidence=confidence,
-        classes=_classes(scan, lesions, model, straight, is_doubted=bool(resemblance.unit.doubt)),
+        classes=_classes(scan, lesions, model, straight, is_doubted=is_doubted),
         model=model.bundle.name,
     )
-    return CaseResult(scan.with_array(mask), confidence, measure_largest(segmented), resemblance)
+    measured = measure_largest(segmented)
+    return CaseResult(scan.with_array(mask), confidence, measured, resemblance, n_dropped, gate)
 
 
 def network_pass(model: Model) -> NetworkPass:
@@ -219,8 +259,10 @@ def _predict(
     straight: Straight | None,
     streaming: Streaming,
     on_tile: OnTile,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, GateReport | None]:
     """Return mask (I, J, K) of label values and confidence (I, J, K) uint8 on the scan's grid.
+
+    Also what the gate skipped, if the model has one.
 
     Args:
         straight: how the stack becomes right-angled for the network; None if it is.
@@ -228,14 +270,14 @@ def _predict(
     if straight is None:
         return _predict_upright(scans, model, streaming=streaming, on_tile=on_tile)
     seen = {name: straight.scan(scan) for name, scan in scans.items()}
-    mask, confidence = _predict_upright(seen, model, streaming=streaming, on_tile=on_tile)
-    return straight.unstack(mask), straight.unstack(confidence)
+    mask, confidence, gate = _predict_upright(seen, model, streaming=streaming, on_tile=on_tile)
+    return straight.unstack(mask), straight.unstack(confidence), gate
 
 
 def _predict_upright(
     scans: Mapping[str, Volume], model: Model, *, streaming: Streaming, on_tile: OnTile
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return mask and confidence of a scan whose axes are at right angles."""
+) -> tuple[np.ndarray, np.ndarray, GateReport | None]:
+    """Return mask, confidence and gate report of a scan whose axes are at right angles."""
     recipe, backend = model.bundle.recipe, model.segmentation
     data, regions = recipe.data, recipe.data.regions_class_order
     absent = [name for name in data.channels if name not in scans]
@@ -246,7 +288,10 @@ def _predict_upright(
         empty_level=None if regions else preparation.empty_level,
         dtype=torch.float16 if streaming.half_logits else torch.float32,
     )
-    part = _tiled_part(preparation, tiling, model)
+    part, gating = _tiled_part(preparation, tiling, model), model.attached.get(GATE)
+    slices = None if gating is None else KeptSlices.of(scans[data.channels[0]], gating)
+    if slices is not None and part is not None and slices.skipped.size:
+        tiling = replace(tiling, kept_planes=slices.planes(trail, part))
     axis = trail.separate_axis
     if axis is None:
         axis = thinnest_axis(trail.shape if part is None else part.shape, tiling.patch_shape)
@@ -257,6 +302,7 @@ def _predict_upright(
     if streaming.probabilities is not None:
         streaming.probabilities.begin(trail)
         restorer.on_logits = streaming.probabilities.add
+    started = time.monotonic()
     if part is not None:
         done, total = count(1), tiling.count(part.shape)
         on_tile(0, total)
@@ -272,7 +318,28 @@ def _predict_upright(
                 restorer.add(slab)
         finally:
             backend.release()
-    return restorer.result()
+    gate = None
+    if slices is not None:
+        gate = _gate_report(slices, tiling, part, time.monotonic() - started)
+    return *restorer.result(), gate
+
+
+def _gate_report(
+    slices: KeptSlices, tiling: Tiling, part: BoundingBox | None, seconds: float
+) -> GateReport:
+    """Return what a gate skipped; `seconds` is what the tiles took that were run."""
+    n_tiles = 0 if part is None else tiling.count(part.shape)
+    n_skipped = 0 if part is None else tiling.count_skipped(part.shape)
+    n_run = n_tiles - n_skipped
+    return GateReport(
+        n_slices=len(slices.is_kept),
+        n_skipped=len(slices.skipped),
+        n_tiles=n_tiles,
+        n_tiles_skipped=n_skipped,
+        seconds=slices.seconds,
+        seconds_saved=seconds * n_skipped / n_run if n_run else None,
+        skipped=slices.skipped,
+    )
 
 
 def output_values(data: Data) -> list[int]:
@@ -332,15 +399,33 @@ def _classes(
 
     With a doubted unit no lesion gets a class; in noise only the largest get one.
     """
-    settings = model.bundle.recipe.classify
-    if model.classifier is None or settings is None:
+    settings, typing = model.bundle.recipe.classify, model.attached.get(TYPE)
+    if typing is None and (model.classifier is None or settings is None):
         return None
     if is_doubted:
         return [None] * min(MANY, len(lesions.labels))
-    ids = lesions.ids
-    if straight is not None:
-        scan, ids = straight.scan(scan), straight.stack(ids, 0)
-    return classify_lesions(scan, ids, model.classifier, settings, most=MANY)
+    scan, lesions = _upright(scan, lesions, straight)
+    if typing is not None:
+        return classes_of_lesions(scan, lesions, typing, most=MANY)
+    assert model.classifier is not None and settings is not None
+    return classify_lesions(scan, lesions.ids, model.classifier, settings, most=MANY)
+
+
+def _false_lesions(
+    scan: Volume, lesions: Lesions, filtering: RunningClassifier, straight: Straight | None
+) -> np.ndarray:
+    """Return (n + 1,) bool: which numbers in `ids` a filter drops; none after the first `MANY`."""
+    is_false = np.zeros(len(lesions.labels) + 1, bool)
+    probabilities = lesion_probabilities(*_upright(scan, lesions, straight), filtering, most=MANY)
+    is_false[1 : 1 + len(probabilities)] = ~filtering.keeps(probabilities)
+    return is_false
+
+
+def _upright(scan: Volume, lesions: Lesions, straight: Straight | None) -> tuple[Volume, Lesions]:
+    """Return a scan and its lesions as classifiers see them: at right angles."""
+    if straight is None:
+        return scan, lesions
+    return straight.scan(scan), replace(lesions, ids=straight.stack(lesions.ids, 0))
 
 
 def _present(images: Mapping[str, Volume], data: Data, case_id: str) -> Mapping[str, Volume]:

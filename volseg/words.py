@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 
 UNITS = ((86_400.0, "days"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 # what a row of lesions.csv is, by the setting `objects`
@@ -100,3 +101,36 @@ def duration(seconds: float) -> str:
             value = seconds / size
             return f"{value:.0f} {unit}" if value >= 9.95 else f"{value:.2g} {unit}"
     return "a second"
+
+
+def format_ranges(numbers: Sequence[int]) -> str:
+    """Write ascending numbers as ranges; `parse_ranges` is its inverse.
+
+    >>> format_ranges([0, 1, 2, 5])
+    '0-2;5'
+    """
+    pairs = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    runs = [[number for _, number in run] for _, run in pairs]
+    return ";".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+
+
+def parse_ranges(text: str, *, below: int) -> list[int]:
+    """Return the numbers that `format_ranges` wrote.
+
+    Args:
+        below: none may reach it.
+
+    Raises:
+        ValueError: the text is not of that form, or a number is too large.
+
+    >>> parse_ranges("0-2;5", below=6)
+    [0, 1, 2, 5]
+    """
+    numbers: list[int] = []
+    for part in text.split(";") if text else ():
+        first, _, last = part.partition("-")
+        start, stop = int(first), int(last or first) + 1
+        if not 0 <= start < stop <= below:
+            raise ValueError(f"{part!r} is not a range of numbers below {below}")
+        numbers += range(start, stop)
+    return numbers

@@ -19,8 +19,9 @@ from volseg.commands.image_start import Start
 from volseg.errors import VolsegError
 from volseg.image_bundle import load_image_bundle
 from volseg.io.prepared_images import read_prepared_images
-from volseg.recipe import ClassifyRecipe
+from volseg.recipe import ClassifyRecipe, parse_image_recipe
 from volseg.training.baselines import load_baselines
+from volseg.training.check import image_recipe_problems
 
 TINY = {"name": "cnn_small", "features": (8, 16)}
 
@@ -543,6 +544,64 @@ def test_each_lesion_of_a_scan_is_classified_from_slices_in_three_planes(tmp_pat
     assert page.read_text().count("/9j/") == pictures > 10
     with pytest.raises(VolsegError, match="no scan has a mask"):
         volseg.infer(scans / "images" / "s00.nii.gz", model=tmp_path / "m", out=tmp_path / "x")
+
+
+@pytest.mark.slow
+def test_a_fusion_weighs_the_measurement_that_tells_the_classes(tmp_path):
+    scans = scans_of_lesions(tmp_path / "data", n=24)
+    stated = recipe(
+        "kind",
+        {"epochs": 1, "augment": {"mask_jitter_mm": 1.0}},
+        data={"input": "lesion", "target": "kind"},
+        images={
+            "pixels": 16,
+            "field_of_view_mm": 16,
+            "normalise": {"method": "window", "low": -200, "high": 200},
+        },
+        fusion={"measurements": ["volume_ml", "intensity_mean", "sphericity"]},
+    )
+    report = volseg.train(scans, recipe=stated, out=tmp_path / "m", folds=2)
+    assert report.metrics["validation_auc"] == 1.0
+    fusion = load_image_bundle(tmp_path / "m").judgement.fusion
+    weights = dict(zip(("image", *fusion.names), np.abs(fusion.weights).tolist(), strict=True))
+    del weights["image"]
+    assert max(weights, key=lambda name: weights[name]) == "intensity_mean"
+    assert not [p for p in volseg.check(tmp_path / "m") if p["code"].startswith("E_")]
+    volseg.infer(scans, model=tmp_path / "m", out=tmp_path / "r")
+    kinds = {row["image"][7:10]: row["kind"] for row in rows_of(scans / "cases.csv")}
+    rows = rows_of(tmp_path / "r" / "classes.csv")
+    assert all(row["class_name"] == kinds[row["case_id"][:3]] for row in rows)
+    with pytest.raises(VolsegError, match=r"too few for \[fusion\]: a fusion needs 5 lesions"):
+        volseg.train(scans, recipe=stated, out=tmp_path / "few")
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"fusion": {"measurements": ["volume_ml"]}}, 'fusion needs input = "lesion"'),
+        ({"train": {"augment": {"mask_jitter_mm": 1}}}, "mask_jitter_mm needs input"),
+        (
+            {
+                "data": {"input": "lesion", "target": "x", "kind": "number"},
+                "fusion": {"measurements": ["volume_ml"]},
+            },
+            "fusion needs two classes",
+        ),
+    ],
+)
+def test_what_only_lesions_of_two_classes_have_is_refused_elsewhere(sections, message):
+    content = recipe("x").model_dump() | sections
+    with pytest.raises(VolsegError, match=message):
+        parse_image_recipe(content, where="test")
+
+
+def test_an_unknown_measurement_is_named():
+    stated = recipe(
+        "x", data={"input": "lesion", "target": "x"}, fusion={"measurements": ["volum"]}
+    )
+    (problem,) = image_recipe_problems(stated)
+    assert "measurement 'volum' is unknown" in problem.problem
+    assert "volume_ml" in problem.fix
 
 
 @pytest.mark.slow

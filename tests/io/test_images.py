@@ -19,7 +19,7 @@ from volseg.io.images import (
     MAX_PIXELS,
     ImageReader,
     read_image,
-    slice_of,
+    slice_image,
     stack_slices,
     through_axis,
 )
@@ -446,7 +446,7 @@ def test_slices_that_were_read_make_the_volume_again_in_every_orientation(grid, 
         geometry = Geometry(stored.shape, affine)
         canonical = Volume(stored, geometry).canonical()
         through = through_axis(canonical.geometry.shape)
-        slices = {k: slice_of(canonical, through, k).array[0] for k in range(array.shape[2])}
+        slices = {k: slice_image(canonical, through, k).array[0] for k in range(array.shape[2])}
         stacked = stack_slices(slices, geometry)
         np.testing.assert_array_equal(stacked.array, stored)
         np.testing.assert_array_equal(stacked.geometry.affine, affine)
@@ -464,5 +464,5 @@ def test_a_single_coronal_slice_is_stacked_as_it_was_read(tmp_path):
     array = np.random.default_rng(3).normal(size=(5, 1, 7)).astype(np.float32)
     volume = Volume(array, Geometry(array.shape, np.diag([-1.0, 2.0, 1.5, 1.0])))
     canonical = volume.canonical()
-    image = slice_of(canonical, through_axis(canonical.geometry.shape), 0).array[0]
+    image = slice_image(canonical, through_axis(canonical.geometry.shape), 0).array[0]
     np.testing.assert_array_equal(stack_slices({0: image}, volume.geometry).array, array)

@@ -608,7 +608,8 @@ def test_the_columns_of_both_tables_are_a_contract():
     )
     assert " ".join(name for name, *_ in cases) == (
         "case_id status reason n_lesions total_volume_ml image model seconds warnings "
-        "largest_volume_ml sum_long_axis_mm n_measurable organ_volume_ml burden agatston_score"
+        "largest_volume_ml sum_long_axis_mm n_measurable organ_volume_ml burden agatston_score "
+        "n_dropped slices_skipped"
     )
     assert all(meaning for _, _, meaning, _ in described + cases)
     units = {name: unit for name, unit, *_ in described}

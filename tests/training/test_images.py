@@ -11,7 +11,7 @@ from torch.nn import functional
 from volseg.errors import VolsegError
 from volseg.io.prepared_images import ImageSet, PreparedImage
 from volseg.recipe.classification import ClassifyRecipe, ImageAugment, ImageLoss
-from volseg.training.image_augment import augment_images, mix_up
+from volseg.training.image_augment import augment_images, jitter_mask, mix_up
 from volseg.training.image_batches import ImageBatches, class_weights
 from volseg.training.image_losses import LOSSES, ImageCriterion, make_loss
 from volseg.training.images import ImageObjective, Taught
@@ -251,3 +251,57 @@ def test_each_image_is_followed_by_what_the_teacher_said_of_it(balance):
     outputs = [torch.from_numpy(answers), -torch.from_numpy(answers)]
     imitating, opposing = (objective.loss(None)(output, rows) for output in outputs)
     assert imitating < opposing
+
+
+DISC = (np.hypot(*(np.indices((40, 40)) - 19.5)) <= 9).astype(np.float32)
+
+
+def test_a_jittered_mask_stays_within_the_stated_distance_of_its_outline():
+    """Witness: all discs of radius 9 ± 2·2 pixels, as a shift of √2·2 adds to a growth of 2."""
+    most, radius = 2.0, np.hypot(*(np.indices((40, 40)) - 19.5))
+    areas = []
+    for seed in range(40):
+        jittered = jitter_mask(DISC, most, np.random.default_rng(seed))
+        reach = most + most * 2**0.5 + 1
+        assert (jittered[radius < 9 - reach] == 1).all()
+        assert (jittered[radius > 9 + reach] == 0).all()
+        areas.append(jittered.sum())
+        rows, columns = np.indices(jittered.shape) - 19.5
+        centre = [(axis * jittered).sum() / jittered.sum() for axis in (rows, columns)]
+        assert np.abs(centre).max() <= most + 0.1
+    assert min(areas) < 0.75 * DISC.sum() < DISC.sum() < 1.25 * DISC.sum() < max(areas)
+
+
+def test_a_mask_that_would_vanish_and_one_that_is_empty_stay():
+    dot = np.zeros((20, 20), np.float32)
+    dot[9, 9] = 1
+    for seed in range(20):
+        assert jitter_mask(dot, 3.0, np.random.default_rng(seed)).max() >= 0.5
+    empty = np.zeros((20, 20), np.float32)
+    assert jitter_mask(empty, 3.0, np.random.default_rng(0)) is empty
+
+
+def test_jitter_changes_only_the_mask_and_is_seeded():
+    batch = torch.from_numpy(np.stack([[DISC * 3, DISC]] * 4))
+    settings = NONE.model_copy(update={"mask_jitter_mm": 4.0})
+    seeds = [(0, 0, n) for n in range(4)]
+    first, again = (augment_images(batch, settings, seeds, mask_pixel_mm=2.0) for _ in range(2))
+    assert torch.equal(first, again)
+    assert torch.equal(first[:, 0], batch[:, 0])
+    assert len({image[1].numpy().tobytes() for image in first}) == 4
+    direct = jitter_mask(DISC, 2.0, np.random.default_rng([0, 0, 2, 5]))
+    np.testing.assert_array_equal(first[2, 1].numpy(), direct)
+
+
+def test_intensities_change_but_not_the_values_of_a_mask():
+    batch = torch.from_numpy(np.stack([[DISC * 3, DISC]] * 8))
+    settings = NONE.model_copy(
+        update={
+            "brightness_probability": 1.0,
+            "contrast_probability": 1.0,
+            "noise_probability": 1.0,
+        }
+    )
+    changed = augment_images(batch, settings, [(n,) for n in range(8)], mask_pixel_mm=1.0)
+    assert torch.equal(changed[:, 1], batch[:, 1])
+    assert not torch.equal(changed[:, 0], batch[:, 0])

@@ -168,6 +168,12 @@ def _(report: reports.ImportReport) -> None:
 
 
 @show_details.register
+def _(report: reports.AttachReport) -> None:
+    for name, value in report.roles.items():
+        typer.echo(one_line(f"{name}: {value}"))
+
+
+@show_details.register
 def _(report: reports.EvaluateReport) -> None:
     if "task" in report.summary:
         _show_judgement(report.summary)
@@ -196,6 +202,8 @@ def _(report: reports.EvaluateReport) -> None:
         f"means with 95 % intervals over {patients} ({report.summary['patients']}); "
         "volume mL: predicted − reference"
     )
+    if gate := report.summary.get("gate"):
+        typer.echo(_gate_text(gate))
     for reason in _reasons_without_interval(labels, shown):
         typer.echo(f"(none): no interval; {reason}")
     for label in labels:
@@ -204,6 +212,16 @@ def _(report: reports.EvaluateReport) -> None:
     if missing := report.summary["not_predicted"]:
         masks = format_count(len(missing), "reference mask")
         announce(f"{masks} without a prediction, such as {missing[0]}")
+
+
+def _gate_text(gate: Mapping[str, Any]) -> str:
+    share = f"{gate['skipped']} of {gate['slices']} slices skipped"
+    if gate["sensitivity"] is None:
+        return f"gate: {share}; no slice has a label"
+    kept = f"{gate['with_label_kept']} of {gate['with_label']} slices with a label kept"
+    return f"gate: {share} ({gate['skipped'] / gate['slices']:.0%}); {kept} (sensitivity " + (
+        f"{gate['sensitivity']:.3f})"
+    )
 
 
 BESIDE = {  # task → title, average and metric of simple models

@@ -1,6 +1,8 @@
 """Imperative shell: read files, loop over cases, write folders and tables; all below is pure."""
 
+from volseg.commands.attaching import attach
 from volseg.commands.checking import check, table_columns
+from volseg.commands.collecting import candidates
 from volseg.commands.comparing import compare
 from volseg.commands.describing import methods
 from volseg.commands.evaluating import evaluate
@@ -40,6 +42,8 @@ __all__ = [
     "SegmentResult",
     "VolsegError",
     "Volume",
+    "attach",
+    "candidates",
     "cases",
     "check",
     "compare",

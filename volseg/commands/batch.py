@@ -325,6 +325,7 @@ class MeasuredCase:
         sha256: of the files that were read.
         model: name and hash; empty for a mask from elsewhere.
         remarks: warnings about unit and similarity to the training scans, as `W_CODE: sentence`.
+        n_dropped, slices_skipped: as in cases.csv.
     """
 
     path: Path | None
@@ -333,6 +334,8 @@ class MeasuredCase:
     sha256: tuple[str, ...]
     model: str = ""
     remarks: Sequence[str] = ()
+    n_dropped: int | None = None
+    slices_skipped: str | None = None
 
 
 def write_case(
@@ -373,6 +376,8 @@ def done_row(measured: MeasuredCase, oddities: Iterable[ScanWarning]) -> CaseRow
         model=measured.model,
         seconds=round(measured.seconds, 2),
         warnings="; ".join(_warnings(measured, oddities)),
+        n_dropped=measured.n_dropped,
+        slices_skipped=measured.slices_skipped,
     )
 
 

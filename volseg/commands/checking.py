@@ -18,7 +18,7 @@ from volseg.commands.preparing import PREPARED_FILE
 from volseg.commands.problems import Problem, problem_at, problem_of
 from volseg.commands.training_cases import TrainingSet, read_training_case
 from volseg.errors import VolsegError, given_path, severity_of
-from volseg.evaluation.class_rows import CLASSES, described_columns
+from volseg.evaluation.class_rows import CLASSES, PROBABILITY, described_columns
 from volseg.inputs import read_json
 from volseg.io.cases import ONE_CHANNEL, Case, Survey
 from volseg.io.dicom_layout import are_slices, descriptions
@@ -175,6 +175,7 @@ def _check_recipe(path: Path) -> Iterator[Problem]:
 
 
 def _check_model(path: Path) -> Iterable[Problem]:
+    from volseg.attached import load_attached, role_folder
     from volseg.bundle import load_bundle
     from volseg.image_bundle import is_image_model
     from volseg.inference.memory import check_patch
@@ -187,7 +188,8 @@ def _check_model(path: Path) -> Iterable[Problem]:
             check_patch(part)
             part.segmentation_networks()
     bundle.classifier_network()
-    return ()
+    attached = load_attached(bundle, path)
+    return chain.from_iterable(check_image_model(path / role_folder(role)) for role in attached)
 
 
 def _check_scan(path: Path, quality: ScanQuality) -> Iterator[Problem]:
@@ -318,6 +320,8 @@ def table_columns() -> dict[str, list[tuple[str, str, str, str]]]:
     """Return (name, unit, meaning, source) of every column of every table."""
     tables = {name: columns_of(row_type) for name, row_type in TABLES.items()}
     tables |= {f"{name} of classes and numbers": columns_of(VARIANTS[name]) for name in VARIANTS}
+    meaning = "probability of each class of `class_probabilities`; only if a lesion was classified"
+    tables["lesions.csv"].append((f"{PROBABILITY}<class>", "0 to 1", meaning, ""))
     return tables | {CLASSES: described_columns()}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from volseg.columns import row_of
 from volseg.commands.batch import failure_reason
 from volseg.commands.class_tables import predicted_table
+from volseg.commands.gate_judging import gate_summary
 from volseg.commands.judging import METRICS as METRICS_TABLE
 from volseg.commands.judging import PICTURES as TABLE_PICTURES
 from volseg.commands.judging import REPORT, evaluate_tables
@@ -81,6 +82,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateReport:
             "labels": {str(result.label): as_json(result) for result in results},
             "min_iou": min_iou,
             "settings": pairs.settings,
+            **_gate(pairs, compared),
             "masks": {name: list(case.masks) for name, case in listed.items()},
             **pairs.unpaired,
             "failed": failed,
@@ -97,6 +99,13 @@ def evaluate(options: EvaluateOptions) -> EvaluateReport:
     return EvaluateReport(
         out=options.out, done=list(compared), failed=failed, warnings=warnings, summary=summary
     )
+
+
+def _gate(pairs: MaskPairs, compared: Collection[str]) -> dict[str, Any]:
+    """Return what the gate of the model skipped; nothing without one."""
+    masks = ((pairs.guesses[name].path, *pairs.truths[name].read_from) for name in compared)
+    summary = gate_summary(pairs.options.predicted, masks)
+    return {} if summary is None else {"gate": summary}
 
 
 def _refuse_table_options(options: EvaluateOptions) -> None:

@@ -38,7 +38,7 @@ from volseg.io.files import json_text
 from volseg.io.formats import is_scan
 from volseg.io.image_cases import ImageCase, find_images
 from volseg.io.image_listing import slice_id
-from volseg.io.images import slice_of, stack_slices, through_axis
+from volseg.io.images import slice_image, stack_slices, through_axis
 from volseg.io.series import split_volume
 from volseg.io.volumes import read_header, read_mask, write_volume
 from volseg.options import ExplainOptions, command
@@ -170,7 +170,7 @@ class _Masks:
             self._mask, self._paths = mask.canonical(), (case.path, case.mask)
         assert self._mask is not None
         through = through_axis(self._mask.geometry.shape)
-        inside = slice_of(self._mask, through, case.index).array[0] > 0
+        inside = slice_image(self._mask, through, case.index).array[0] > 0
         assert inside.shape == image.array.shape[1:]
         return inside
 

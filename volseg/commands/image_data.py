@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -246,7 +247,13 @@ class ImageDataset:
                 image = source.network_input(case, recipe.images)
                 if encoder is not None:
                     (image,) = stack_scans([image], shape[0])
-                yield image, planned.prepared(case, case_key(case, digest_of))
+                names = () if recipe.fusion is None else recipe.fusion.measurements
+                measured = source.measurements(case, names).tolist()
+                measurements = {
+                    name: value if math.isfinite(value) else None
+                    for name, value in zip(names, measured, strict=True)
+                }
+                yield image, planned.prepared(case, case_key(case, digest_of), measurements)
                 self.progress(PREPARING, count / len(planned.cases), case.id)
 
         header = {
@@ -295,7 +302,9 @@ class PlannedImages:
     failed: Mapping[str, str]
     remarks: Sequence[str]
 
-    def prepared(self, case: ImageCase, key: str) -> PreparedImage:
+    def prepared(
+        self, case: ImageCase, key: str, measurements: Mapping[str, float | None]
+    ) -> PreparedImage:
         return PreparedImage(
             id=case.id,
             patient=case.patient or case.id,
@@ -304,6 +313,7 @@ class PlannedImages:
             target=self.values[case.id],
             sha256=key,
             cells=dict(case.cells),
+            measurements=dict(measurements),
         )
 
 

@@ -29,7 +29,7 @@ from volseg.evaluation.class_rows import (
 from volseg.image_bundle import ImageBundle, load_image_bundle
 from volseg.inference.choose import choose_backend
 from volseg.inference.image_predictor import load_predictor
-from volseg.inference.images import to_predictions
+from volseg.inference.images import judged_predictions
 from volseg.inputs import read_json
 from volseg.io.files import json_text, sha256_of
 from volseg.io.image_cases import ImageCase
@@ -254,8 +254,13 @@ class _Run:
         recipe, inputs = self._bundle.recipe, [image for _, image in batch]
         images = stack_scans(inputs) if recipe.sequence is not None else np.stack(inputs)
         predicted = self._predictor.predict(images)
-        temperature = self._bundle.judgement.temperature
-        predictions = to_predictions(predicted.outputs, recipe.data, temperature)
+        judgement, fusion = self._bundle.judgement, self._bundle.judgement.fusion
+        measured = None
+        if fusion is not None:
+            measured = np.stack(
+                [self._source.measurements(case, fusion.names) for case, _ in batch]
+            )
+        predictions = judged_predictions(predicted.outputs, recipe.data, judgement, measured)
         unusual = self._unusual(predicted.embeddings)
         self._beside_rows |= self._beside.rows([case.id for case, _ in batch], images)
         for (case, _), prediction, is_unusual in zip(batch, predictions, unusual, strict=True):

@@ -23,7 +23,7 @@ from volseg.inference.image_predictor import (
     embedding_shape,
     openvino_predictor,
 )
-from volseg.inference.images import to_predictions
+from volseg.inference.images import judged_predictions
 from volseg.inference.quantise import (
     by_precision,
     library_versions,
@@ -171,11 +171,13 @@ def _scores(
     recipe, judgement = bundle.recipe, bundle.judgement
     monitor = str(recipe.train.monitor)
     scores: dict[str, dict[str, float | None]] = {monitor: {}, CHANGE: {}}
+    fusion = judgement.fusion
+    measured = None if fusion is None else images.measurements(fusion.names)
     truth, exact = known_targets(images, recipe), np.zeros(0)
     for count, (name, predictor) in enumerate(predictors.items(), start=1):
         predicted = predictor.predict(images.pixels)
         predictor.release()  # only one network at a time keeps its memory
-        values = to_predictions(predicted.outputs, recipe.data, judgement.temperature)
+        values = judged_predictions(predicted.outputs, recipe.data, judgement, measured)
         exact = values if name == "fp32" else exact
         scores[monitor][name] = _score(monitor, values, truth, recipe)
         scores[CHANGE][name] = round(float(np.abs(values - exact).max()), 6)

@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from volseg.commands.batch import reason_of
 from volseg.commands.placing import place_mask
-from volseg.commands.scan_sources import Embed, ScanSource, scan_digest, scans_of
+from volseg.commands.scan_sources import Embed, ScanSource, Unmeasured, scan_digest, scans_of
 from volseg.commands.seen_images import image_key
 from volseg.errors import ScanError, VolsegError, named
 from volseg.image import Image2D
@@ -20,7 +20,8 @@ from volseg.io.image_cases import ImageCase, find_images
 from volseg.io.images import ImageReader
 from volseg.io.layouts import find_scans, survey_cases
 from volseg.io.volumes import read_mask, read_volume
-from volseg.postprocessing.lesions import label_lesions
+from volseg.measurement.fusible import fusible_measurements
+from volseg.postprocessing.lesions import MANY, Lesions, label_lesions
 from volseg.preprocessing.images import to_input
 from volseg.preprocessing.lesion_images import LesionView, cut_lesion, lesion_input, white_of
 from volseg.recipe import ClassifyRecipe
@@ -49,6 +50,14 @@ class ImageSource(Protocol):
 
         Raises:
             VolsegError: it cannot be read, or not normalised.
+        """
+        ...
+
+    def measurements(self, case: ImageCase, names: Sequence[str]) -> np.ndarray:
+        """Return (k,) measurements of a lesion, by which it is judged too.
+
+        Raises:
+            ScanError: scan or mask cannot be read.
         """
         ...
 
@@ -103,7 +112,7 @@ def find_inputs(
     return scans
 
 
-class FileSource:
+class FileSource(Unmeasured):
     """Images and slices of volumes."""
 
     def __init__(self) -> None:
@@ -124,7 +133,8 @@ class LesionSource:
     def __init__(self) -> None:
         self._paths: tuple[Path, Path | None] | None = None
         self._scan: Volume | None = None
-        self._ids = np.zeros(0)
+        self._lesions = Lesions(np.zeros(0), [], [])
+        self._measured: dict[tuple[str, ...], np.ndarray] = {}
         self._boxes: list[tuple[slice, ...]] = []
 
     def picture(self, case: ImageCase) -> Image2D:
@@ -143,19 +153,32 @@ class LesionSource:
         self._read(case)
         assert self._scan is not None and case.index is not None
         box = view.box(BoundingBox.of(self._boxes[case.index - 1]), self._scan.geometry)
-        return self._scan.crop(box), self._ids[box.slices] == case.index
+        return self._scan.crop(box), self._lesions.ids[box.slices] == case.index
+
+    def measurements(self, case: ImageCase, names: Sequence[str]) -> np.ndarray:
+        """Return (k,) measurements of a lesion.
+
+        Raises:
+            ScanError: scan or mask cannot be read.
+        """
+        self._read(case)
+        assert self._scan is not None and case.index is not None
+        key = tuple(names)
+        if key not in self._measured:  # of all lesions of the scan at once
+            self._measured[key] = fusible_measurements(self._scan, self._lesions, key, most=MANY)
+        return self._measured[key][case.index - 1]
 
     def _read(self, case: ImageCase) -> None:
         if self._paths == (case.path, case.mask):
             return
         self._paths = None
-        self._scan, self._ids = read_lesions(case.path, case.mask)
-        self._boxes = ndimage.find_objects(self._ids)
+        self._scan, self._lesions = read_lesions(case.path, case.mask)
+        self._boxes, self._measured = ndimage.find_objects(self._lesions.ids), {}
         self._paths = (case.path, case.mask)
 
 
-def read_lesions(path: Path, mask_path: Path | None) -> tuple[Volume, np.ndarray]:
-    """Return a scan, and the number of the lesion in each of its voxels, 1 for the largest.
+def read_lesions(path: Path, mask_path: Path | None) -> tuple[Volume, Lesions]:
+    """Return a scan and its lesions.
 
     Raises:
         ScanError: a file cannot be read, or the mask does not lie on the scan.
@@ -164,7 +187,7 @@ def read_lesions(path: Path, mask_path: Path | None) -> tuple[Volume, np.ndarray
     scan, mask = read_volume(path), read_mask(mask_path, like=path)
     names = {"mask_name": str(mask_path), "grid_name": str(path)}
     placed = place_mask(mask, scan.geometry, **names).mask
-    return scan, label_lesions(placed.array, placed.geometry).ids
+    return scan, label_lesions(placed.array, placed.geometry)
 
 
 def lesions_of(cases: Sequence[Case], failed: Callable[[str, str], None]) -> Iterator[ImageCase]:
@@ -178,11 +201,11 @@ def lesions_of(cases: Sequence[Case], failed: Callable[[str, str], None]) -> Ite
             continue
         path = next(iter(case.images.values()))
         try:
-            _, ids = read_lesions(path, case.reference)
+            _, lesions = read_lesions(path, case.reference)
         except ScanError as error:
             failed(case.id, reason_of(error))
             continue
-        for number in range(1, int(ids.max(initial=0)) + 1):
+        for number in range(1, len(lesions.labels) + 1):
             yield ImageCase(
                 id=f"{case.id}_{number}",
                 path=path,

@@ -31,6 +31,7 @@ from volseg.commands.training_call import (
 )
 from volseg.errors import VolsegError, without_notes
 from volseg.evaluation.classes import SCORES
+from volseg.evaluation.fusion import Fusion, cross_fused, fit_fusion
 from volseg.evaluation.label_errors import doubtful_labels
 from volseg.image_bundle import (
     ENCODER,
@@ -68,6 +69,7 @@ from volseg.training.schedule import RunSettings, Stop
 from volseg.training.state import Epoch
 
 CURVES = "curves.png"
+FUSION_FOLDS = 5  # of the validation lesions, to judge a fusion on lesions that are new to it
 BASELINES = ("baselines.json", "baselines.safetensors")
 PREVIEW, PREVIEWED, PREVIEW_STEPS = "preview.png", 24, 6  # images drawn, of so many steps
 
@@ -427,7 +429,9 @@ class _ImageTraining:
             weights[ENCODER] = self._encoder.weights
         bundle = ImageBundle(recipe, data.fingerprint, weights, reasons=data.reasons)
         networks = bundle.networks()
+        fusion, folds = _fused(folds, recipe)
         judgement, metrics = _judged(folds, networks[0].to(device), data, device)
+        judgement = replace(judgement, fusion=fusion)
         facts: dict[str, Any] = {"networks": len(folds)}
         if len(folds) == 1:
             facts = dict(folds[0].trained.metrics)
@@ -509,6 +513,42 @@ def _target_text(target: np.ndarray, recipe: ClassifyRecipe) -> str:
         return f"{to_predictions(target[None], data)[0, 0]:.4g}"
     parts = [(name, part) for name, part in zip(data.names, target, strict=True) if part > 0]
     return ", ".join(name if part == 1 else f"{part:.0%} {name}" for name, part in parts)
+
+
+def _fused(folds: Sequence[_Fold], recipe: ClassifyRecipe) -> tuple[Fusion | None, Sequence[_Fold]]:
+    """Fit the fusion on validation lesions; return it, and the folds with fused outputs.
+
+    Those of a lesion come from a fusion that was fitted without its patient.
+
+    Raises:
+        VolsegError: there are too few lesions of a class.
+    """
+    settings = recipe.fusion
+    if settings is None:
+        return None, folds
+    names, l2 = settings.measurements, settings.l2
+    logits, targets = _outputs(folds)
+    positive = targets.argmax(axis=1) == 1
+    measurements = np.concatenate([fold.validation.measurements(names) for fold in folds])
+    groups = [case.group for fold in folds for case in fold.validation.cases]
+    keys = {str(n): group for n, group in enumerate(groups)}
+    values = {str(n): int(value) for n, value in enumerate(positive)}
+    numbers = fold_of_groups(keys, values, FUSION_FOLDS, seed=0)
+    parts = np.array([numbers[str(n)] for n in range(len(groups))])
+    try:
+        fusion = fit_fusion(logits, measurements, positive, names, l2=l2)
+        fused = cross_fused(logits, measurements, positive, parts, l2=l2)
+    except ValueError as error:
+        raise VolsegError(
+            f"the validation lesions are too few for [fusion]: {error}",
+            fix="add --folds 5, so that all lesions are validated, or leave [fusion] out",
+            code="E_DATASET",
+        ) from error
+    ends = np.cumsum([len(fold.validation) for fold in folds])[:-1]
+    return fusion, [
+        replace(fold, outputs=replace(fold.outputs, logits=part.astype(np.float32)))
+        for fold, part in zip(folds, np.split(fused, ends), strict=True)
+    ]
 
 
 def _outputs(folds: Sequence[_Fold]) -> tuple[np.ndarray, np.ndarray]:

@@ -254,6 +254,8 @@ def segment(options: SegmentOptions) -> SegmentResult:
         sha256=(),
         model=model.name,
         remarks=result.resemblance.remarks,
+        n_dropped=result.n_dropped,
+        slices_skipped=None if result.gate is None else result.gate.ranges or None,
     )
     content = _content(measured, first, result.mask.array)
     return SegmentResult(confidence_uint8=result.confidence, **content)

@@ -57,11 +57,12 @@ from volseg.store.outputs import RECORDS, Commit
 from volseg.store.records import LESION_IDS, MASKS, PROBABILITIES, CaseRecord
 from volseg.store.results import ResultsFolder
 from volseg.volume import Volume
-from volseg.words import format_sizes
+from volseg.words import format_count, format_sizes
 
 if TYPE_CHECKING:  # torch takes seconds to import; only a command that needs it pays
     from volseg.bundle import ModelBundle
     from volseg.inference.memory import MemoryPlan, ScanSize
+    from volseg.inference.roles import GateReport
     from volseg.preprocessing.probabilities import ProbabilityMaps
     from volseg.segmentation import CaseResult, Model, OnTile
 
@@ -126,6 +127,7 @@ def infer(options: InferOptions) -> CasesReport:
         )
         with limited_gpu(None if model.device == "cpu" else options.max_vram):
             report = run_cases(cases, run.start, batch)
+        run.announce_attached()
         results.write_run(
             run_description(options, run.key_options, report, started)
             | about.as_json()
@@ -419,6 +421,8 @@ class _Run:
     digests: Inputs = field(default_factory=lambda: Inputs(of_masks=False))
     # cases to do; emptied once their expected time is announced
     unannounced: list[Case] = field(default_factory=list)
+    gated: list[GateReport] = field(default_factory=list)  # of the cases of this call
+    dropped: list[int] = field(default_factory=list)  # lesions that the filter dropped, of these
 
     @property
     def files(self) -> CaseFiles:
@@ -473,6 +477,8 @@ class _Run:
             if maps is not None:
                 maps.close()
             raise
+        self.gated.extend([] if result.gate is None else [result.gate])
+        self.dropped.extend([] if result.n_dropped is None else [result.n_dropped])
         scan = read.images[self.model.bundle.recipe.data.channels[0]]
         digests = tuple(image.sha256 for image in read.images.values())
         seconds, notes = read.seconds + time.monotonic() - started, channel_notes(read.images)
@@ -507,6 +513,8 @@ class _Run:
                 seconds=segmented.seconds + time.monotonic() - started,
                 sha256=segmented.sha256,
                 model=self.model.bundle.name,
+                n_dropped=result.n_dropped,
+                slices_skipped=None if result.gate is None else result.gate.ranges or None,
                 remarks=(*result.resemblance.remarks, *segmented.notes, *notes),
             )
             source = replace(
@@ -524,6 +532,17 @@ class _Run:
                 source=source,
             )
             self.results.commit(record, commit)
+
+    def announce_attached(self) -> None:
+        """Announce what gate and filter did in this call."""
+        from volseg.inference.roles import GateReport
+
+        if self.gated:
+            self.options.announce(GateReport.total(self.gated).text)
+        if self.dropped:
+            lesions = format_count(sum(self.dropped), "predicted lesion")
+            scans = format_count(len(self.dropped), "scan")
+            self.options.announce(f"filter: {lesions} dropped in {scans}")
 
     def _has_half_logits(self, case: Case) -> bool:
         plan = self.plans.fitting.get(case.id)

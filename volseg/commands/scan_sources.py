@@ -129,8 +129,19 @@ def scan_digest(scan: ImageCase, digest_of: Callable[[Path], str]) -> str:
     return hashlib.sha256("\n".join(keys).encode()).hexdigest()
 
 
+class Unmeasured:
+    """A source of images or scans, of which nothing is measured."""
+
+    __slots__ = ()
+
+    def measurements(self, case: ImageCase, names: Sequence[str]) -> np.ndarray:
+        """Return (0,): only lesions are measured."""
+        assert not names, "only lesions are measured"
+        return np.empty(0)
+
+
 @dataclass(slots=True)
-class ScanSource:
+class ScanSource(Unmeasured):
     """Scans as sequences of slice embeddings.
 
     Args:

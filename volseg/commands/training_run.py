@@ -15,6 +15,7 @@ from volseg.bundle import (
     save_bundle,
     segmentation_name,
 )
+from volseg.commands.attaching import check_classifiers, copy_classifiers, with_classifiers
 from volseg.commands.earlier import FITTED_FILE, RECIPE_FILE
 from volseg.commands.importing import MODEL_FILE
 from volseg.commands.prepared import Split, split_cases
@@ -72,6 +73,7 @@ class _Training:
             if options.memory is not None:
                 check_budget(data.plan.recipe, call.budget())
             check_recipe(data.plan.recipe)
+            check_classifiers(data.plan.recipe.classifiers)
             fitted = self.times.fit(data)
             closed, splits = fitted.plan, self._splits(data.cases, fitted.folds)
             if options.preview:
@@ -126,14 +128,17 @@ class _Training:
         self, result: Result, closed: Closed, fingerprint: DatasetFingerprint
     ) -> ModelBundle:
         """Write the model with its exported networks; return it as read back."""
+        recipe = closed.recipe.model_copy(update={"classifiers": ()})
         bundle = ModelBundle(
-            recipe=closed.recipe,
+            recipe=recipe,
             fingerprint=fingerprint,
             weights=result.weights,
             metrics=result.metrics,
             reasons=closed.reasons,
         )
+        bundle, folders = with_classifiers(bundle, closed.recipe.classifiers)
         with self.call.outputs.staged() as commit:
+            copy_classifiers(folders, commit)
             save_bundle(bundle, commit.folder)
             if result.rows:
                 commit.write(VALIDATION, table(ValidationRow, result.rows))

@@ -80,7 +80,12 @@ def sensitive_point(
     cuts = Cuts.of(scores, positive)
     allowed = cuts.sensitivity >= _checked(at_least)
     number = cuts.best(np.where(allowed, cuts.specificity, -1.0))
-    return cuts.point(number, f"sensitivity_{at_least:g}", class_name)
+    return cuts.point(number, sensitive_name(at_least), class_name)
+
+
+def sensitive_name(at_least: float) -> str:
+    """Return the name of the point that `sensitive_point` chooses."""
+    return f"sensitivity_{at_least:g}"
 
 
 def specific_point(

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from volseg.image_bundle import Judgement
 from volseg.networks.image_network import PLANES_NDIM, ImageNetwork
 from volseg.preprocessing.resample import send
 from volseg.recipe.classification import LABELS, NUMBER, ImageInfer, Target
@@ -61,6 +62,20 @@ def to_predictions(outputs: np.ndarray, data: Target, temperature: float = 1.0) 
         return 1 / (1 + np.exp(-np.clip(logits, -500, 500)))
     exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
     return exponents / exponents.sum(axis=1, keepdims=True)
+
+
+def judged_predictions(
+    outputs: np.ndarray, data: Target, judgement: Judgement, measurements: np.ndarray | None
+) -> np.ndarray:
+    """Return (N, outputs) float64 predictions of a model: fused and calibrated as it states.
+
+    Args:
+        measurements: (N, k) that the model is fused with; None if it is not.
+    """
+    if judgement.fusion is not None:
+        assert measurements is not None, "a fused model needs measurements"
+        outputs = judgement.fusion(outputs, measurements)
+    return to_predictions(outputs, data, judgement.temperature)
 
 
 def _batches(images: np.ndarray, size: int, device: torch.device) -> Iterator[torch.Tensor]:

@@ -24,7 +24,7 @@ from volseg.measurement.memory import ID_BYTES, lesion_bytes, report_bytes, writ
 from volseg.networks import build_segmentation
 from volseg.preprocessing.prepare import SLAB_VOXELS, separate_axis
 from volseg.preprocessing.resample import SLAB_VALUES, resampled_shape
-from volseg.recipe import Preprocess
+from volseg.recipe import GATE, Preprocess
 from volseg.recipe.section import closed
 from volseg.volume import AxisOrder, Geometry
 from volseg.words import format_sizes
@@ -286,7 +286,8 @@ def _pass_bytes(grid: Geometry, run: NetworkPass) -> _PassBytes:
     source_planes = depth * max(1.0, geometry.shape[axis] / shape[axis]) + 2
     channels = len(run.bundle.recipe.data.channels)
     window = 4 * channels * plane * (2 * source_planes + 3 * depth)
-    weight = 4 * ring_plane * depth if settings.crop == "body" else 0
+    may_skip = settings.crop == "body" or run.bundle.recipe.classifier(GATE) is not None
+    weight = 4 * ring_plane * depth if may_skip else 0
     source_plane = math.prod(geometry.shape) // geometry.shape[axis]
     ring = tiling.dtype.itemsize * run.n_channels * ring_plane * depth
     return _PassBytes(

@@ -35,6 +35,18 @@ class Planes(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class KeptPlanes:
+    """The planes of a volume that are worth a tile: `is_kept` (n,) bool along `axis`."""
+
+    axis: int
+    is_kept: np.ndarray
+
+    def is_in(self, inside: Sequence[slice]) -> bool:
+        """Tell whether the part of the volume that a tile covers has any of them."""
+        return bool(self.is_kept[inside[self.axis]].any())
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiling:
     """Settings for cutting a volume into tiles and running a network on them.
@@ -46,6 +58,7 @@ class Tiling:
         margin: voxels of reflect padding at each face of the scan. A network is least accurate at
             the border of a patch, and at a face no neighbouring patch corrects it.
         empty_level: a tile whose first channel never exceeds it is not run; None runs all.
+        kept_planes: a tile without any of them is not run; None runs all.
         dtype: of the blended sums; float16 halves the buffer, with a relative error of about 1e-3.
     """
 
@@ -55,6 +68,7 @@ class Tiling:
     batch_size: int = 1
     margin: int = 0
     empty_level: float | None = None
+    kept_planes: KeptPlanes | None = None
     dtype: torch.dtype = torch.float32
 
     @classmethod
@@ -80,6 +94,21 @@ class Tiling:
         """Return the number of tiles over a volume of this shape, including empty ones."""
         return math.prod(len(tiled.starts) for tiled in self.axes(shape))
 
+    def count_skipped(self, shape: tuple[int, int, int]) -> int:
+        """Return how many of them have none of the kept planes."""
+        if self.kept_planes is None:
+            return 0
+        axes = self.axes(shape)
+        tiled = axes[self.kept_planes.axis]
+        covered = [tiled.inside(tile)[0] for tile in range(len(tiled.starts))]
+        n_skipped = sum(not self.kept_planes.is_kept[part].any() for part in covered)
+        return n_skipped * self.count(shape) // len(tiled.starts)
+
+    @property
+    def may_skip(self) -> bool:
+        """Whether some tiles may not be run."""
+        return self.empty_level is not None or self.kept_planes is not None
+
 
 def predict_slabs(
     planes: Planes,
@@ -98,13 +127,13 @@ def predict_slabs(
         n_classes: channels of the logits.
         read_ahead: read the next layer of tiles before planes are yielded, so that a GPU receives
             it while it is still busy; a CPU would only need more memory. None: on a GPU.
-        on_tile: called after each tile with whether it was empty, for progress.
+        on_tile: called after each tile with whether it was skipped, for progress.
 
     Yields:
         (classes, R, A, S) with a few planes along the axis, valid until the next slab; together
         they are the planes of the volume in order. Voxels covered only by empty tiles are
         background: a logit of 0 for class 0 and -`BACKGROUND` for the others. With a deferred head
-        it yields its features instead: 0 there, and if `empty_level` is set an extra channel is 1.
+        it yields its features instead: 0 there, and if tiles may be skipped an extra channel is 1.
     """
     axis = planes.axis
     tiled = tiling.axes(planes.shape)
@@ -220,7 +249,7 @@ class _Ring:
         tiling: Tiling,
         n_classes: int,
     ) -> None:
-        head, device, may_skip = backend.head, device_of(backend), tiling.empty_level is not None
+        head, device, may_skip = backend.head, device_of(backend), tiling.may_skip
         self._tiled = tiled
         self._axis = axis
         self._depth = tiled[axis].patch
@@ -258,6 +287,10 @@ class _Ring:
             for n, (tiles, p) in enumerate(zip(self._tiled, place, strict=True))
         ]
         return tuple(slice(a, a + t.patch) for a, t in zip(starts, self._tiled, strict=True))
+
+    def inside(self, place: Sequence[int]) -> tuple[slice, ...]:
+        """Return the part of the volume that the tile at this place covers."""
+        return tuple(tiles.inside(p)[0] for tiles, p in zip(self._tiled, place, strict=True))
 
     def real(self, place: Sequence[int]) -> tuple[slice, ...]:
         """Return the part of the tile at this place that is not zero padding."""
@@ -333,6 +366,9 @@ def _run_layer(
         tile[(slice(None), *ring.real(place))] for place, tile in zip(places, tiles, strict=True)
     ]
     are_empty = _are_empty(real, tiling.empty_level)
+    if tiling.kept_planes is not None:
+        skipped = [not tiling.kept_planes.is_in(ring.inside(place)) for place in places]
+        are_empty = [a or b for a, b in zip(are_empty, skipped, strict=True)]
     pending = []
     for place, tile, is_empty in zip(places, tiles, are_empty, strict=True):
         if is_empty:

@@ -154,7 +154,7 @@ class _Slices:
         return self._volume.geometry.shape[self._through]
 
     def image(self, index: int) -> Image2D:
-        return slice_of(self._volume, self._through, index)
+        return slice_image(self._volume, self._through, index)
 
 
 def through_axis(shape: tuple[int, int, int]) -> int:
@@ -166,8 +166,12 @@ def through_axis(shape: tuple[int, int, int]) -> int:
     return shape.index(1) if 1 in shape and shape[2] != 1 else 2
 
 
-def slice_of(volume: Volume, through: int, index: int) -> Image2D:
-    """Return a slice of a canonical volume as radiologists draw it; `through` is its axis."""
+def slice_image(volume: Volume, through: int, index: int) -> Image2D:
+    """Return a slice of a canonical volume: the patient's right at the left, anterior at the top.
+
+    Args:
+        through: as `through_axis` says.
+    """
     plane = volume.array[(slice(None),) * through + (index,)]  # (across, up)
     values = volume.intensities(plane)[::-1, ::-1].T
     if volume.is_scaled:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ class PreparedImage:
     Args:
         group: images that must stay in one fold share it: those of a patient, and near duplicates.
         target: index of the class, indices of the labels, or the number; None if unknown.
+        measurements: of a lesion, by column, if the recipe fuses them; None what is unknown.
         sha256: of the file that it was made from; with # and a number, of that image in the file.
     """
 
@@ -34,6 +35,7 @@ class PreparedImage:
     target: int | float | tuple[int, ...] | None = None
     sha256: str = ""
     cells: dict[str, str]
+    measurements: dict[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,6 +52,11 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.cases)
+
+    def measurements(self, names: Sequence[str]) -> np.ndarray:
+        """Return (N, k) float64 measurements; NaN what is unknown."""
+        rows = [[case.measurements.get(name) for name in names] for case in self.cases]
+        return np.array(rows, dtype=float).reshape(len(self), len(names))
 
     def take(self, indices: Sequence[int]) -> ImageSet:
         """Return some of the images, in memory."""

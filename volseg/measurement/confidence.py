@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import repeat
 
@@ -11,6 +12,9 @@ import numpy as np
 from volseg.measurement.cells import NOTHING, Cells, joined
 from volseg.measurement.lesion_box import LesionBox
 from volseg.measurement.ragged import Ragged
+
+# A class and its probability in a cell of several; a name may hold = and ; too.
+_OF_CLASS = re.compile(r"(.+?)=([01]\.\d{4})(?:;|\Z)")
 
 
 def confidence_cells(lesions: Sequence[LesionBox]) -> list[Cells]:
@@ -67,6 +71,15 @@ def class_cells(lesions: Sequence[LesionBox]) -> list[Cells]:
     if scan.classes is None or scan.unit.doubt:
         return [NOTHING] * len(lesions)
     return [_class_cells(scan.classes[lesion.number - 1]) for lesion in lesions]
+
+
+def probabilities_in(cell: str | None) -> dict[str, float]:
+    """Return class → probability of a cell of `class_probabilities`.
+
+    >>> probabilities_in("benign=0.1200;malignant=0.8800")
+    {'benign': 0.12, 'malignant': 0.88}
+    """
+    return {name: float(value) for name, value in _OF_CLASS.findall(cell or "")}
 
 
 def _class_cells(probabilities: Mapping[str, float] | None) -> Cells:

@@ -324,3 +324,14 @@ class CaseRow:
     agatston_score: float | None = column(
         "", "sum over all lesions; only if calcium is scored", default=None
     )
+    n_dropped: int | None = column(
+        "",
+        "predicted lesions that the model's filter dropped; empty without a filter",
+        default=None,
+    )
+    slices_skipped: str | None = column(
+        "",
+        "axial slices that the model's gate skipped, counted from 0 at the feet, such as 0-11;30; "
+        "empty without a gate, or if it skipped none",
+        default=None,
+    )

@@ -18,6 +18,8 @@ from volseg.options.measurement import (
 )
 from volseg.options.memory import LoadModelOptions, MeasureMaskOptions, SegmentOptions
 from volseg.options.training import (
+    AttachOptions,
+    CandidatesOptions,
     CasesOptions,
     ImportOptions,
     PlanOptions,
@@ -36,6 +38,8 @@ COMMANDS: dict[str, type[Options]] = {
     "infer": InferOptions,
     "explain": ExplainOptions,
     "quantise": QuantiseOptions,
+    "candidates": CandidatesOptions,
+    "attach": AttachOptions,
     "measure": MeasureOptions,
     "evaluate": EvaluateOptions,
     "compare": CompareOptions,
@@ -47,6 +51,8 @@ COMMANDS: dict[str, type[Options]] = {
 __all__ = [
     "COMMANDS",
     "Announce",
+    "AttachOptions",
+    "CandidatesOptions",
     "CasesOptions",
     "CompareOptions",
     "EvaluateOptions",

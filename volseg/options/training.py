@@ -264,6 +264,74 @@ class QuantiseOptions(Progressing):
 
 
 @options
+class AttachOptions(Options):
+    """Attach classifiers to a model that segments.
+
+    Writes the model again with the classifiers in it, so that `volseg infer` needs one model. A
+    gate is asked about every axial slice, and tiles in slices that hold nothing are not run. A
+    filter is asked about every predicted lesion, and drops false ones (`volseg candidates` makes
+    its dataset). A type gives every lesion its class, also in lesions.csv.
+    """
+
+    model: Path = argument("Folder of a model that segments.", converter=input_path)
+    gate: Path | None = option(
+        'Classifier of slices (input = "slice") with a class `with label`.',
+        default=None,
+        converter=optional_input_path,
+    )
+    filter: Path | None = option(
+        'Classifier of lesions (input = "lesion") with a class `matched`.',
+        default=None,
+        converter=optional_input_path,
+    )
+    type: Path | None = option(
+        "Classifier of lesions whose classes are the types of a lesion.",
+        default=None,
+        converter=optional_input_path,
+    )
+    gate_threshold: float | None = option(
+        "Probability of `with label` below which a slice is skipped; default: the point at which "
+        "the gate kept 99 % of the validation slices with a lesion.",
+        default=None,
+        values=Range(0.0, 1.0),
+    )
+    filter_threshold: float | None = option(
+        "Probability of `matched` below which a lesion is dropped; default: the point at which the "
+        "filter kept 99 % of the true validation lesions.",
+        default=None,
+        values=Range(0.0, 1.0),
+    )
+    out: Path = option("Folder for the model.", converter=path, short="-o")
+
+
+@options
+class CandidatesOptions(Progressing):
+    """Make the dataset of a filter from predicted lesions.
+
+    Compares the predicted lesions of results folders with the reference masks of a dataset, and
+    writes a mask per predicted lesion and a cases.csv with the column `status`: matched, false, or
+    empty for a second prediction on one reference lesion, which training leaves out.
+    Use predictions for scans that the model was not trained on, such as those of a fold by a model
+    of the other folds.
+    """
+
+    dataset: Path = argument(
+        "Dataset of scans with reference masks, on which the results were predicted.",
+        converter=input_path,
+    )
+    folders: tuple[Path, ...] = argument(
+        "Results folders of `volseg infer`, one per fold.", converter=input_paths
+    )
+    out: Path = option("Folder for the dataset.", converter=path, short="-o")
+    min_iou: float = option(
+        "IoU with a reference lesion from which a predicted one is matched, from 0 to below 1; at "
+        "0, one shared voxel is enough.",
+        default=0.0,
+        values=Range(0.0, below=1.0),
+    )
+
+
+@options
 class ImportOptions(Options):
     """Convert a trained nnU-Net v2 model to a volseg model.
 

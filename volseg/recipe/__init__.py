@@ -18,6 +18,7 @@ from volseg.recipe.load import (
 )
 from volseg.recipe.normalise import Normaliser, Scale, Window, ZScore
 from volseg.recipe.preprocess import Preprocess
+from volseg.recipe.roles import FILTER, GATE, ROLES, TYPE, Role, RoleOfClassifier
 from volseg.recipe.section import AUTO, Intensity, LabelValue, Name, Text
 from volseg.recipe.segment import PLANNED_LAYERS, Measure, Roi, Step
 from volseg.recipe.train import Augment, Loss, Network, Train
@@ -26,10 +27,14 @@ from volseg.recipe.units import ARBITRARY, HU, SUV, UNITS, asks_for_suv, parse_u
 __all__ = [
     "ARBITRARY",
     "AUTO",
+    "FILTER",
+    "GATE",
     "HU",
     "MOST_LABELS",
     "PLANNED_LAYERS",
+    "ROLES",
     "SUV",
+    "TYPE",
     "UNITS",
     "AnyRecipe",
     "Augment",
@@ -46,6 +51,8 @@ __all__ = [
     "Preprocess",
     "Recipe",
     "Roi",
+    "Role",
+    "RoleOfClassifier",
     "Scale",
     "Step",
     "Text",

@@ -130,6 +130,9 @@ class ImageAugment(Section):
     noise_sd: Weight = 0.1  # in standard deviations of the image
     cutout_probability: Fraction = 0.0
     cutout: Fraction = 0.3  # edge of the square that is set to the image's mean, of its edge
+    # Of lesions with a mask channel: largest distance by which the outline grows or shrinks, and by
+    # which the mask is moved, as predicted masks differ from the reference.
+    mask_jitter_mm: Annotated[float, Field(ge=0, le=100)] = 0.0
     mixup: Weight = 0.0  # parameter of the Beta distribution that draws the proportions; 0: none
 
 
@@ -178,6 +181,14 @@ class ImageInfer(Section):
     top_k: Annotated[int, Field(ge=1, le=MAX_CLASSES)] = 3  # classes that a row lists by rank
 
 
+class FusionOfMeasurements(Section):
+    """A logistic regression on the image's score with measurements of the lesion."""
+
+    # columns of lesions.csv, such as equiv_sphere_diameter_mm
+    measurements: Annotated[tuple[Name, ...], Field(min_length=1, max_length=100)]
+    l2: Positive = 1.0  # penalty on the weights of the standardised inputs
+
+
 class ClassifyRecipe(Section):
     """How a model that classifies images is trained and run.
 
@@ -197,6 +208,24 @@ class ClassifyRecipe(Section):
     sequence: Sequence | None = None  # of scans, and of nothing else
     train: ImageTrain = ImageTrain()
     infer: ImageInfer = ImageInfer()
+    fusion: FusionOfMeasurements | None = None
+
+    @model_validator(mode="after")
+    def _lesions_have_what_is_theirs(self) -> ClassifyRecipe:
+        refuse(self._mistakes())
+        return self
+
+    def _mistakes(self) -> Iterator[str]:
+        is_of_lesions, data = self.data.input == "lesion", self.data
+        has_mask = is_of_lesions and self.images.mask_channel
+        if self.train.augment.mask_jitter_mm and not has_mask:
+            yield 'train.augment.mask_jitter_mm needs input = "lesion" and a mask_channel'
+        if self.fusion is None:
+            return
+        if not is_of_lesions:
+            yield 'fusion needs input = "lesion", as lesions are what is measured'
+        if data.kind not in (CLASSES, AUTO) or (data.classes != AUTO and len(data.names) != 2):
+            yield "fusion needs two classes"
 
     @model_validator(mode="after")
     def _scans_have_a_sequence(self) -> ClassifyRecipe:
@@ -227,6 +256,13 @@ class ClassifyRecipe(Section):
         edge = closed(self.images.pixels)
         planes = (len(self.images.planes),) if self.data.input == LESION else ()
         return (*planes, self.in_channels, edge, edge)
+
+    @property
+    def mask_pixel_mm(self) -> float | None:
+        """Edge of a pixel if the last channel of the input is a lesion's mask; None if not."""
+        if self.data.input != "lesion" or not self.images.mask_channel:
+            return None
+        return self.images.field_of_view_mm / closed(self.images.pixels)
 
     @property
     def open_keys(self) -> list[str]:

@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field, model_validator
 from volseg.recipe.classify import Classify
 from volseg.recipe.data import Data
 from volseg.recipe.preprocess import Preprocess
+from volseg.recipe.roles import GATE, TYPE, Role, RoleOfClassifier
 from volseg.recipe.section import (
     AUTO,
     BatchSize,
@@ -130,6 +131,7 @@ class SegmentRecipe(Section):
     infer: Infer = Infer()
     postprocess: Annotated[tuple[Step, ...], Field(max_length=100)] = ()
     classify: Classify | None = None
+    classifiers: Annotated[tuple[RoleOfClassifier, ...], Field(max_length=10)] = ()
     roi: Roi | None = None
     measure: Measure = Measure()
 
@@ -142,6 +144,7 @@ class SegmentRecipe(Section):
         yield from self._wrong_names()
         yield from self._wrong_weights()
         yield from self._wrong_layers()
+        yield from self._wrong_roles()
         if self.roi is not None:
             yield from self._wrong_first_pass(self.roi)
 
@@ -181,6 +184,16 @@ class SegmentRecipe(Section):
                 f"give numbers, or set {layers} under [network] to 'auto' too"
             )
 
+    def _wrong_roles(self) -> Iterator[str]:
+        roles = [classifier.role for classifier in self.classifiers]
+        for role in dict.fromkeys(roles):
+            if roles.count(role) > 1:
+                yield f"classifiers names {roles.count(role)} with the role {role!r}: name one"
+        if GATE in roles and self.data.regions_class_order is not None:
+            yield f"a classifier with the role {GATE!r} needs labels that exclude each other"
+        if TYPE in roles and self.classify is not None:
+            yield f"[classify] and a classifier with the role {TYPE!r} exclude each other"
+
     def _wrong_first_pass(self, roi: Roi) -> Iterator[str]:
         fine = self.preprocess.spacing_mm
         if fine != AUTO and math.prod(roi.spacing_mm) <= math.prod(fine):
@@ -208,6 +221,7 @@ class SegmentRecipe(Section):
             "infer": Infer(),
             "postprocess": (),
             "classify": None,
+            "classifiers": (),
             "roi": None,
         }
         return self.model_copy(update=changes)
@@ -217,6 +231,10 @@ class SegmentRecipe(Section):
         """Keys whose value is "auto", such as `train.batch_size`."""
         parts = {"preprocess": self.preprocess, "network": self.network, "train": self.train}
         return list(open_keys({name: part.model_dump() for name, part in parts.items()}))
+
+    def classifier(self, role: Role) -> RoleOfClassifier | None:
+        """Return the classifier with this role; None if there is none."""
+        return next((item for item in self.classifiers if item.role == role), None)
 
     @property
     def leaves_size_open(self) -> bool:

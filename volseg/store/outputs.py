@@ -60,6 +60,8 @@ SAME_KIND = {  # command → content of its folder; commands with the same conte
     "train": MODEL,
     "import-nnunet": MODEL,
     "quantise": MODEL,
+    "attach": MODEL,
+    "candidates": "a dataset of predicted lesions",
 }
 BUFFER_BYTES = 2**20
 MAX_LINE_BYTES = 2**16  # in the ledger

@@ -6,6 +6,7 @@ The code calls a case of `infer` or `measure`, or a patient of `compare`, an ite
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from enum import Enum
 from heapq import nlargest
@@ -14,6 +15,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from volseg.errors import ScanError
 from volseg.io.files import json_text, sha256_of
+from volseg.measurement.confidence import probabilities_in
 from volseg.measurement.rows import CaseRow, LesionMeasurement
 from volseg.store.outputs import Commit, OutputFolder, confined, trace_name
 from volseg.store.records import (
@@ -220,13 +222,25 @@ class RecordFolder(OutputFolder, Generic[R, Item]):
         with self.staged() as commit:
             # Rows are checked while they are written: reading them first would take 40 % longer.
             for _ in range(2):
-                commit.write(names[1], table(types[1], self.lesion_rows(rows, unreadable)))
+                lesions = self.lesion_rows(rows, unreadable)
+                commit.write(names[1], table(types[1], lesions, classes=self._classes(rows)))
                 if not unreadable:
                     break
                 rows = self._as_damaged(rows, unreadable)
             commit.write(names[0], table(types[0], rows))
             commit.finish()
         return rows
+
+    def _classes(self, items: Iterable[Item]) -> list[str]:
+        """Return the classes of lesions in these items, as the first lesion of each has them."""
+        names: dict[str, None] = {}
+        for item in items:
+            if item.status == "done":
+                with suppress(ScanError):  # found again where its rows are written
+                    first = next(iter(self.rows_of(self._name_of(item))), None)
+                    cell = getattr(first, "class_probabilities", None)
+                    names |= dict.fromkeys(probabilities_in(cell))
+        return list(names)
 
     def write_run(self, description: Mapping[str, Any]) -> None:
         """Write run.json, which describes the command, its settings and its inputs."""

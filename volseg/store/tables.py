@@ -52,6 +52,7 @@ from volseg.evaluation.saliency_rows import (
 from volseg.evaluation.validation import ValidationRow
 from volseg.inputs import open_regular
 from volseg.io.csv_text import iterate_csv, stream_rows, write_csv
+from volseg.measurement.confidence import probabilities_in
 from volseg.measurement.review import LesionReview
 from volseg.measurement.rows import CaseRow, LesionMeasurement
 from volseg.quality.rows import QualityRow
@@ -88,7 +89,11 @@ _COLUMN_TYPES = {bool: "boolean", float: "float64", int: "Int64"}
 
 
 def table(
-    row_type: type, rows: Iterable[Any], headings: Mapping[str, str | None] | None = None
+    row_type: type,
+    rows: Iterable[Any],
+    headings: Mapping[str, str | None] | None = None,
+    *,
+    classes: Sequence[str] = (),
 ) -> Callable[[BinaryIO], None]:
     """Return a function that writes a CSV table: a column per field of `row_type`, a line per row.
 
@@ -97,6 +102,7 @@ def table(
     Args:
         rows: instances of `row_type`; consumed one at a time.
         headings: field → heading in place of its name; None leaves the column out.
+        classes: of lesions; each gets a column `probability_<class>` at the end.
     """
     given = headings or {}
     shown = {name: given.get(name, name) for name in column_names(row_type)}
@@ -104,12 +110,16 @@ def table(
     values_of = attrgetter(*columns)
 
     def write(file: BinaryIO) -> None:
-        write_csv(file, [list(columns.values())])
+        write_csv(file, [[*columns.values(), *(PROBABILITY + name for name in classes)]])
         write_csv(file, map(cells, rows))
 
     def cells(row: Any) -> list[str]:
         # Half of the values of a noisy mask are None, and calling `cell` takes time.
-        return ["" if value is None else cell(value) for value in values_of(row)]
+        values = ["" if value is None else cell(value) for value in values_of(row)]
+        if classes:
+            of_class = probabilities_in(row.class_probabilities)
+            values += [cell(of_class.get(name)) for name in classes]
+        return values
 
     return write
 
@@ -266,7 +276,7 @@ def _parsed_frame(file: BinaryIO, names: Sequence[str], row_type: type) -> DataF
     hints = get_type_hints(row_type)
     if len(names) > MAX_COLUMNS or len(set(names)) < len(names):
         raise ValueError(f"over {MAX_COLUMNS} columns, or one of them twice")
-    if row_type is ClassRow:
+    if row_type in (ClassRow, LesionMeasurement):
         hints |= {name: float for name in names if name.startswith(PROBABILITY)}
     types = {name: _column_type(hints.get(name, str)) for name in names}
     floats = {name: kind for name, kind in types.items() if kind == "float64"}

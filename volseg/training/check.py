@@ -8,6 +8,7 @@ from typing import Any
 
 from volseg.errors import VolsegError
 from volseg.evaluation.classes import SCORES
+from volseg.measurement.fusible import FUSIBLE
 from volseg.networks import (
     architecture,
     build_images,
@@ -70,6 +71,11 @@ def image_recipe_problems(recipe: ClassifyRecipe) -> Iterator[VolsegError]:
             check_loss = partial(check_name, "loss", train.loss.name, LOSSES)
         checks.append(check_loss)
     checks.append(partial(_check_image_network, recipe))
+    if recipe.fusion is not None:
+        checks += [
+            partial(check_name, "measurement", name, dict.fromkeys(FUSIBLE))
+            for name in recipe.fusion.measurements
+        ]
     for check in checks:
         try:
             check()

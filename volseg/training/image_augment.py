@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from scipy import ndimage
 from torch.nn import functional
 
 from volseg.recipe.classification import ImageAugment
@@ -18,12 +19,18 @@ FLIPS = {"vertical": 2, "horizontal": 3}  # axis of (N, C, H, W)
 
 
 def augment_images(
-    images: torch.Tensor, settings: ImageAugment, seeds: Sequence[Sequence[int]]
+    images: torch.Tensor,
+    settings: ImageAugment,
+    seeds: Sequence[Sequence[int]],
+    *,
+    mask_pixel_mm: float | None = None,
 ) -> torch.Tensor:
     """Return augmented images (N, C, H, W); what a change moves in from outside repeats the edge.
 
     Args:
         seeds: one per image.
+        mask_pixel_mm: edge of a pixel if the last channel is the mask of a lesion, whose outline
+            changes but not its values; None if there is no mask.
     """
     draws = [_Draws(np.random.default_rng([*seed, 1]), settings) for seed in seeds]
     augmented = images.clone()
@@ -38,9 +45,43 @@ def augment_images(
     for axis in settings.flip_axes:
         flipped = [n for n, draw in enumerate(draws) if draw.decides(0.5)]
         augmented[flipped] = augmented[flipped].flip(FLIPS[axis])
-    for image, draw in zip(augmented, draws, strict=True):
-        _change_intensities(image, settings, draw)
+    for image, draw, seed in zip(augmented, draws, seeds, strict=True):
+        if mask_pixel_mm is None:
+            _change_intensities(image, settings, draw)
+            continue
+        _change_intensities(image[:-1], settings, draw)
+        if settings.mask_jitter_mm:
+            rng = np.random.default_rng([*seed, 5])
+            jittered = jitter_mask(
+                image[-1].cpu().numpy(), settings.mask_jitter_mm / mask_pixel_mm, rng
+            )
+            image[-1] = torch.from_numpy(jittered)
     return augmented
+
+
+def jitter_mask(mask: np.ndarray, most: float, rng: np.random.Generator) -> np.ndarray:
+    """Grow or shrink the outline of a mask, and move it, each by up to `most` pixels.
+
+    Args:
+        mask: (H, W) part of each pixel that is lesion, 0 to 1.
+
+    Returns:
+        (H, W) float32, 0 to 1, with an edge one pixel wide; the mask itself if nothing would be
+        left of it, or if it fills no pixel.
+    """
+    inside = mask >= 0.5
+    if not inside.any() or inside.all():
+        return mask
+    # From the pixel centre to the outline, which lies half a pixel before the nearest centre.
+    to_lesion, to_rest = (
+        np.asarray(ndimage.distance_transform_edt(part)) for part in (~inside, inside)
+    )
+    outside_by = to_lesion - to_rest
+    distance = outside_by - 0.5 * np.sign(outside_by)
+    grown, *shift = rng.uniform(-most, most, 3)
+    moved = ndimage.shift(distance, shift, order=1, mode="nearest")
+    jittered = np.clip(0.5 + grown - moved, 0, 1).astype(np.float32)
+    return jittered if (jittered >= 0.5).any() else mask
 
 
 class _Draws:

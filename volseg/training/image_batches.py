@@ -41,6 +41,7 @@ class ImageBatches(ReadyBatches):
         self._images, self._targets, self._train = images, targets, recipe.train
         self._rows = targets if taught is None else np.concatenate([targets, taught], axis=1)
         self._seed, self._device = seed, device
+        self._mask_pixel_mm = recipe.mask_pixel_mm
         self._is_balanced = recipe.train.balance == "sampling"
         self._size = min(closed(recipe.train.batch_size), len(images))
 
@@ -77,7 +78,9 @@ class ImageBatches(ReadyBatches):
             return augment_images(images, self._train.augment, seeds)
         planes = images.shape[1]
         of_planes = [(*seed, plane) for seed in seeds for plane in range(planes)]
-        augmented = augment_images(images.flatten(0, 1), self._train.augment, of_planes)
+        augmented = augment_images(
+            images.flatten(0, 1), self._train.augment, of_planes, mask_pixel_mm=self._mask_pixel_mm
+        )
         return augmented.unflatten(0, images.shape[:2])
 
     def indices(self, number: int) -> np.ndarray:

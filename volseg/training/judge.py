@@ -18,11 +18,12 @@ from volseg.evaluation.operating import (
     youden_point,
 )
 from volseg.evaluation.regression import interval_half_width
-from volseg.image_bundle import Judgement
+from volseg.image_bundle import SENSITIVITY_TO_KEEP, Judgement
 from volseg.inference.images import to_predictions
 from volseg.recipe.classification import CLASSES, NUMBER, ClassifyRecipe
 
-SENSITIVITY = 0.95  # of the operating point for ruling out
+# of the operating points for ruling out: usual, and of gates and filters
+SENSITIVITIES = (0.95, SENSITIVITY_TO_KEEP)
 FEWEST_FOR_OUTLIERS = 30  # training images
 
 
@@ -99,7 +100,7 @@ def _points(
         points += [
             youden_point(scores, is_of_class, name),
             most_accurate_point(scores, is_of_class, name),
-            sensitive_point(scores, is_of_class, name, at_least=SENSITIVITY),
+            *(sensitive_point(scores, is_of_class, name, at_least=rate) for rate in SENSITIVITIES),
         ]
     return points
 
