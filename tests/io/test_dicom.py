@@ -579,8 +579,8 @@ def test_real_series_get_the_verdict_of_a_careful_reader(name):
                 dicom.header_of(volume, folder)
             except ScanError as error:
                 codes.append(str(error.code))
-        said = describe(volume)
-        assert all(code in said for code in codes) if codes else said.endswith(": sound")
+        line = describe(volume)
+        assert all(code in line for code in codes) if codes else line.endswith(": sound")
         verdicts.append(" ".join(codes) or volume.shape)
     assert sorted(verdicts, key=str) == sorted(VERDICTS[name], key=str)
 

@@ -211,12 +211,12 @@ class ClassifyRecipe(Section):
     fusion: FusionOfMeasurements | None = None
 
     @model_validator(mode="after")
-    def _lesions_have_what_is_theirs(self) -> ClassifyRecipe:
-        refuse(self._mistakes())
+    def _each_input_has_what_is_its_own(self) -> ClassifyRecipe:
+        refuse([*self._mistakes_of_lesions(), *self._mistakes_of_scans()])
         return self
 
-    def _mistakes(self) -> Iterator[str]:
-        is_of_lesions, data = self.data.input == "lesion", self.data
+    def _mistakes_of_lesions(self) -> Iterator[str]:
+        is_of_lesions, data = self.data.input == LESION, self.data
         has_mask = is_of_lesions and self.images.mask_channel
         if self.train.augment.mask_jitter_mm and not has_mask:
             yield 'train.augment.mask_jitter_mm needs input = "lesion" and a mask_channel'
@@ -227,12 +227,7 @@ class ClassifyRecipe(Section):
         if data.kind not in (CLASSES, AUTO) or (data.classes != AUTO and len(data.names) != 2):
             yield "fusion needs two classes"
 
-    @model_validator(mode="after")
-    def _scans_have_a_sequence(self) -> ClassifyRecipe:
-        refuse(self._mistakes())
-        return self
-
-    def _mistakes(self) -> Iterator[str]:
+    def _mistakes_of_scans(self) -> Iterator[str]:
         is_scan = self.data.input == SCAN
         if is_scan and self.sequence is None:
             yield 'input = "scan" needs a section [sequence], such as name = "attention"'
@@ -260,7 +255,7 @@ class ClassifyRecipe(Section):
     @property
     def mask_pixel_mm(self) -> float | None:
         """Edge of a pixel if the last channel of the input is a lesion's mask; None if not."""
-        if self.data.input != "lesion" or not self.images.mask_channel:
+        if self.data.input != LESION or not self.images.mask_channel:
             return None
         return self.images.field_of_view_mm / closed(self.images.pixels)
 
