@@ -19,7 +19,7 @@ from volseg.options.shared import COUNT, RESULTS, Announcing, OnDevice, Seeded
 
 @options
 class ExplainOptions(OnDevice, Seeded, Announcing):
-    """Show what a classifier looked at in images or slices, and whether that can be trusted.
+    """Show what a classifier looked at, and whether to trust it.
 
     Writes for each image and method a map of the evidence for its class: a picture, and for slices
     of a volume a NIfTI file on the grid of the volume. Each method is checked: do its maps change
