@@ -50,6 +50,7 @@ FOLDS, STRENGTH = 5, 0.003
 EPOCHS, BATCH, RATE, DECAY = 20, 16, 1e-3, 1e-2
 SMALLEST = 1e-6  # probability that a chain is given
 ALONE, ROLLING = "logistic regression of each slice", "rolling mean of three slices"
+LINEAR = "linear layer on each slice"
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,7 +213,7 @@ def highest(slices: Sequence[np.ndarray]) -> np.ndarray:
 
 def methods() -> dict[str, Method]:
     """Return the networks trained on slice labels, and those trained on scan labels."""
-    by_name: dict[str, Method] = {"linear layer on each slice": slice_network("mean")}
+    by_name: dict[str, Method] = {LINEAR: slice_network("mean")}
     for name in sequence_names():
         if isinstance(build_sequence(name, in_features=2), InOrder):
             by_name[f"{name}, slice labels"] = slice_network(name)
@@ -343,8 +344,10 @@ def print_slices(scans: Scans, methods: dict[str, list[Scored]]) -> None:
         name: mean_auc([np.concatenate(run.slices or []) for run in runs], truth)
         for name, runs in methods.items()
     }
-    print("| slice labels | AUC of slices | range over seeds | minus alone | minus rolling mean |")
-    print("|---|---|---|---|---|")
+    others = [name for name in (ALONE, ROLLING, LINEAR) if name in methods]
+    heads = ["slice labels", "AUC of slices", "range over seeds", *(f"minus {n}" for n in others)]
+    print("| " + " | ".join(heads) + " |")
+    print("|---" * len(heads) + "|")
     for name, runs in methods.items():
         areas = [
             float(
@@ -355,7 +358,7 @@ def print_slices(scans: Scans, methods: dict[str, list[Scored]]) -> None:
             for run in runs
         ]
         cells = [name, f"{np.mean(areas):.3f}", f"{min(areas):.3f} to {max(areas):.3f}"]
-        for other in (ALONE, ROLLING):
+        for other in others:
             if name == other:
                 cells.append("")
                 continue

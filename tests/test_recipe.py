@@ -6,7 +6,7 @@ import torch
 
 from volseg.commands import check
 from volseg.errors import VolsegError
-from volseg.networks import build_images, build_network
+from volseg.networks import build_images, build_network, build_slices
 from volseg.recipe import load_any_recipe, load_recipe, parse_recipe, shipped_recipes
 from volseg.recipe.write import recipe_text
 
@@ -41,7 +41,11 @@ def test_a_shipped_recipe_can_be_used_and_starts_with_its_command(path):
     assert f"--recipe {recipe.name} " in path.read_text().splitlines()[0]
     assert check(path) == []
     if recipe.task == "classify":
-        assert build_images(recipe)(torch.zeros(2, 1, 28, 28)).shape == (2, recipe.data.n_outputs)
+        images = torch.zeros(2, 1, 28, 28)
+        if recipe.sequence is not None:  # two slices are a scan, with a last column of ones
+            slices = build_slices(recipe).eval().embed(images)
+            images = torch.cat([slices, torch.ones(2, 1)], dim=1).repeat(2, 1, 1)
+        assert build_images(recipe)(images).shape == (2, recipe.data.n_outputs)
         return
     network = build_network(
         recipe.network.name, in_channels=1, out_channels=2, **recipe.network.settings

@@ -258,6 +258,8 @@ def test_scans_that_cannot_be_put_in_order_or_have_two_targets_are_refused(
 def test_requests_that_mean_nothing_for_scans_are_refused(model, dataset, weights, tmp_path):
     with pytest.raises(VolsegError, match="no weights are given"):
         volseg.train(dataset, recipe=recipe(), out=tmp_path / "a")
+    with pytest.raises(VolsegError, match="sequence 'lstmm' is unknown"):
+        volseg.plan(dataset, recipe=recipe("lstmm"))
     with pytest.raises(VolsegError, match="--preview draws training images"):
         volseg.train(dataset, recipe=recipe(), init=weights, preview=True, out=tmp_path / "b")
     with pytest.raises(VolsegError, match="to `volseg train`, with --init"):

@@ -16,6 +16,7 @@ from volseg.networks import (
     check_segmentation,
     settings_type,
 )
+from volseg.networks.sequence import sequence_settings
 from volseg.postprocessing.steps import make_steps
 from volseg.recipe import AUTO, ClassifyRecipe, Recipe
 from volseg.recipe.classification import NUMBER
@@ -100,6 +101,8 @@ def check_monitor(recipe: ClassifyRecipe) -> None:
 def _check_image_network(recipe: ClassifyRecipe) -> None:
     import torch
 
+    if recipe.sequence is not None:
+        sequence_settings(recipe.sequence.name, **recipe.sequence.settings)
     if recipe.open_keys:
         row, settings = settings_type(recipe.network.name), recipe.network.settings
         check_keys(f"network {recipe.network.name!r}", settings, keys_of(row))
