@@ -395,6 +395,9 @@ def test_reports_of_several_scans_and_of_none(measured):
     assert volseg.report(measured, scan="*").done == ["bad", "none", "two"]
     with pytest.raises(VolsegError, match="no such case; they have bad, none, two"):
         volseg.report(measured, scan="other")
+    for ignored in ({"format": "md"}, {"facts": measured}):
+        with pytest.raises(VolsegError, match="no --scan is given"):
+            volseg.report(measured, **ignored)
 
 
 def test_the_page_has_no_script_and_forbids_all_requests(measured):
@@ -458,6 +461,7 @@ def test_a_rejected_lesion_is_reported_as_rejected(results):
     assert "Lesion 1: rejected by a reader" in page.plain  # the other was another mask
 
 
+@pytest.mark.slow
 def test_the_change_since_an_earlier_scan_is_told(scans, tmp_path):
     geometry = grid_around(14, oblique((1.0, 1.2, 2.0)))
     middle = centre_mm(geometry)

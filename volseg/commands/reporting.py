@@ -42,6 +42,7 @@ def report(options: ReportOptions) -> PagesReport:
         from volseg.commands.case_reporting import report_cases  # torch takes seconds to import
 
         return report_cases(options)
+    _refuse_ignored(options)
     if content == SAME_KIND["infer-images"]:
         from volseg.commands.class_reporting import report_images  # torch takes seconds to import
 
@@ -53,6 +54,17 @@ def report(options: ReportOptions) -> PagesReport:
             code="E_USAGE",
         )
     return _report_scans(options)
+
+
+def _refuse_ignored(options: ReportOptions) -> None:
+    """Refuse options that are for reports of single scans alone."""
+    for flag, is_given in (("--facts", options.facts), ("--format md", options.format != "html")):
+        if is_given:
+            raise VolsegError(
+                f"{flag} is for reports of single scans, and no --scan is given",
+                fix=f"add --scan CASE, or leave {flag} out",
+                code="E_USAGE",
+            )
 
 
 def _report_scans(options: ReportOptions) -> PagesReport:

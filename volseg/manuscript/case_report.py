@@ -162,8 +162,12 @@ def title_of(facts: Facts, alias: str, noun: str) -> Statement:
 def made_with(facts: Facts, alias: str) -> tuple[Line, ...]:
     """Return when and with what the case was computed."""
     done = value_at(facts, ("run", "done"))
-    is_of_run = not isinstance(done, list) or value_at(facts, (alias, "case_id")) in done
-    run = "Run of {run.started}" if is_of_run else "Kept from before the run of {run.started}"
+    if not isinstance(done, list):  # run.json of images does not say which the run computed
+        run = "Last run of these results {run.started}"
+    elif value_at(facts, (alias, "case_id")) in done:
+        run = "Run of {run.started}"
+    else:
+        run = "Kept from before the run of {run.started}"
     line = sentence(
         f"{run}, volseg {{run.volseg}}", clause(", model {model}", model=(alias, "model"))
     )
@@ -196,7 +200,8 @@ TRAINING: tuple[Named, ...] = (
         "Trained on",
         sentence(
             "{fingerprint.n_images:count} images of {fingerprint.n_patients:count} patients",
-            ", validated on {fingerprint.n_validation:count} other images",
+            ", validated on {fingerprint.n_validation:count} other images; an image without a "
+            "named patient counts as one patient",
         ),
     ),
 )

@@ -235,7 +235,9 @@ def _columns(rows: Sequence[Facts]) -> Iterator[tuple[str, list[Cell]]]:
     for heading, template, *more in COLUMNS:
         yield heading, [cell_of(facts, template, *more) for facts in rows]
         if heading == VOLUME:
-            yield "Density, mean ± SD", [*map(_density, rows)]
+            is_ct = all(value_at(facts, UNIT) == HU for facts in rows)
+            name = "Density" if is_ct else "Intensity"
+            yield f"{name}, mean ± SD", [*map(_density, rows)]
 
 
 VOLUME = "Volume, mL"
@@ -427,7 +429,7 @@ def _intensities(channel: str) -> Iterator[Sentence]:
     """Yield how dense the largest lesion is beside the labelled voxels of training."""
     root: Path = ("model", "fingerprint", "foreground", channel)
     text = (
-        "Density of lesion {lesion.lesion_id:number}: {lesion.intensity_mean:short} "
+        "Mean of lesion {lesion.lesion_id:number}: {lesion.intensity_mean:short} "
         "{lesion.intensity_unit}; the labelled voxels of training have a median of {median:short} "
         "(0.5 to 99.5 percentile: {low:short} to {high:short})"
     )
