@@ -6,7 +6,9 @@ Nodules that radiologists rated 4 or 5 against those rated 1 or 2, in five folds
 every nodule is judged by a model that never saw its patient. Each model is trained by `volseg
 train` with [fusion] and three folds of its own, whose held-out outputs fit the fusion; its three
 networks are averaged. `measurements` is the same logistic regression without the image, fitted on
-all nodules of the other folds. Intervals resample patients. A fold that was done before is not done
+all nodules of the other folds. `across folds` fuses the image scores of the five models by a
+regression that is fitted on the other folds: what the image adds, were the fusion fitted on scores
+like those that it is used for. Intervals resample patients. A fold that was done before is not done
 again.
 """
 
@@ -21,7 +23,7 @@ import numpy as np
 import volseg
 from volseg.commands.image_sources import LesionSource, survey_lesions
 from volseg.commands.image_splits import fold_of_groups
-from volseg.evaluation.fusion import fit_fusion
+from volseg.evaluation.fusion import cross_fused, fit_fusion
 from volseg.evaluation.roc import auc
 from volseg.image_bundle import load_image_bundle
 from volseg.inference.choose import choose_backend
@@ -101,6 +103,9 @@ def main() -> None:
         image, fused = judged(model, [cases[n] for n in held], measured[held])
         scores["image"][held], scores["fusion"][held] = image, fused
         scores["measurements"][held] = by_measurements(measured, positive, folds != fold)[held]
+    image = np.stack([-scores["image"] / 2, scores["image"] / 2], axis=1)
+    across = cross_fused(image, measured, positive, folds, l2=1.0)
+    scores["across folds"] = across[:, 1] - across[:, 0]
     report(scores, positive, np.array(list(groups.values())), np.array(diameters))
 
 
@@ -162,8 +167,8 @@ def report(
     diameters: np.ndarray,
 ) -> None:
     is_small = (diameters >= SMALL_MM[0]) & (diameters <= SMALL_MM[1])
-    print("| nodules | n (high) | image | measurements | fusion | fusion - measurements |")
-    print("|---|---|---|---|---|---|")
+    print(f"| nodules | n (high) | {' | '.join(scores)} | fusion - measurements |")
+    print("|---|---|---|---|---|---|---|")
     for name, selected in (("all", np.ones(len(positive), bool)), ("6 to 12 mm", is_small)):
         cells = [f"{selected.sum()} ({positive[selected].sum()})"]
         for kind in scores:

@@ -15,6 +15,7 @@ done again.
 from __future__ import annotations
 
 import csv
+import json
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Sequence
@@ -271,7 +272,7 @@ def scores(results: Path, evaluation: Path, least_ml: float = 0.0) -> list[str]:
     false = int((predicted["status"] == "false").sum())
     dice = pd.read_csv(evaluation / "evaluation.csv")["dice"].mean()
     text = [f"{n_matched} of {n_true}", f"{false / len(cases):.2f} ({false} in {len(cases)})"]
-    return [*text, "" if least_ml else f"{dice:.3f}", skipped_text(cases)]
+    return [*text, "" if least_ml else f"{dice:.3f}", skipped_text(evaluation)]
 
 
 def scores_of_volume(work: Path) -> list[str]:
@@ -285,29 +286,14 @@ def scores_of_volume(work: Path) -> list[str]:
     return scores(work / f"test_seg{FINAL}", work / f"evaluation_seg{FINAL}", least_ml=least)
 
 
-def skipped_text(cases: pd.DataFrame) -> str:
-    """Return how many slices were skipped, and how many of those with tumour were not."""
-    if cases["slices_skipped"].isna().all():
+def skipped_text(evaluation: Path) -> str:
+    """Return how many slices were skipped, and how many of those with tumour were kept."""
+    gate = json.loads((evaluation / "summary.json").read_text(encoding="utf-8")).get("gate")
+    if gate is None:
         return ""
-    n, n_skipped, n_tumour, n_kept = 0, 0, 0, 0
-    for _, row in cases.iterrows():
-        has = tumour_slices(Path(row["image"]))
-        skipped = np.zeros(len(has), bool)
-        for part in (
-            str(row["slices_skipped"]).split(";") if pd.notna(row["slices_skipped"]) else []
-        ):
-            first, _, last = part.partition("-")
-            skipped[int(float(first)) : int(float(last or first)) + 1] = True
-        n, n_skipped = n + len(has), n_skipped + int(skipped.sum())
-        n_tumour, n_kept = n_tumour + int(has.sum()), n_kept + int((has & ~skipped).sum())
-    share = f"{n_skipped} of {n} ({n_skipped / n:.0%})"
-    return f"{share}, sensitivity {n_kept / n_tumour:.3f} ({n_kept} of {n_tumour})"
-
-
-def tumour_slices(image: Path) -> np.ndarray:
-    label = image.parent.parent / "labels" / image.name
-    array = read_mask(label, like=image).canonical().array
-    return array.any(axis=(0, 1))
+    share = f"{gate['skipped']} of {gate['slices']} ({gate['skipped'] / gate['slices']:.0%})"
+    kept = f"{gate['with_label_kept']} of {gate['with_label']}"
+    return f"{share}, sensitivity {gate['sensitivity']:.3f} ({kept})"
 
 
 def speed(work: Path) -> None:
