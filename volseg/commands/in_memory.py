@@ -31,6 +31,7 @@ from volseg.io.arrays import (
     type_name,
 )
 from volseg.io.series import IN_SUV, with_mark
+from volseg.measurement.confidence import probabilities_in
 from volseg.measurement.rows import CaseRow, LesionMeasurement
 from volseg.measurement.units import warnings_in
 from volseg.options import LoadModelOptions, MeasureMaskOptions, SegmentOptions, command
@@ -342,11 +343,13 @@ def _as_read(options: MeasureMaskOptions) -> Any:
 def _content(measured: MeasuredCase, scan: InMemory, mask: np.ndarray) -> dict[str, Any]:
     """Return what both results have."""
     row = done_row(measured, scan.warnings)
+    first = next(iter(measured.lesions.largest), None)
+    classes = list(probabilities_in(None if first is None else first.class_probabilities))
     return {
         "mask": mask,
         "lesion_ids": measured.lesions.lesion_ids.array,
         "geometry": scan.volume.geometry,
-        "lesions": frame_of(LesionMeasurement, measured.lesions),
+        "lesions": frame_of(LesionMeasurement, measured.lesions, classes=classes),
         "cases": frame_of(CaseRow, [row]),
         "warnings": [f"{code}: {text}" for code, text in warnings_in(row.warnings) if code],
         "source": scan.source,

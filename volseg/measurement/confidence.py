@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import repeat
 
@@ -12,9 +11,6 @@ import numpy as np
 from volseg.measurement.cells import NOTHING, Cells, joined
 from volseg.measurement.lesion_box import LesionBox
 from volseg.measurement.ragged import Ragged
-
-# A class and its probability in a cell of several; a name may hold = and ; too.
-_OF_CLASS = re.compile(r"(.+?)=([01]\.\d{4})(?:;|\Z)")
 
 
 def confidence_cells(lesions: Sequence[LesionBox]) -> list[Cells]:
@@ -79,7 +75,16 @@ def probabilities_in(cell: str | None) -> dict[str, float]:
     >>> probabilities_in("benign=0.1200;malignant=0.8800")
     {'benign': 0.12, 'malignant': 0.88}
     """
-    return {name: float(value) for name, value in _OF_CLASS.findall(cell or "")}
+    probabilities: dict[str, float] = {}
+    name = ""
+    for part in (cell or "").split(";"):
+        name += part
+        before, _, value = name.rpartition("=")
+        if len(value) == len("0.1234") and value[1] == "." and value.replace(".", "").isdecimal():
+            probabilities[before], name = float(value), ""
+        else:  # the name of the class holds a semicolon
+            name += ";"
+    return probabilities
 
 
 def _class_cells(probabilities: Mapping[str, float] | None) -> Cells:

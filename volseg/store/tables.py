@@ -252,12 +252,17 @@ def read_table(path: Path | str) -> DataFrame:
         ) from error
 
 
-def frame_of(row_type: type, rows: Iterable[Any]) -> DataFrame:
-    """Return rows as `read_table` reads them from a file, with the same digits and types."""
+def frame_of(row_type: type, rows: Iterable[Any], *, classes: Sequence[str] = ()) -> DataFrame:
+    """Return rows as `read_table` reads them from a file, with the same digits and types.
+
+    Args:
+        classes: as in `table`.
+    """
     file = io.BytesIO()
-    table(row_type, rows)(file)
+    table(row_type, rows, classes=classes)(file)
     file.seek(0)
-    return _parsed_frame(file, column_names(row_type), row_type)
+    names = [*column_names(row_type), *(PROBABILITY + name for name in classes)]
+    return _parsed_frame(file, names, row_type)
 
 
 def _typed_frame(path: Path, row_type: type) -> DataFrame:
