@@ -40,12 +40,12 @@ from volseg.postprocessing.lesions import MANY, Lesions, label_lesions, remove_o
 from volseg.postprocessing.steps import make_steps
 from volseg.preprocessing.channels import completed, on_one_grid
 from volseg.preprocessing.crop import scaled_box
-from volseg.preprocessing.prepare import Preparation
+from volseg.preprocessing.prepare import Preparation, Trail
 from volseg.preprocessing.probabilities import ProbabilityMaps
 from volseg.preprocessing.restore import MaskRestorer
 from volseg.preprocessing.tilt import Straight
-from volseg.recipe import FILTER, GATE, TYPE, Data, Role
-from volseg.volume import BoundingBox, Volume
+from volseg.recipe import FILTER, GATE, TYPE, Data, Recipe, Role
+from volseg.volume import BoundingBox, Geometry, Volume
 
 OnTile = Callable[[int, int], None]  # (tiles done, total)
 
@@ -195,11 +195,7 @@ def segment_case(
     if (filtering := model.attached.get(FILTER)) is not None:
         is_false = _false_lesions(scan, lesions, filtering, straight)
         n_dropped = int(np.count_nonzero(is_false))
-        if n_dropped:
-            dropped = is_false[lesions.ids]
-            for array in (mask, lesion_mask, confidence):
-                array[dropped] = 0
-            lesions = label_lesions(lesion_mask, scan.geometry)
+        lesions = _drop(lesions, is_false, scan.geometry, (lesion_mask, mask, confidence))
     segmented = SegmentedScan(
         case_id=case_id,
         image=scan,
@@ -274,28 +270,53 @@ def _predict(
     return straight.unstack(mask), straight.unstack(confidence), gate
 
 
+def _streaming_axis(trail: Trail, part: BoundingBox | None, tiling: Tiling) -> int:
+    """Return the axis along which planes are prepared, run and restored."""
+    if trail.separate_axis is not None:
+        return trail.separate_axis
+    return thinnest_axis(trail.shape if part is None else part.shape, tiling.patch_shape)
+
+
+def _tiling(preparation: Preparation, recipe: Recipe, streaming: Streaming) -> Tiling:
+    """Return the tiling of a scan; tiles without a body are left out unless regions overlap."""
+    return replace(
+        Tiling.of(recipe),
+        empty_level=None if recipe.data.regions_class_order else preparation.empty_level,
+        dtype=torch.float16 if streaming.half_logits else torch.float32,
+    )
+
+
+def _drop(
+    lesions: Lesions, is_false: np.ndarray, geometry: Geometry, arrays: Sequence[np.ndarray]
+) -> Lesions:
+    """Return the other lesions, after setting the voxels of the false ones to 0 in all arrays.
+
+    Args:
+        is_false: bool (n + 1,), by lesion number. arrays: (I, J, K); the first is of lesions alone.
+    """
+    if not is_false.any():
+        return lesions
+    dropped = is_false[lesions.ids]
+    for array in arrays:
+        array[dropped] = 0
+    return label_lesions(arrays[0], geometry)
+
+
 def _predict_upright(
     scans: Mapping[str, Volume], model: Model, *, streaming: Streaming, on_tile: OnTile
 ) -> tuple[np.ndarray, np.ndarray, GateReport | None]:
     """Return mask, confidence and gate report of a scan whose axes are at right angles."""
     recipe, backend = model.bundle.recipe, model.segmentation
-    data, regions = recipe.data, recipe.data.regions_class_order
+    data = recipe.data
     absent = [name for name in data.channels if name not in scans]
     preparation = Preparation(completed(scans, data.channels), recipe.preprocess, absent)
-    trail = preparation.trail
-    tiling = replace(
-        Tiling.of(recipe),
-        empty_level=None if regions else preparation.empty_level,
-        dtype=torch.float16 if streaming.half_logits else torch.float32,
-    )
+    trail, tiling = preparation.trail, _tiling(preparation, recipe, streaming)
     part, gating = _tiled_part(preparation, tiling, model), model.attached.get(GATE)
     slices = None if gating is None else KeptSlices.of(scans[data.channels[0]], gating)
     if slices is not None and part is not None and slices.skipped.size:
         tiling = replace(tiling, kept_planes=slices.planes(trail, part))
-    axis = trail.separate_axis
-    if axis is None:
-        axis = thinnest_axis(trail.shape if part is None else part.shape, tiling.patch_shape)
-    values, is_regions = output_values(data), regions is not None
+    axis = _streaming_axis(trail, part, tiling)
+    values, is_regions = output_values(data), data.regions_class_order is not None
     restorer = MaskRestorer(
         trail, values, axis=axis, regions=is_regions, part=part, head=backend.head
     )
@@ -318,9 +339,8 @@ def _predict_upright(
                 restorer.add(slab)
         finally:
             backend.release()
-    gate = None
-    if slices is not None:
-        gate = _gate_report(slices, tiling, part, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    gate = None if slices is None else _gate_report(slices, tiling, part, seconds)
     return *restorer.result(), gate
 
 

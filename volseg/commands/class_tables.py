@@ -21,7 +21,7 @@ from volseg.inputs import read_json
 from volseg.io.cases import dataset_error, is_image_column, safe_id, split_of
 from volseg.io.csv_text import stream_rows
 from volseg.io.formats import is_scan, stem_of
-from volseg.io.image_cases import survey_images
+from volseg.io.image_cases import ImageSurvey, survey_images
 from volseg.io.image_tables import HEADS, SLICE, is_arrays
 from volseg.io.tables import read_table
 from volseg.io.targets import LARGEST, value_of
@@ -106,14 +106,7 @@ class Reference:
     @classmethod
     def _of_images(cls, path: Path, target: str | None, predicted: Predicted) -> Reference:
         """Read a folder per class, a MedMNIST file, or slices, which may be judged as scans."""
-        usual = predicted.target
-        survey = survey_images(path, target=target)
-        if target is None and usual in [column.name for column in survey.target_columns]:
-            survey = survey_images(path, target=usual)  # reads masks that say the classes
-        if survey.mistakes or not survey.cases:
-            raise dataset_error(survey.mistakes or ["no images found"], str(path))
-        if predicted.data is not None and predicted.data.input == SCAN:
-            survey = scan_survey(survey, path, target)
+        survey = _survey(path, target, predicted)
         cells = {
             case.id: {**case.cells, "patient": case.patient or "", "split": case.split or ""}
             for case in survey.cases
@@ -165,6 +158,17 @@ class Reference:
             return len({value_of(cell, data) for cell in cells} - {None}) > 1
         except ValueError:
             return False
+
+
+def _survey(path: Path, target: str | None, predicted: Predicted) -> ImageSurvey:
+    """Return the images of a data set, or its scans if that is what was predicted."""
+    usual, survey = predicted.target, survey_images(path, target=target)
+    if target is None and usual in [column.name for column in survey.target_columns]:
+        survey = survey_images(path, target=usual)  # reads masks that say the classes
+    if survey.mistakes or not survey.cases:
+        raise dataset_error(survey.mistakes or ["no images found"], str(path))
+    is_of_scans = predicted.data is not None and predicted.data.input == SCAN
+    return scan_survey(survey, path, target) if is_of_scans else survey
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

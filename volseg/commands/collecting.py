@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -62,32 +63,32 @@ def candidates(options: CandidatesOptions) -> CandidatesReport:
             write = partial(_write_lesions, predicted=predicted, commit=commit, options=options)
             todo = [cases[case_id] for case_id in predicted]
             for count, outcome in enumerate(run(write, todo), start=1):
+                name = outcome.item.id
                 if outcome.error is not None:
-                    failed[outcome.item.id] = failure_reason(
-                        outputs, outcome.item.id, outcome.error
-                    )
+                    failed[name] = failure_reason(outputs, name, outcome.error)
                 lines += outcome.value or []
-                options.progress("Comparing", count / len(todo), outcome.item.id)
+                options.progress("Comparing", count / len(todo), name)
             if not lines and failed:
                 raise dataset_error(list(failed.values()), str(options.dataset))
-            rows = [COLUMNS, *([line[name] for name in COLUMNS] for line in lines)]
-            commit.write(TABLE, partial(write_csv, rows=rows))
+            commit.write(TABLE, partial(write_csv, rows=[COLUMNS, *map(_cells, lines)]))
             commit.finish(last=TABLE)
-    n_matched, n_false = (
-        sum(line["status"] == status for line in lines) for status in (MATCHED, FALSE)
-    )
+    numbers = Counter(line["status"] for line in lines)
     return CandidatesReport(
         out=options.out,
         done=[name for name in predicted if name not in failed],
         failed=failed,
-        n_matched=n_matched,
-        n_false=n_false,
-        n_partial=len(lines) - n_matched - n_false,
+        n_matched=numbers[MATCHED],
+        n_false=numbers[FALSE],
+        n_partial=numbers[PARTIAL],
     )
 
 
 def _inputs(options: CandidatesOptions) -> list[Path]:
     return [options.dataset, *options.folders]
+
+
+def _cells(line: Line) -> list[str]:
+    return [line[name] for name in COLUMNS]
 
 
 def _cases(dataset: Path) -> dict[str, Case]:

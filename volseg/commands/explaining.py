@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -396,17 +396,10 @@ class _Run:
     def _verdict(self, method: str, checks: Sequence[Mapping[str, MapChecks]]) -> str:
         """Return the checks that a method fails, on the mean of the images."""
         of_method = [check[method] for check in checks]
-        layers = [layer for layer, _ in of_method[0].by_layer]
-        by_layer = []
-        for n, layer in enumerate(layers):
-            values = [check.by_layer[n][1] for check in of_method]
-            numbers = [value for value in values if value is not None]
-            if numbers:
-                by_layer.append((layer, float(np.mean(numbers))))
         seeds = [check.seeds for check in of_method if check.seeds is not None]
         rows = [row for (_, name), row in self._collected.rows.items() if name == method]
         return doubts_of(
-            by_layer,
+            list(_mean_by_layer(of_method)),
             float(np.mean(seeds)) if seeds else None,
             all_empty=all(row.is_empty for row in rows),
         )
@@ -508,6 +501,15 @@ def _mask_scores(picture: Image2D, saliency: np.ndarray, mask: np.ndarray | None
         scores[f"auprc_{name}"] = average_precision(values, mask)
         scores[f"pointing_{name}"] = pointing(values, mask)
     return scores
+
+
+def _mean_by_layer(checks: Sequence[MapChecks]) -> Iterator[tuple[str, float]]:
+    """Yield each layer with the mean similarity of the images, from the last layer on."""
+    for n, (layer, _) in enumerate(checks[0].by_layer):
+        values = [check.by_layer[n][1] for check in checks]
+        numbers = [value for value in values if value is not None]
+        if numbers:
+            yield layer, float(np.mean(numbers))
 
 
 def _no_better(scores: Sequence[SaliencyRow]) -> list[str]:

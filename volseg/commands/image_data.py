@@ -80,18 +80,23 @@ class ImageDataset:
     progress: Progress = field(default=ignore_progress, compare=False)
     announce: Announce = field(default=ignore_text, compare=False)
 
+    def _target(self) -> str | None:
+        """Return the target that is asked for, by a recipe or a teacher; None if by neither."""
+        if self.recipe is not None:
+            refuse_other_target(self.target, self.recipe)
+            return self.recipe.data.target
+        if self.teacher is None:
+            return self.target
+        refuse_other_target(self.target, self.teacher, "leave out --target, or give a recipe")
+        return self.teacher.data.target
+
     def survey(self) -> tuple[ImageSurvey, ClassifyRecipe]:
         """Return the images, and the recipe with its target.
 
         Raises:
             VolsegError: the dataset has mistakes, or does not say what its target is.
         """
-        if self.recipe is not None:
-            refuse_other_target(self.target, self.recipe)
-        target = self.target if self.recipe is None else self.recipe.data.target
-        if self.recipe is None and self.teacher is not None:
-            refuse_other_target(target, self.teacher, "leave out --target, or give a recipe")
-            target = self.teacher.data.target
+        target = self._target()
         if self.recipe is not None and self.recipe.data.input == LESION:
             cases, remarks = survey_lesions(self.dataset, self.recipe.data.target, self._report)
             return ImageSurvey(cases, [], [], remarks), self.recipe

@@ -188,9 +188,7 @@ class _ImageTraining:
                 if is_resumed:
                     raise self._not_resumed("[data] or [images] of the recipe differ") from None
                 raise
-        encoder = self._encoder_of(data.recipe)
-        if encoder is not None and encoder.digest != data.encoder:
-            raise self._not_resumed("the weights of --init, which embedded the slices, differ")
+        self._check_encoder(data)
         self._call.warn(*data.warnings)
         return replace(data, recipe=self._pruned(data.recipe))
 
@@ -217,6 +215,12 @@ class _ImageTraining:
         )
         planned = dataset.plan()
         dataset.prepare(planned, folder, self._encoder_of(planned.closed.recipe))
+
+    def _check_encoder(self, data: LoadedImages) -> None:
+        """Refuse embeddings of scans that another network made."""
+        encoder = self._encoder_of(data.recipe)
+        if encoder is not None and encoder.digest != data.encoder:
+            raise self._not_resumed("the weights of --init, which embedded the slices, differ")
 
     def _encoder_of(self, recipe: ClassifyRecipe) -> SliceEncoder | None:
         """Return the network that embeds the slices of scans; None for images.

@@ -58,26 +58,32 @@ def _scan_name(case: ImageCase) -> str | None:
 
 def _scan(slices: Sequence[ImageCase], mistakes: list[str]) -> Iterator[ImageCase]:
     """Yield the scan of these slices, or nothing after noting a mistake."""
-    first = slices[0]
-    numbers = [_number(case) for case in slices]
-    name = _scan_id(first)
+    first, numbers = slices[0], list(map(_number, slices))
+    if (mistake := _disorder(slices, numbers)) is not None:
+        mistakes.append(mistake)
+        return
+    order = np.argsort([number or 0 for number in numbers])
+    cells = {
+        column: text
+        for column, text in first.cells.items()
+        if all(case.cells.get(column) == text for case in slices)
+    }
+    ordered = tuple(slices[place] for place in order)
+    yield replace(first, id=_scan_id(first), index=None, cells=cells, slices=ordered)
+
+
+def _disorder(slices: Sequence[ImageCase], numbers: Sequence[float | None]) -> str | None:
+    """Return why slices are no scan; None if they are one."""
+    name = _scan_id(slices[0])
     if len(slices) > 1 and None in numbers:
         where = slices[numbers.index(None)].where
-        mistakes.append(f"{where}: scan {name!r}: the cell of {SLICE!r} is no number")
-    elif len(set(numbers)) < len(numbers):
+        return f"{where}: scan {name!r}: the cell of {SLICE!r} is no number"
+    if len(set(numbers)) < len(numbers):
         where = next(case.where for case, n in zip(slices, numbers) if numbers.count(n) > 1)
-        mistakes.append(f"{where}: scan {name!r} has two slices of one number in {SLICE!r}")
-    elif len({(case.patient, case.split) for case in slices}) > 1:
-        mistakes.append(f"{first.where}: scan {name!r} has slices of two patients or splits")
-    else:
-        in_order = sorted(zip(numbers, range(len(slices))), key=lambda pair: pair[0] or 0)
-        cells = {
-            column: text
-            for column, text in first.cells.items()
-            if all(case.cells.get(column) == text for case in slices)
-        }
-        ordered = tuple(slices[place] for _, place in in_order)
-        yield replace(first, id=name, index=None, cells=cells, slices=ordered)
+        return f"{where}: scan {name!r} has two slices of one number in {SLICE!r}"
+    if len({(case.patient, case.split) for case in slices}) > 1:
+        return f"{slices[0].where}: scan {name!r} has slices of two patients or splits"
+    return None
 
 
 def _scan_id(case: ImageCase) -> str:

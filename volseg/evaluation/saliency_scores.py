@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import numpy as np
 
@@ -21,25 +22,34 @@ def saliency_rows(rows: Iterable[ExplainRow], methods: Sequence[str]) -> list[Sa
     scored = [row for row in rows if row.auprc is not None]
     if not scored:
         return []
-    lines = list[SaliencyRow]()
-    for method in methods:
-        of_method = [row for row in scored if row.method == method]
-        patients = [row.patient or row.case_id for row in of_method]
-        numbers = {"n": len(of_method), "n_patients": len(set(patients))}
-        scores = _mean_of(of_method)
-        bounds = dict.fromkeys(METRICS, (0.0, 1.0))
-        estimates = bootstrap(scores, patients, bounds=bounds)
-        lines += [_score_row(method, name, estimates[name], numbers) for name in METRICS]
-        for simple in SIMPLE_MAPS:
-            other = _mean_of(of_method, f"_{simple}")
-            differences = bootstrap_difference(scores, other, patients)
-            lines += [
-                _score_row(method, name, differences[name], numbers, simple) for name in METRICS
-            ]
-            if method == methods[0]:
-                estimates = bootstrap(other, patients, bounds=bounds)
-                lines += [_score_row(simple, name, estimates[name], numbers) for name in METRICS]
+    by_method = [[row for row in scored if row.method == method] for method in methods]
+    lines = [_rows_of_method(method, of) for method, of in zip(methods, by_method, strict=True)]
+    simple = [
+        _score_rows(simple, _mean_of(by_method[0], f"_{simple}"), by_method[0])
+        for simple in SIMPLE_MAPS
+    ]
+    return [*chain.from_iterable(lines), *chain.from_iterable(simple)]
+
+
+def _rows_of_method(method: str, rows: Sequence[ExplainRow]) -> list[SaliencyRow]:
+    """Return the mean scores of a method, and their differences from the simple maps."""
+    scores = _mean_of(rows)
+    lines = _score_rows(method, scores, rows)
+    for simple in SIMPLE_MAPS:
+        other = _mean_of(rows, f"_{simple}")
+        differences = bootstrap_difference(scores, other, _patients(rows))
+        lines += [_score_row(method, name, differences[name], rows, simple) for name in METRICS]
     return lines
+
+
+def _score_rows(name: str, scores: Statistics, rows: Sequence[ExplainRow]) -> list[SaliencyRow]:
+    bounds = dict.fromkeys(METRICS, (0.0, 1.0))
+    estimates = bootstrap(scores, _patients(rows), bounds=bounds)
+    return [_score_row(name, metric, estimates[metric], rows) for metric in METRICS]
+
+
+def _patients(rows: Sequence[ExplainRow]) -> list[str]:
+    return [row.patient or row.case_id for row in rows]
 
 
 def _mean_of(rows: Sequence[ExplainRow], end: str = "") -> Statistics:
@@ -54,7 +64,7 @@ def _mean_of(rows: Sequence[ExplainRow], end: str = "") -> Statistics:
 
 
 def _score_row(
-    method: str, metric: str, estimate: Estimate, numbers: Mapping[str, int], against: str = ""
+    method: str, metric: str, estimate: Estimate, rows: Sequence[ExplainRow], against: str = ""
 ) -> SaliencyRow:
     ends = estimate.interval.ends or (None, None)
     return SaliencyRow(
@@ -65,5 +75,6 @@ def _score_row(
         low=ends[0],
         high=ends[1],
         reason=estimate.interval.reason or None,
-        **numbers,
+        n=len(rows),
+        n_patients=len(set(_patients(rows))),
     )
