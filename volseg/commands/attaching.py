@@ -30,9 +30,7 @@ def attach(options: AttachOptions) -> AttachReport:
 
     Example:
         >>> import volseg
-        >>> result = volseg.attach(
-        ...     "model", filter="lesion_filter", filter_threshold=0.1, out="filtered"
-        ... )
+        >>> result = volseg.attach("model", filter="lesion_filter", filter_threshold=0.1, out="f")
         >>> result.roles["filter"].partition(",")[0]
         "lesions are dropped below p = 0.1 of 'matched'"
     """
