@@ -266,6 +266,16 @@ def test_requests_that_mean_nothing_for_scans_are_refused(model, dataset, weight
         volseg.preprocess(dataset, recipe=recipe(), out=tmp_path / "c")
     with pytest.raises(VolsegError, match="a model of scans cannot be quantised"):
         volseg.quantise(model, dataset)
+    with pytest.raises(VolsegError, match="classifies scans, and only models of images"):
+        volseg.explain(dataset, model=model, out=tmp_path / "d")
+
+
+def test_the_report_of_a_scan_shows_one_of_its_slices(results, tmp_path):
+    shutil.copytree(results, tmp_path / "results")
+    name = rows_of(results / "classes.csv")[0]["case_id"]
+    volseg.report(tmp_path / "results", scan=(name,))
+    page = (tmp_path / "results" / "reports" / f"{name}.html").read_text(encoding="utf-8")
+    assert name in page and "There is no picture" not in page and "data:image/" in page
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from volseg.commands.batch import failure_reason
-from volseg.commands.image_sources import LESION, FileSource
+from volseg.commands.image_sources import FileSource
 from volseg.commands.placing import place_mask
 from volseg.errors import UnexpectedError, VolsegError
 from volseg.evaluation.saliency import (
@@ -56,6 +56,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; only a command that needs it
     from volseg.inference.explain_checks import Explained, MapChecks
     from volseg.networks.image_network import ImageNetwork
 
+EXPLAINED = ("image", "slice")  # input of the models that are explained
 MAPPING, CHECKING = "Mapping", "Checking the maps"
 RUN, PAGE, MAPS = "run.json", "explain.html", "maps"
 HEIGHT = 96  # pixels of a picture on the page
@@ -79,9 +80,10 @@ def explain(options: ExplainOptions) -> ExplainReport:
     from volseg.inference.explain import load_captum
 
     bundle, remarks = load_image_bundle(options.model), list[str]()
-    if bundle.recipe.data.input == LESION:
+    seen = bundle.recipe.data.input
+    if seen not in EXPLAINED:
         raise VolsegError(
-            f"{options.model}: classifies lesions, and only models of images and slices are "
+            f"{options.model}: classifies {seen}s, and only models of images and slices are "
             "explained",
             fix="give a model that classifies images or slices",
             code="E_TASK",

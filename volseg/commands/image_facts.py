@@ -9,13 +9,13 @@ from typing import Any
 
 from volseg.columns import json_values
 from volseg.commands.class_reporting import read_class_table, run_of_images
-from volseg.commands.image_sources import LESION, find_lesions, source_of
+from volseg.commands.image_sources import find_inputs, source_of
 from volseg.commands.scan_facts import of_model, run_documents
 from volseg.errors import VolsegError
 from volseg.evaluation.class_rows import CLASSES, PROBABILITY, VALUES, ClassRow, ValueRow
 from volseg.image_bundle import load_image_bundle
 from volseg.io.csv_text import iterate_csv
-from volseg.io.image_cases import ImageCase, find_images
+from volseg.io.image_cases import ImageCase
 from volseg.manuscript.case_report import CaseReport, Picture, row_document, statement
 from volseg.manuscript.facts import Part
 from volseg.manuscript.of_images import image_report, map_caption
@@ -106,12 +106,7 @@ class _Images:
         try:
             scans = [Path(text) for text in run["settings"]["scans"]]
             recipe = load_image_bundle(Path(run["settings"]["model"])).recipe
-            is_of_lesions = recipe.data.input == LESION
-            cases = (
-                find_lesions(scans, lambda name, reason: None, remark=lambda text: None)
-                if is_of_lesions
-                else find_images(scans)
-            )
+            cases = find_inputs(recipe, scans)
         except (KeyError, TypeError, VolsegError):
             self.problem = "There is no picture: the images or the model are not where they were."
             return
