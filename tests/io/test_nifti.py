@@ -762,7 +762,7 @@ def fuzzed_file(tmp_path_factory):
 
 
 @settings(
-    max_examples=400,
+    max_examples=150,
     deadline=None,
     derandomize=True,
     database=None,
