@@ -14,6 +14,7 @@ from PIL import Image
 
 from volseg.errors import ScanError
 from volseg.image import Image2D
+from volseg.io import images
 from volseg.io.image_tables import read_image_arrays
 from volseg.io.images import (
     MAX_PIXELS,
@@ -466,3 +467,12 @@ def test_a_single_coronal_slice_is_stacked_as_it_was_read(tmp_path):
     canonical = volume.canonical()
     image = slice_image(canonical, through_axis(canonical.geometry.shape), 0).array[0]
     np.testing.assert_array_equal(stack_slices({0: image}, volume.geometry).array, array)
+
+
+def test_a_picture_without_room_in_memory_is_refused_by_name(tmp_path):
+    with (
+        pytest.raises(ScanError, match="more memory than there is") as caught,
+        images._decoding(tmp_path / "a.tif"),
+    ):
+        np.empty(2**62, np.uint8)  # as a damaged size asks for
+    assert caught.value.code == "E_TOOBIG" and caught.value.fix

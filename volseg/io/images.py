@@ -318,6 +318,9 @@ def _decoding(path: Path) -> Iterator[None]:
     except (DecompressionBombWarning, DecompressionBombError) as error:
         problem = f"has more pixels than {MAX_PIXELS:,}"
         raise refusal(path, "E_TOOBIG", problem, "give a smaller image") from error
+    except MemoryError as error:
+        problem = "needs more memory than there is to decode it"
+        raise refusal(path, "E_TOOBIG", problem, "give a smaller image, or free memory") from error
     except DECODING_ERRORS as error:
         reason = shorten(" ".join(str(error).split()) or type(error).__name__, 100)
         raise refusal(path, "E_DAMAGED", f"cannot be decoded ({reason})", COPY_AGAIN) from error
