@@ -109,3 +109,15 @@ def scans_of_slices(folder, n=24, edge=32, seed=0):
         writer.writerow(["image", "patient", "slice", "split", "finding", "disc"])
         writer.writerows(rows)
     return folder
+
+
+def rows_of(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(path, rows):
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)

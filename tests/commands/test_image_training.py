@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 
 import nibabel
 import numpy as np
 import pytest
-from image_sets import SHAPES, folder_of_classes, scans_of_lesions, table_of_images
+from image_sets import (
+    SHAPES,
+    folder_of_classes,
+    rows_of,
+    scans_of_lesions,
+    table_of_images,
+    write_rows,
+)
 from PIL import Image
 
 import volseg
@@ -37,18 +43,6 @@ def recipe(target, train=None, **sections):
         "train": {"epochs": 4, "patience": 100} | (train or {}),
     }
     return ClassifyRecipe.model_validate(content | sections)
-
-
-def rows_of(path):
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def write_rows(path, rows):
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def weights_of(folder):

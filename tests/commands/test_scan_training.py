@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 
@@ -10,7 +9,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from image_sets import scans_of_slices
+from image_sets import rows_of, scans_of_slices, write_rows
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -42,18 +41,6 @@ def recipe(sequence="max", train=None, **sections):
         "train": {"epochs": 4, "patience": 100} | (train or {}),
     }
     return ClassifyRecipe.model_validate(content | sections)
-
-
-def rows_of(path):
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def write_rows(path, rows):
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def probabilities(folder):
